@@ -1,0 +1,203 @@
+"""Image classification data as NumPy arrays on the host: `digits` embedded, everything else through TFDS."""
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import pathlib
+import re
+import zipfile
+
+import numpy as np
+
+from issgd_jax.errors import InputError
+
+EMBEDDED = "digits"
+_DIGITS_TRAIN = 1437  # of 1,797: 80 %
+_DECODE_CHUNK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images and labels of one split.
+
+    images: uint8[N, H, W, channels]. labels: int32[N] in [0, num_classes).
+
+    Raises: InputError if shapes, types or labels are not so.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+
+    def __post_init__(self):
+        if self.images.ndim != 4 or self.images.dtype != np.uint8:
+            raise InputError(f"images must be uint8[N, H, W, channels], got {self.images.dtype}{self.images.shape}")
+        if self.labels.shape != self.images.shape[:1] or not len(self.labels):
+            raise InputError(f"need one label an image, at least one; got {len(self.labels)} for {len(self.images)} images")
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= self.num_classes:
+            raise InputError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}: mend the data set")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
+    """Loads a split of a data set.
+
+    Args:
+      name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed random order) or any
+        image classification data set of TFDS, prepared as array_record: read without TensorFlow, decoded once and then kept
+        under `~/.cache/issgd_jax`.
+      split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`.
+      data_dir: where TFDS keeps its data; None = TFDS's own default.
+
+    Raises: InputError for an unknown name (with the nearest), an unknown split, data that is not there (with the command that gets it),
+    or data that is not images with class labels.
+    """
+    if name == EMBEDDED:
+        return _load_digits(split)
+    return _load_tfds(name, split, data_dir)
+
+
+def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every pixel-channel: uint8[N, H, W, C] -> two f32[H, W, C].
+
+    A deviation below one grey level is taken as one: border pixels that are black in all but a few images are left small
+    instead of being blown up to dozens of deviations.
+    """
+    total, squares = (np.zeros(images.shape[1:]) for _ in range(2))
+    for start in range(0, len(images), _DECODE_CHUNK):
+        chunk = images[start : start + _DECODE_CHUNK].astype(np.float64)
+        total += chunk.sum(0)
+        squares += (chunk**2).sum(0)
+    mean = total / len(images)
+    variance = np.maximum(squares / len(images) - mean**2, 0)
+    return mean.astype(np.float32), np.maximum(np.sqrt(variance), 1).astype(np.float32)
+
+
+def _load_digits(split: str) -> Dataset:
+    from sklearn.datasets import load_digits  # half a second, and only here
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    splits = {"train": order[:_DIGITS_TRAIN], "test": order[_DIGITS_TRAIN:]}
+    rows = np.concatenate([_part_of_split(part.strip(), splits, split) for part in split.split("+")])
+    images = bunch.images[rows, :, :, None].astype(np.uint8)
+    return Dataset(images, bunch.target[rows].astype(np.int32), num_classes=10)
+
+
+def _part_of_split(part: str, splits: dict[str, np.ndarray], split: str) -> np.ndarray:
+    """`train[:50%]` -> the rows of it."""
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
+    if not match or match[1] not in splits:
+        raise InputError(f"unknown split {split!r} of digits: use train, test, train+test, or parts as train[:50%]")
+    rows = splits[match[1]]
+
+    def place(text):
+        if text is None:
+            return None
+        return round(int(text[:-1]) / 100 * len(rows)) if text.endswith("%") else int(text)
+
+    return rows[place(match[2]) : place(match[3])]
+
+
+def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
+    try:
+        import tensorflow_datasets as tfds  # seconds, and only here
+    except ImportError as error:
+        raise InputError(f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets") from error
+
+    builder = _find_builder(tfds, name, data_dir)
+    features = builder.info.features
+    keys = {
+        kind: [k for k, f in features.items() if isinstance(f, cls)]
+        for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel))
+    }
+    if any(len(found) != 1 for found in keys.values()):
+        raise InputError(f"{name} has features {list(features)}: an image classification data set has one image, one label")
+    try:
+        source = builder.as_data_source(split=split)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"split {split!r} of {name} cannot be read ({error}): it has {list(builder.info.splits)}") from error
+    cached = _cache_file(builder, split)
+    arrays = _read_cache(cached)
+    if arrays is None:
+        arrays = _decode(source, keys["image"][0], keys["label"][0], name=f"{name} {split}")
+        _write_cache(cached, arrays)
+    return Dataset(*arrays, num_classes=features[keys["label"][0]].num_classes)
+
+
+def _find_builder(tfds, name: str, data_dir: str | None):
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        known = [EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `tfds.list_builders()`"
+        raise InputError(f"unknown data set {name!r}: {hint}") from None
+    if not builder.is_prepared():
+        where = f", data_dir={data_dir!r}" if data_dir else ""
+        raise InputError(
+            f"{name} is not at {builder.data_path} as array_record. With a network (building needs TensorFlow):\n"
+            f"  pip install 'issgd-jax[download]'\n"
+            f'  python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\"\n"
+            f"or name the folder that has it with --config.data.dir=FOLDER"
+        )
+    return builder
+
+
+def _decode(source, image_key: str, label_key: str, *, name: str) -> tuple[np.ndarray, np.ndarray]:
+    from absl import logging
+    from tqdm import tqdm
+
+    images, labels = [], []
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS recommends OpenCV at the first image
+    try:
+        with tqdm(total=len(source), desc=f"decoding {name}", unit="image", leave=False) as bar:
+            for start in range(0, len(source), _DECODE_CHUNK):
+                records = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
+                shapes = {record[image_key].shape for record in records} | {image.shape[1:] for image in images[:1]}
+                if len(shapes) > 1:
+                    raise InputError(f"{name} has images of different sizes, {sorted(shapes)[:3]}: resize them to one")
+                images.append(np.stack([record[image_key] for record in records]))
+                labels.extend(int(record[label_key]) for record in records)
+                bar.update(len(records))
+    finally:
+        logging.set_verbosity(verbosity)
+    if not labels:
+        raise InputError(f"{name} is empty: choose a larger split")
+    return np.concatenate(images), np.asarray(labels, np.int32)
+
+
+def _cache_file(builder, split: str) -> pathlib.Path:
+    """One file for each data set, version, split and state of its files: rebuilt data never meets an old cache."""
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "issgd_jax"
+    files = sorted(pathlib.Path(builder.data_path).iterdir())
+    state = [str(builder.data_path), split, *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
+    return folder / f"{builder.name}-{hashlib.sha256(chr(10).join(state).encode()).hexdigest()[:16]}.npz"
+
+
+def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
+        with np.load(path) as arrays:
+            return arrays["images"], arrays["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent or cut off: decoded again
+
+
+def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, images=arrays[0], labels=arrays[1])
+        os.replace(temporary, path)
+    except OSError as error:
+        from absl import logging
+
+        temporary.unlink(missing_ok=True)
+        logging.warning("decoded data could not be kept at %s (%s): the next run decodes again", path, error)

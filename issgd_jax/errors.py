@@ -1,0 +1,9 @@
+"""Errors that tell a person what to change; `main` prints them without a traceback."""
+
+
+class InputError(ValueError):
+    """A value given by the user cannot work: names the value, the limit and the remedy."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The minibatch loss became NaN or infinite: names the step and the last good metrics."""

@@ -1,0 +1,97 @@
+"""The learner: draws, gathers, weighs, updates; takes in the workers' scores. All on one device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from issgd_jax import sampling
+from issgd_jax.store import ScoreStore
+
+
+class TrainState(NamedTuple):
+    """params, opt_state: pytrees. step: i32[], updates done."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+class SamplerState(NamedTuple):
+    """Everything between a score and a draw.
+
+    store: the score database. proposal_state: what the proposal has learned. table: what is drawn from. rejected: i32[], scores that
+    were NaN, infinite or negative and never entered the store.
+    """
+
+    store: ScoreStore
+    proposal_state: Any
+    table: sampling.Table
+    rejected: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss."""
+
+    loss: jax.Array
+
+
+def init_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def init_sampler(proposal, num_examples: int) -> SamplerState:
+    """An empty store and its table: every example equally likely."""
+    store, state = ScoreStore.init(num_examples), proposal.init()
+    return SamplerState(store, state, proposal.table(state, store, jnp.int32(0)), jnp.int32(0))
+
+
+def make_train_step(
+    loss_fn: Callable[..., jax.Array], optimizer: optax.GradientTransformation, *, batch_size: int, seed: int
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Returns `(state, table, examples) -> (state, metrics)`, compiled; the state given is donated.
+
+    loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the learner's device.
+
+    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table (paper, Corollary 1). The key is
+    `fold_in(seed, step)`, so that a run is a function of its seed and its scores alone.
+    """
+
+    def train_step(state: TrainState, table: sampling.Table, examples) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        indices, importance_weights = sampling.draw(key, table, batch_size)
+        batch = jax.tree.map(lambda x: x[indices], examples)
+
+        def weighted_loss(params):
+            losses = jax.vmap(loss_fn, in_axes=(None, *(0 for _ in batch)))(params, *batch)
+            return jnp.mean(importance_weights * losses)
+
+        loss, gradient = jax.value_and_grad(weighted_loss)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss)
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def _take_in(proposal, sampler, indices, scores, scored_at, step):
+    indices, scores = indices.reshape(-1), scores.reshape(-1)
+    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
+    store, rejected = sampler.store.write(indices, scores, scored_at)
+    table = proposal.table(proposal_state, store, step)
+    return SamplerState(store, proposal_state, table, sampler.rejected + rejected)
+
+
+_take_in_compiled = jax.jit(_take_in, donate_argnames="sampler")
+
+
+def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step) -> SamplerState:
+    """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N), once a round.
+
+    indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
+    `scored_at`; `step` is the learner's own. The sampler given is donated.
+    """
+    return _take_in_compiled(proposal, sampler, indices, scores, scored_at, step)

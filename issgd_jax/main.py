@@ -1,0 +1,55 @@
+"""Trains one experiment: python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits."""
+
+import difflib
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from issgd_jax import config as config_lib
+from issgd_jax.errors import InputError, NonFiniteLossError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a run that workdir holds already.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
+    from issgd_jax.training import train  # JAX and flax load only once the flags are right
+
+    train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)
+
+
+def parse_flags(argv):
+    """absl's parser, after a check of the `--config` arguments that gives the nearest names."""
+    for argument in argv[1:]:
+        if match := re.match(r"--?config=([^:]*)", argument):
+            _check_file(pathlib.Path(match[1]))
+        elif match := re.match(r"--?config\.([^=]+)", argument):
+            config_lib.check_field(match[1])
+    return app.parse_flags_with_usage(argv)
+
+
+def _check_file(path: pathlib.Path) -> None:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [f.name for f in path.parent.glob("*.py")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "see experiments/configs"
+        raise InputError(f"config file {path} does not exist: {hint}")
+
+
+def run(program=main):
+    """Entry point: errors that a person can mend are one line, all others keep their traceback."""
+    try:
+        app.run(program, flags_parser=parse_flags)
+    except (InputError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()

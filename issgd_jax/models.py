@@ -1,0 +1,114 @@
+"""Networks for one example at a time; the only file that imports flax."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as two pure functions.
+
+    init: `(key, image) -> params`. apply: `(params, image) -> logits f32[C]`. image: f32[H, W, channels], ONE example.
+    """
+
+    init: Callable[[jax.Array, jax.Array], Any]
+    apply: Callable[[Any, jax.Array], jax.Array]
+
+
+class _MLP(nn.Module):
+    num_classes: int
+    hidden_sizes: Sequence[int]
+    init_stddev: float | None
+
+    @nn.compact
+    def __call__(self, image):
+        init = nn.initializers.he_normal() if self.init_stddev is None else nn.initializers.normal(self.init_stddev)
+        x = image.reshape(-1)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size, kernel_init=init)(x))
+        return nn.Dense(self.num_classes, kernel_init=init)(x)
+
+
+class _ConvNet(nn.Module):
+    num_classes: int
+    channels: Sequence[int]
+    dense_size: int
+
+    @nn.compact
+    def __call__(self, image):
+        x = image
+        for i, channels in enumerate(self.channels):
+            x = nn.relu(nn.Conv(channels, (3, 3), kernel_init=nn.initializers.he_normal())(x))
+            if i % 2 == 1:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(self.dense_size, kernel_init=nn.initializers.he_normal())(x.reshape(-1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class _GRU(nn.Module):
+    num_classes: int
+    units: int
+
+    @nn.compact
+    def __call__(self, image):
+        rows = image.reshape(image.shape[0], -1)
+        states = nn.RNN(nn.GRUCell(self.units))(rows)
+        return nn.Dense(self.num_classes)(states[-1])
+
+
+class _Transformer(nn.Module):
+    num_classes: int
+    num_layers: int
+    width: int
+    num_heads: int
+    patch_size: int
+
+    @nn.compact
+    def __call__(self, image):
+        size = self.patch_size
+        x = nn.Conv(self.width, (size, size), strides=(size, size), name="patches")(image).reshape(-1, self.width)
+        x = x + self.param("positions", nn.initializers.normal(0.02), x.shape)
+        for _ in range(self.num_layers):
+            x = x + nn.MultiHeadDotProductAttention(self.num_heads)(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(self.num_classes)(jnp.mean(nn.LayerNorm()(x), axis=0))
+
+
+def mlp(num_classes: int, *, hidden_sizes: Sequence[int] = (256,) * 4, init_stddev: float | None = None) -> Model:
+    """Fully connected ReLU network on the flattened image; biases start at 0.
+
+    init_stddev: standard deviation of the initial kernels (the paper: 0.01); None = He et al. 2015.
+    """
+    return _model(_MLP(num_classes, tuple(hidden_sizes), init_stddev))
+
+
+def convnet(num_classes: int, *, channels: Sequence[int] = (32, 32, 64, 64), dense_size: int = 256) -> Model:
+    """3x3 convolutions with ReLU, 2x2 max pooling after every second one, then two dense layers."""
+    return _model(_ConvNet(num_classes, tuple(channels), dense_size))
+
+
+def gru(num_classes: int, *, units: int = 128) -> Model:
+    """A gated recurrent unit over the rows of the image, classified from its last state."""
+    return _model(_GRU(num_classes, units))
+
+
+def transformer(
+    num_classes: int, *, num_layers: int = 2, width: int = 64, num_heads: int = 4, patch_size: int = 4
+) -> Model:
+    """A pre-norm transformer over square patches, classified from the mean of its tokens."""
+    return _model(_Transformer(num_classes, num_layers, width, num_heads, patch_size))
+
+
+MODELS = {"mlp": mlp, "convnet": convnet, "gru": gru, "transformer": transformer}
+
+
+def _model(module: nn.Module) -> Model:
+    return Model(
+        init=lambda key, image: module.init(key, image)["params"],
+        apply=lambda params, image: module.apply({"params": params}, image),
+    )

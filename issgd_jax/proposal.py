@@ -1,0 +1,191 @@
+"""Proposals: from what is known of the examples to the unnormalised probabilities drawn from.
+
+A proposal is a value: its numbers may change between calls without recompiling. Three functions make it one:
+
+- `init()` gives its state, a pytree (empty if it learns nothing);
+- `observe(state, store, indices, score, step)` learns from new scores, before they enter the store;
+- `table(state, store, step)` gives the sampling table.
+
+Never-scored examples get the mean of the others' v, so that all have a chance from the first step.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax import sampling
+from issgd_jax.store import ScoreStore
+
+# v of a known example is at least this fraction of the mean: a stale score of zero must not shut an example out for ever.
+MIN_RELATIVE_V = 2.0**-20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Plain SGD: v = 1, and importance weights of exactly 1."""
+
+    def init(self) -> tuple[()]:
+        return ()
+
+    def observe(self, state, store, indices, score, step):
+        del store, indices, score, step
+        return state
+
+    def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        del state, step
+        return sampling.uniform_table(store.score.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proportional:
+    """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
+
+    smoothing: the additive constant, >= 0, in units of the score. Too small, and one stale score gives a huge importance
+      weight; too large, and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
+    max_staleness: learner steps; None = no limit. BIASED otherwise, as in the paper: examples whose score is
+      older, or missing, are left out of the draw and out of the mean, so that the gradient is that of the usable examples only. While fewer
+      than one in ten are usable, all are drawn uniformly.
+    """
+
+    smoothing: float | jax.Array
+    max_staleness: int | jax.Array | None = None
+
+    def init(self) -> tuple[()]:
+        return ()
+
+    def observe(self, state, store, indices, score, step):
+        del store, indices, score, step
+        return state
+
+    def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        del state
+        v = _complete(store.score + self.smoothing, store.scored)
+        if self.max_staleness is None:
+            return sampling.build_table(v)
+        usable = store.scored & (store.staleness(step) <= self.max_staleness)
+        num_usable = jnp.sum(usable)
+        enough = 10 * num_usable >= v.shape[0]
+        population = jnp.where(enough, num_usable, v.shape[0])
+        return sampling.build_table(jnp.where(enough, jnp.where(usable, v, 0), 1), population)
+
+
+class Calibration(NamedTuple):
+    """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
+
+    squares: f32[24, 12], sums of the new norm squared.
+    counts: f32[24, 12], how many.
+    scale: f32[], the mean of the first scores seen: the unit of the score bins; 0 before.
+    """
+
+    squares: jax.Array
+    counts: jax.Array
+    scale: jax.Array
+
+
+# Octaves of score, from 2^-20 to 2^4 of the first mean; octaves of staleness, from 1 to 2^11 steps and more.
+SCORE_BINS, STALENESS_BINS = 24, 12
+OCTAVES_BELOW_SCALE = 20
+# Pseudo-counts: how many re-scorings a cell (or a row) needs to outweigh its row (or the belief in its score).
+SHRINKAGE = 16.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Least variance for what is known of an example, its score and staleness: v = sqrt(E[norm^2 | score, staleness]).
+
+    Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this v
+    (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they tell nothing, and by
+    Jensen never worse than uniform. The conditional mean is measured: every re-scoring gives a triple (old score,
+    staleness, new norm), kept as averaged sums in a table of bins. A cell with little data leans on its row (all stalenesses), and
+    a row with little data on its score. Between the centres of score bins, v is interpolated.
+
+    uniform_fraction: share of draws that are uniform, in [0, 1); with a share above 0 no importance weight exceeds
+      `1 / uniform_fraction`.
+    half_life: sweeps over the data after which an observation counts half.
+    """
+
+    uniform_fraction: float | jax.Array = 0.2
+    half_life: float | jax.Array = 1.0
+
+    def init(self) -> Calibration:
+        bins = (SCORE_BINS, STALENESS_BINS)
+        return Calibration(squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), scale=jnp.float32(0))
+
+    def observe(
+        self, state: Calibration, store: ScoreStore, indices: jax.Array, score: jax.Array, step: jax.Array
+    ) -> Calibration:
+        """Adds the triples of new scores f32[m], measured at `step`, for the examples `indices` i32[m].
+
+        First scores of an example, rejected scores and indices outside [0, N) teach nothing.
+        """
+        num_examples = store.score.shape[0]
+        inside = (indices >= 0) & (indices < num_examples)
+        valid = inside & jnp.isfinite(score) & (score >= 0)
+        first_mean = jnp.sum(jnp.where(valid, score, 0)) / jnp.maximum(jnp.sum(valid), 1)
+        scale = jnp.where(state.scale > 0, state.scale, first_mean)
+
+        at = jnp.clip(indices, 0, num_examples - 1)
+        old_score, staleness = store.score[at], step - store.scored_at[at]
+        known = valid & store.scored[at] & (staleness > 0)
+        row = jnp.clip(jnp.floor(_octave(old_score, scale)), 0, SCORE_BINS - 1).astype(jnp.int32)
+        column = _staleness_bin(staleness)
+        forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))
+        return Calibration(
+            squares=(forget * state.squares).at[row, column].add(jnp.where(known, score * score, 0)),
+            counts=(forget * state.counts).at[row, column].add(known.astype(jnp.float32)),
+            scale=scale,
+        )
+
+    def table(self, state: Calibration, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        staleness = store.staleness(step)
+        v = jnp.where(
+            staleness > 0,
+            _root_mean_square(state, store.score, staleness),
+            store.score,  # the norm itself: measured with the very parameters of this step
+        )
+        v = _complete(v, store.scored)
+        share = self.uniform_fraction
+        return sampling.build_table(v + share / (1 - share) * jnp.mean(v))
+
+
+def _root_mean_square(state: Calibration, score: jax.Array, staleness: jax.Array) -> jax.Array:
+    """sqrt(E[norm^2 | score, staleness]) from the table, log-linear between the centres of score bins: f32[N]."""
+    scale = jnp.where(state.scale > 0, state.scale, 1)
+    centres = scale * 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
+    row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), centres**2)
+    log_rms = 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
+    place = jnp.clip(_octave(score, scale) - 0.5, 0, SCORE_BINS - 1)
+    row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
+    column = _staleness_bin(staleness)
+    low, high = log_rms[row, column], log_rms[row + 1, column]
+    return 2.0 ** (low + (place - row) * (high - low))
+
+
+def _shrunk(total, count, prior):
+    return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
+
+
+def _octave(score, scale):
+    """Place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    relative = score / jnp.maximum(scale, tiny)
+    return jnp.log2(jnp.maximum(relative, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
+
+
+def _staleness_bin(staleness):
+    octave = jnp.log2(jnp.maximum(staleness, 1).astype(jnp.float32))
+    return jnp.clip(octave.astype(jnp.int32), 0, STALENESS_BINS - 1)
+
+
+def _complete(v: jax.Array, scored: jax.Array) -> jax.Array:
+    """Gives never-scored examples the mean v of the scored (1 if there are none), and every example a chance: f32[N]."""
+    num_scored = jnp.sum(scored)
+    mean = jnp.where(num_scored > 0, jnp.sum(jnp.where(scored, v, 0)) / jnp.maximum(num_scored, 1), 1)
+    return jnp.where(scored, jnp.maximum(v, MIN_RELATIVE_V * mean), mean)
+
+

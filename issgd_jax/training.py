@@ -1,0 +1,241 @@
+"""Wires the parts and runs the loop; the only file that reads the config."""
+
+import collections
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from issgd_jax import config as config_lib
+from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule
+from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.optimizer import make_optimizer
+from issgd_jax.workers import WorkerPool
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
+    """Trains as the config says and returns the history, the rows of metrics.jsonl.
+
+    Leaves metrics.jsonl, TensorBoard events, config.json and, unless sampling is uniform, scores.npz in workdir.
+
+    Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training diverges.
+    """
+    config_lib.validate(config)
+    roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
+    with jax.default_device(roles.learner):
+        parts = _build(config, roles)
+        workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
+        kinds = {"learner": [roles.learner.device_kind], "workers": [d.device_kind for d in roles.workers if parts.pool]}
+        metrics.write_config(workdir, config.to_dict(), kinds)
+        with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
+            _loop(config, parts, writer, workdir)
+    return writer.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What the loop needs; arrays are on the learner's device."""
+
+    train_state: learner.TrainState
+    sampler: learner.SamplerState
+    proposal: Any
+    pool: WorkerPool | None  # None: sampling is uniform and needs no scores
+    schedule: Any
+    train_step: Callable
+    measure: Callable
+    train_examples: tuple[jax.Array, jax.Array]
+    learner_device: jax.Device
+
+
+def _build(config: ConfigDict, roles: devices.Roles) -> _Parts:
+    train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
+    test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
+    num_examples, batch_size = len(train_data), config.learner.batch_size
+    if batch_size > num_examples:
+        raise InputError(f"learner.batch_size is {batch_size}, but the data has {num_examples} examples: lower it")
+
+    model = _make_model(config.model, train_data.num_classes)
+    mean, std = data.standardization(train_data.images)
+
+    def logits(params, image):
+        return model.apply(params, (image - mean) / std)
+
+    def loss_fn(params, image, label):
+        return losses.example_loss(logits(params, image), label)
+
+    def outcome_fn(params, image, label):
+        outputs = logits(params, image)
+        return losses.example_loss(outputs, label), losses.example_error(outputs, label)
+
+    optimizer = make_optimizer(
+        config.learner.optimizer,
+        learning_rate=config.learner.learning_rate,
+        lr_schedule=config.learner.lr_schedule,
+        steps=config.steps,
+        momentum=config.learner.momentum,
+        nesterov=config.learner.nesterov,
+    )
+    chosen = jax.device_put(_make_proposal(config.proposal), roles.learner)
+    train_examples = jax.device_put((train_data.images, train_data.labels), roles.learner)
+    pool = None
+    if config.proposal.name != "uniform":
+        pool = _make_pool(config, roles, train_data, train_examples, per_example_grad_norms(loss_fn))
+    params = jax.jit(model.init)(jax.random.key(config.seed), jnp.asarray(mean))
+    return _Parts(
+        train_state=jax.device_put(learner.init_train_state(params, optimizer), roles.learner),
+        sampler=learner.init_sampler(chosen, num_examples),
+        proposal=chosen,
+        pool=pool,
+        schedule=_make_schedule(config.schedule, pool),
+        train_step=learner.make_train_step(loss_fn, optimizer, batch_size=batch_size, seed=config.seed),
+        measure=_make_measure(config, outcome_fn, loss_fn, train_examples, test_data, roles.learner),
+        train_examples=train_examples,
+        learner_device=roles.learner,
+    )
+
+
+def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter, workdir: pathlib.Path) -> None:
+    """One thread for all devices: dispatch, never wait; the loss is read one step late."""
+    state, sampler, pool = parts.train_state, parts.sampler, parts.pool
+    in_flight: collections.deque[schedule.Round] = collections.deque()
+    worker_examples, pending = 0, None
+    started = time.monotonic()
+
+    def write_row(step):
+        measured = parts.measure(state.params, sampler, jax.device_put(np.int32(step), parts.learner_device))
+        row = {
+            "step": step,
+            "wall_seconds": time.monotonic() - started,
+            "learner_examples": step * config.learner.batch_size,
+            "worker_examples": worker_examples,
+        } | measured
+        _stop_if_not_finite(measured["train/loss"], "training", step, writer.rows)
+        writer.write(row)
+        progress.measured(row)
+
+    def read(pending):
+        if pending is not None:
+            step, step_metrics = pending
+            loss = float(jax.device_get(step_metrics.loss))
+            _stop_if_not_finite(loss, "minibatch", step, writer.rows)
+            progress.step(loss)
+
+    with (
+        jax.transfer_guard("disallow"),  # a hidden copy to or from the host would make every device wait
+        metrics.Progress(config.steps, shown=config.log.progress, description=config.proposal.name) as progress,
+    ):
+        for step in range(config.steps):
+            if step % config.eval_every == 0:
+                write_row(step)
+            if pool:
+                for _ in range(parts.schedule.rounds_to_start(step, len(in_flight))):
+                    in_flight.append(pool.score_next(state.params, step))
+                while in_flight and parts.schedule.may_enter(in_flight[0], step):
+                    round_ = in_flight.popleft()
+                    worker_examples += round_.num_examples
+                    sampler = _take_in(parts, sampler, round_, step)
+            state, step_metrics = parts.train_step(state, sampler.table, parts.train_examples)
+            read(pending)
+            pending = (step, step_metrics)
+        read(pending)
+        write_row(config.steps)
+    if pool:
+        sampler.store.save(workdir / metrics.SCORES_FILE)
+
+
+def _take_in(parts: _Parts, sampler: learner.SamplerState, round_: schedule.Round, step: int) -> learner.SamplerState:
+    indices, scores, scored_at, now = jax.device_put(
+        (round_.indices, round_.scores, np.int32(round_.step), np.int32(step)), parts.learner_device
+    )
+    return learner.take_in(parts.proposal, sampler, indices, scores, scored_at=scored_at, step=now)
+
+
+def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> None:
+    if not math.isfinite(loss):
+        last = ", ".join(f"{k} {v:.6g}" for k, v in rows[-1].items() if v is not None) if rows else "none"
+        raise NonFiniteLossError(
+            f"the {kind} loss is {loss} at step {step}; last good metrics: {last}. Lower --config.learner.learning_rate, or "
+            f"bound the importance weights (--config.proposal.name=calibrated with uniform_fraction, or more smoothing)"
+        )
+
+
+def _make_measure(config, outcome_fn, loss_fn, train_examples, test_data, device):
+    """Returns `(params, sampler, step) -> {metric name: number}`: everything that covers whole splits."""
+    test_examples = jax.device_put((test_data.images, test_data.labels), device)
+    num_examples = train_examples[1].shape[0]
+    sample_size = min(config.monitor.examples, num_examples)
+    order = np.random.default_rng(config.seed).permutation(num_examples)[:sample_size]
+    sample = jax.device_put(np.sort(order).astype(np.int32), device)
+    evaluate_split = evaluate.make_evaluate(outcome_fn)
+    measure_variance = evaluate.make_measure_variance(loss_fn, per_example_grad_norms(loss_fn))
+    describe_scores = jax.jit(lambda sampler, step: _describe_scores(sampler, step, config.learner.batch_size))
+
+    def measure(params, sampler, step) -> dict[str, float]:
+        train_loss, train_error = evaluate_split(params, train_examples)
+        test_loss, test_error = evaluate_split(params, test_examples)
+        roots = measure_variance(params, sampler.table, train_examples, sample)
+        measured = {
+            "train/loss": train_loss,
+            "train/error": train_error,
+            "test/loss": test_loss,
+            "test/error": test_error,
+            **{f"variance/{name}": value for name, value in roots._asdict().items()},
+            **{f"scores/{name}": value for name, value in describe_scores(sampler, step).items()},
+        }
+        return {name: value.item() for name, value in jax.device_get(measured).items()}
+
+    return measure
+
+
+def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+    scored = sampler.store.scored
+    staleness = jnp.where(scored, sampler.store.staleness(step), 0)
+    num_scored = jnp.sum(scored)
+    return {
+        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
+        "staleness_max": jnp.max(staleness),
+        "scored_fraction": num_scored / scored.shape[0],
+        "effective_sample_size": sampling.effective_sample_size(sampler.table, batch_size),
+        "rejected": sampler.rejected,
+    }
+
+
+def _make_model(config: ConfigDict, num_classes: int) -> models.Model:
+    return models.MODELS[config.name](num_classes, **config[config.name].to_dict())
+
+
+def _make_proposal(config: ConfigDict):
+    if config.name == "uniform":
+        return proposal.Uniform()
+    if config.name == "proportional":
+        return proposal.Proportional(config.smoothing, config.max_staleness)
+    return proposal.Calibrated(config.uniform_fraction, config.half_life)
+
+
+def _make_pool(config, roles, train_data, train_examples, score_fn) -> WorkerPool:
+    shared = roles.workers == (roles.learner,)
+    try:
+        return WorkerPool(
+            score_fn,
+            train_examples if shared else (train_data.images, train_data.labels),
+            devices=roles.workers,
+            chunk_size=config.workers.chunk_size,
+        )
+    except ValueError as error:
+        raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
+
+
+def _make_schedule(config: ConfigDict, pool: WorkerPool | None):
+    if config.name == "exact":
+        return schedule.Exact(pool.rounds_per_sweep if pool else 0)
+    if config.name == "relaxed":
+        return schedule.Relaxed(config.steps_per_round, config.score_delay)
+    return schedule.FreeRunning()

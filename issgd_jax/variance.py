@@ -1,0 +1,56 @@
+"""The three curves of the paper's figure 4: how noisy the gradient is, was bound to be, and had to be.
+
+Tr Sigma is the trace of the covariance of one importance-sampled gradient; a minibatch of B independent draws has 1/B of it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+
+class Variance(NamedTuple):
+    """Square roots of Tr Sigma, in units of the gradient, f32[] each.
+
+    uniform: of plain SGD. actual: of the proposal that is drawn from. ideal: of `v = norm`, the least possible (Theorem 1).
+    gain: Tr uniform / Tr actual; above 1, importance sampling gives the steadier gradient.
+    """
+
+    uniform: jax.Array
+    actual: jax.Array
+    ideal: jax.Array
+    gain: jax.Array
+
+
+def measure(
+    norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int
+) -> Variance:
+    """Corollary 1 for uniform, actual and ideal proposals, from M of the N examples, drawn without preference.
+
+    Args:
+      norms: f32[M], gradient norms at the current parameters, M >= 2.
+      v: f32[M], unnormalised probabilities of the same examples, as drawn from.
+      mean_v: f32[], mean of v over all N examples.
+      mean_gradient_norm: f32[], norm of the mean gradient of the same M examples.
+      num_examples: N. With M = N the result is exact; with M < N each Tr Sigma is unbiased: the squares of sample means are
+        corrected for their own variance (sampling without replacement), where the paper's code was biased up.
+
+    Raises: ValueError if M < 2, M > N or the shapes of norms and v differ.
+    """
+    sample_size = norms.shape[0]
+    if norms.shape != v.shape or not 2 <= sample_size <= num_examples:
+        raise ValueError(f"need norms and v of one shape [M], 2 <= M <= {num_examples}; got {norms.shape}, {v.shape}")
+    mean_square = jnp.mean(norms**2)
+
+    def square_of_mean(squared_sample_mean):
+        """||E x||^2 from ||sample mean||^2, for x with the mean square of the norms."""
+        sample_variance = (mean_square - squared_sample_mean) * sample_size / (sample_size - 1)
+        return squared_sample_mean - (1 - sample_size / num_examples) * sample_variance / sample_size
+
+    true_gradient_square = square_of_mean(mean_gradient_norm**2)
+    uniform = mean_square - true_gradient_square
+    actual = mean_v * jnp.mean(norms**2 / v) - true_gradient_square
+    ideal = square_of_mean(jnp.mean(norms) ** 2) - true_gradient_square
+    roots = [jnp.sqrt(jnp.maximum(trace, 0)) for trace in (uniform, actual, ideal)]
+    return Variance(*roots, gain=jnp.where(actual > 0, uniform / actual, 1))

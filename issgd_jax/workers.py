@@ -1,0 +1,110 @@
+"""The workers: they score the training examples chunk by chunk, each its own shard, on their own devices."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from issgd_jax.schedule import Round
+
+
+class WorkerPool:
+    """Keeps the worker devices busy from one Python thread: every call dispatches and returns at once.
+
+    Example n belongs to worker `n % W` and is item `n // W` of its shard, so that W workers with chunks of C score the same
+    examples in a round as one worker with chunks of W * C.
+    """
+
+    def __init__(
+        self,
+        score_fn: Callable[..., jax.Array],
+        examples: tuple[jax.Array, ...],
+        *,
+        devices: Sequence[jax.Device],
+        chunk_size: int,
+    ):
+        """Places one shard on each device.
+
+        Args:
+          score_fn: `(params, *batch) -> f32[B]`.
+          examples: arrays with leading axis N. On a single device that holds them already, they are shared, not copied.
+          devices: one a worker.
+          chunk_size: examples a worker scores in a round.
+
+        Raises: ValueError if chunk_size < 1, a chunk is larger than a shard, or there are fewer examples than workers.
+        """
+        self._num_examples = jax.tree.leaves(examples)[0].shape[0]
+        self._num_workers = len(devices)
+        self._shard_size = -(-self._num_examples // self._num_workers)
+        if self._num_examples < self._num_workers:
+            raise ValueError(f"need an example for each worker, got {self._num_examples} for {self._num_workers} workers")
+        if not 1 <= chunk_size <= self._shard_size:
+            raise ValueError(
+                f"chunk_size must be between 1 and {self._shard_size} ({self._num_examples} examples over "
+                f"{self._num_workers} workers), got {chunk_size}"
+            )
+        self._chunk_size = chunk_size
+        self._next_start = 0
+
+        # Auto axes: pmap rejects the Explicit ones of jax.make_mesh.
+        mesh = Mesh(np.asarray(devices), ("worker",))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        sharded = NamedSharding(mesh, PartitionSpec("worker"))
+        self._worker = jax.device_put(np.arange(self._num_workers, dtype=np.int32), sharded)
+        # pmap and not jit over a sharded batch: per-example gradients of a convolution come out wrong there.
+        if self._num_workers == 1:
+            self._shards, axis = jax.device_put(examples, self._replicated), None
+        else:
+            self._shards, axis = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples), 0
+        self._score = jax.pmap(
+            self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices
+        )
+
+    @property
+    def rounds_per_sweep(self) -> int:
+        """Rounds after which every example has been scored at least once."""
+        return -(-self._shard_size // self._chunk_size)
+
+    def score_next(self, params, step: int) -> Round:
+        """Dispatches one round: broadcasts the parameters of `step` and scores the next chunk of every shard.
+
+        Never waits and never passes through the host. The parameters are copied, so that the caller may donate them to its
+        next step. At the end of a shard the chunk goes on from its beginning.
+        """
+        # The learner's own device would get an alias, which the learner's donation then deletes: no alias.
+        snapshot = jax.device_put(params, self._replicated, may_alias=False)
+        start = jax.device_put(np.int32(self._next_start), self._replicated)
+        indices, scores = self._score(snapshot, self._shards, self._worker, start)
+        num_scored = self._num_real_items()
+        self._next_start = (self._next_start + self._chunk_size) % self._shard_size
+        return Round(step=step, indices=indices, scores=scores, num_examples=num_scored)
+
+    def _num_real_items(self) -> int:
+        """Examples in the next round; shards one item short are padded, and padding does not count."""
+        items = (self._next_start + np.arange(self._chunk_size)) % self._shard_size
+        return int(np.sum(items[:, None] * self._num_workers + np.arange(self._num_workers) < self._num_examples))
+
+    def _score_chunk_fn(self, score_fn):
+        num_workers, shard_size, chunk_size = self._num_workers, self._shard_size, self._chunk_size
+
+        def score_chunk(params, shard, worker, start):
+            items = (start + jnp.arange(chunk_size, dtype=jnp.int32)) % shard_size
+            chunk = jax.tree.map(lambda x: x[items], shard)
+            # The index of padding lies past the data, where the store ignores it.
+            return items * num_workers + worker, score_fn(params, *chunk)
+
+        return score_chunk
+
+    def _shard(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """[N, ...] -> [W, ceil(N / W), ...], one row a worker, without a padded copy of the whole on the host."""
+        shape = (self._num_workers, self._shard_size, *array.shape[1:])
+
+        def rows(index):
+            worker = index[0].start or 0
+            items = array[worker :: self._num_workers]
+            missing = self._shard_size - items.shape[0]
+            return np.concatenate([items, items[:missing]])[None] if missing else items[None]
+
+        return jax.make_array_from_callback(shape, sharding, rows)

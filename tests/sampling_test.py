@@ -1,0 +1,196 @@
+"""Biased draws, importance weights of another v than was drawn from, or a drawn zero turn these red."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from issgd_jax import sampling
+
+NUM_KEYS = 10_000
+
+
+def keys(count=NUM_KEYS, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def draw_many(table, batch_size, count=NUM_KEYS, seed=0):
+    return jax.vmap(lambda key: sampling.draw(key, table, batch_size))(keys(count, seed))
+
+
+def lognormal(size, sigma=2.0, seed=0):
+    return np.random.default_rng(seed).lognormal(0, sigma, size).astype(np.float32)
+
+
+def adversarial(name, size):
+    v = {
+        "all equal": np.ones(size),
+        "one huge": np.full(size, 1e-6),
+        "30 orders of magnitude": np.logspace(-15, 15, size),
+        "all but one zero": np.zeros(size),
+        "half zero": np.tile([0.0, 1.0], size)[:size],
+    }[name]
+    if name == "one huge":
+        v[size // 3] = 1e6
+    if name == "all but one zero":
+        v[size // 2] = 3.0
+    return v.astype(np.float32)
+
+
+CASES = ("all equal", "one huge", "30 orders of magnitude", "all but one zero", "half zero")
+
+
+def chi_square_p(counts, expected):
+    """p value of counts against expectations, rare cells pooled so that each expects at least 5."""
+    order = np.argsort(expected)
+    pooled_counts, pooled_expected, c, e = [], [], 0.0, 0.0
+    for i in order:
+        c, e = c + counts[i], e + expected[i]
+        if e >= 5:
+            pooled_counts.append(c)
+            pooled_expected.append(e)
+            c, e = 0.0, 0.0
+    pooled_counts[-1] += c
+    pooled_expected[-1] += e
+    if len(pooled_counts) == 1:
+        return float(np.isclose(pooled_counts[0], pooled_expected[0]))
+    pooled_expected = np.array(pooled_expected) * sum(pooled_counts) / sum(pooled_expected)
+    return stats.chisquare(pooled_counts, pooled_expected).pvalue
+
+
+@pytest.mark.parametrize("num_examples", [1, 7, 8, 9, 64, 1437])
+def test_chi_square_of_single_draws(num_examples):
+    v = lognormal(num_examples)
+    indices = np.asarray(draw_many(sampling.build_table(v), 1).indices).ravel()
+    counts = np.bincount(indices, minlength=num_examples)
+    assert chi_square_p(counts, NUM_KEYS * v.astype(float) / v.sum(dtype=float)) > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chi_square_of_adversarial_probabilities(case):
+    v = adversarial(case, 500)
+    indices = np.asarray(draw_many(sampling.build_table(v), 1).indices).ravel()
+    assert np.all(v[indices] > 0)
+    assert chi_square_p(np.bincount(indices, minlength=500), NUM_KEYS * v.astype(float) / v.sum(dtype=float)) > 1e-3
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_examples=st.integers(1, 300), batch_size=st.integers(1, 64), seed=st.integers(0, 10**6), sigma=st.floats(0, 8))
+def test_unbiased_summed_over_all_examples(num_examples, batch_size, seed, sigma):
+    """sum_n q_n * importance_weight_n * f_n = mean(f): exactly, whatever f, with the weights that `draw` gives."""
+    v = lognormal(num_examples, sigma, seed)
+    drawn = sampling.draw(jax.random.key(seed), sampling.build_table(v), batch_size)
+    indices, importance_weights = np.asarray(drawn.indices), np.asarray(drawn.importance_weights, np.float64)
+    q = v.astype(np.float64) / v.sum(dtype=np.float64)
+    assert indices.min() >= 0 and indices.max() < num_examples
+    # q_n * importance_weight_n = 1 / N for each n, which makes the sum above mean(f) for every f.
+    np.testing.assert_allclose(importance_weights * q[indices], 1 / num_examples, rtol=2e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+@pytest.mark.parametrize("case", ["lognormal", "all equal", "uniform table"])
+def test_unbiased_over_ten_thousand_draws(case, batch_size):
+    rng = np.random.default_rng(3)
+    values = rng.normal(1, 1, 101)
+    v = lognormal(101, 1.0) if case == "lognormal" else adversarial("all equal", 101)
+    table = sampling.uniform_table(101) if case == "uniform table" else sampling.build_table(v)
+    drawn = draw_many(table, batch_size)
+    estimates = np.mean(np.asarray(drawn.importance_weights) * values[np.asarray(drawn.indices)], axis=1)
+    assert abs(estimates.mean() - values.mean()) < 3 * estimates.std() / np.sqrt(NUM_KEYS)
+
+
+@pytest.mark.parametrize("kind", ["lognormal", "uniform table"])
+def test_every_place_of_a_minibatch_together_draws_in_proportion(kind):
+    # A batch is not independent, so the counts are compared with their own spread over keys.
+    v = lognormal(77, 1.0) if kind == "lognormal" else np.ones(77, np.float32)
+    table = sampling.build_table(v) if kind == "lognormal" else sampling.uniform_table(77)
+    indices = np.asarray(draw_many(table, 10).indices)
+    counts = np.stack([np.bincount(row, minlength=77) for row in indices])
+    expected = 10 * v.astype(float) / v.sum(dtype=float)
+    standard_error = np.sqrt(counts.var(0) + 1e-4) / np.sqrt(NUM_KEYS)
+    assert np.max(np.abs(counts.mean(0) - expected) / standard_error) < 4.5  # the largest of 77: p about 5e-4
+
+
+def test_systematic_draws_spread_better_than_independent_ones():
+    v, values = lognormal(400, 1.0), np.random.default_rng(0).normal(0, 1, 400)
+    drawn = draw_many(sampling.build_table(v), 40)
+    systematic = np.mean(np.asarray(drawn.importance_weights) * values[np.asarray(drawn.indices)], axis=1).var()
+    q = v / v.sum(dtype=float)
+    independent = (np.sum(q * (values / (400 * q)) ** 2) - values.mean() ** 2) / 40
+    assert systematic < independent
+
+
+def test_an_example_that_deserves_k_draws_gets_them():
+    """Systematic: one with a share of exactly 3 / 8 in a minibatch of 8 is drawn 3 times, every time."""
+    v = np.array([3, 1, 1, 1, 1, 1], np.float32)
+    indices = np.asarray(draw_many(sampling.build_table(v), 8).indices)
+    assert np.all(np.sum(indices == 0, axis=1) == 3)
+
+
+def test_uniform_table_gives_importance_weights_of_exactly_one():
+    drawn = draw_many(sampling.uniform_table(1437), 64, count=50)
+    assert np.all(np.asarray(drawn.importance_weights) == 1)
+    counts = np.bincount(np.asarray(drawn.indices).ravel(), minlength=1437)
+    assert len(counts) == 1437
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(3, 8), (1000, 7), (2**24 + 1, 128), (10**9, 256)])
+def test_uniform_draws_reach_every_part_at_any_size(num_examples, batch_size):
+    # float32 positions would miss most of 10^9 examples; int32 products would overflow.
+    indices = np.asarray(draw_many(sampling.uniform_table(num_examples), batch_size, count=2000).indices, np.int64)
+    assert indices.min() >= 0 and indices.max() < num_examples
+    part = np.arange(batch_size) * num_examples
+    assert np.all((indices + 1) * batch_size > part) and np.all(indices * batch_size < part + num_examples)
+    assert chi_square_p(np.bincount(indices.ravel() % 3, minlength=3), np.full(3, indices.size / 3)) > 1e-4
+
+
+def test_uniform_draws_are_uniform_when_parts_divide_an_example():
+    counts = np.bincount(np.asarray(draw_many(sampling.uniform_table(10), 4).indices).ravel(), minlength=10)
+    assert np.max(np.abs(counts / NUM_KEYS - 0.4)) < 4.5 * np.sqrt(0.4 / NUM_KEYS)
+
+
+def test_all_zero_is_uniform():
+    drawn = sampling.draw(jax.random.key(0), sampling.build_table(jnp.zeros(9)), 9)
+    np.testing.assert_allclose(drawn.importance_weights, 1)
+
+
+def test_ten_million_examples_in_float32():
+    """A running float32 sum over so many is wrong; here half are zero and must not be drawn, in blocks of equal share."""
+    v = np.tile(np.array([0.0, 1.0], np.float32), 5_000_000)
+    table = jax.jit(sampling.build_table)(v)
+    np.testing.assert_allclose(float(table.mean_v), 0.5, rtol=1e-6)
+    indices = np.asarray(draw_many(table, 64, count=500).indices).ravel()
+    assert np.all(indices % 2 == 1)
+    blocks = np.bincount(indices // 100_000, minlength=100)
+    assert chi_square_p(blocks, np.full(100, indices.size / 100)) > 1e-4
+
+
+def test_table_gives_back_the_v_it_draws_from():
+    v = lognormal(21)
+    table = sampling.build_table(v)
+    np.testing.assert_array_equal(table.v(), v)
+    np.testing.assert_array_equal(table.v(jnp.array([20, 3])), v[[20, 3]])
+    np.testing.assert_allclose(float(table.mean_v), v.mean(dtype=float), rtol=1e-6)
+
+
+def test_effective_sample_size_is_kish():
+    v = lognormal(50, 0.5)
+    q, importance_weights = v / v.sum(), v.mean() / v
+    expected = 16 * np.sum(q * importance_weights) ** 2 / np.sum(q * importance_weights**2)
+    np.testing.assert_allclose(sampling.effective_sample_size(sampling.build_table(v), 16), expected, rtol=1e-5)
+    assert sampling.effective_sample_size(sampling.uniform_table(50), 16) == 16
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_batch_size_must_be_positive(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be >= 1, got {batch_size}"):
+        sampling.draw(jax.random.key(0), sampling.uniform_table(3), batch_size)
+
+
+def test_same_key_same_draw():
+    table = sampling.build_table(lognormal(100))
+    a, b = (sampling.draw(jax.random.key(5), table, 20) for _ in range(2))
+    np.testing.assert_array_equal(a.indices, b.indices)

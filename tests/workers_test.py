@@ -1,0 +1,92 @@
+"""The pool against a Python loop: a wrong shard, order, wrap-around or alias turns these red."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.workers import WorkerPool
+from tests.gradnorm_test import loop, problem
+
+
+def make_pool(score_fn, examples, *, workers, chunk_size):
+    return WorkerPool(score_fn, examples, devices=jax.devices()[1 : workers + 1], chunk_size=chunk_size)
+
+
+def sweep(pool, params, num_examples):
+    """Runs one sweep and returns the score of every example, NaN where none was given, and how often it was."""
+    scores, times = np.full(num_examples, np.nan), np.zeros(num_examples, int)
+    for _ in range(pool.rounds_per_sweep):
+        round_ = pool.score_next(params, step=0)
+        indices, values = np.asarray(round_.indices).ravel(), np.asarray(round_.scores).ravel()
+        real = indices < num_examples
+        assert real.sum() == round_.num_examples
+        scores[indices[real]] = values[real]
+        times[indices[real]] += 1
+    return scores, times
+
+
+@pytest.mark.parametrize("num_examples", [12, 11, 10])
+def test_conv_scores_from_three_devices_equal_a_loop(num_examples):
+    # An MLP would hide it: a convolution over a sharded batch under jit is wrong on all shards but the first.
+    loss_fn, params, images, labels = problem("convnet", num_examples)
+    params = jax.device_put(params, jax.devices()[0])
+    pool = make_pool(per_example_grad_norms(loss_fn), (images, labels), workers=3, chunk_size=2)
+    scores, times = sweep(pool, params, num_examples)
+    np.testing.assert_allclose(scores, loop(loss_fn, params, images, labels), rtol=1e-5)
+    assert times.min() >= 1
+
+
+@pytest.mark.parametrize(("workers", "chunk_size", "num_examples"), [(1, 4, 10), (1, 10, 10), (2, 3, 13), (3, 5, 14), (3, 1, 3)])
+def test_every_example_is_scored_once_a_sweep_and_then_from_the_start(workers, chunk_size, num_examples):
+    values = np.arange(num_examples, dtype=np.float32)
+    pool = make_pool(lambda p, x: p * x, (values,), workers=workers, chunk_size=chunk_size)
+    for scale in (1.0, 2.0, 3.0):
+        scores, times = sweep(pool, jax.device_put(jnp.float32(scale), jax.devices()[0]), num_examples)
+        np.testing.assert_array_equal(scores, scale * values)
+        assert times.min() >= 1
+
+
+def test_workers_score_the_same_examples_as_one_with_a_larger_chunk():
+    values = np.arange(24, dtype=np.float32)
+    three = make_pool(lambda p, x: p * x, (values,), workers=3, chunk_size=2)
+    one = make_pool(lambda p, x: p * x, (values,), workers=1, chunk_size=6)
+    for _ in range(6):
+        a, b = three.score_next(jnp.float32(1), 0), one.score_next(jnp.float32(1), 0)
+        assert set(np.asarray(a.indices).ravel()) == set(np.asarray(b.indices).ravel())
+
+
+@pytest.mark.parametrize("devices", [slice(0, 1), slice(1, 4)])
+def test_parameters_may_be_donated_while_workers_still_score(devices):
+    # Without a copy the learner's donation deletes what the workers read.
+    images = np.ones((6, 3), np.float32)
+    pool = WorkerPool(lambda p, x: x @ p, (images,), devices=jax.devices()[devices], chunk_size=2)
+    params = jax.device_put(jnp.ones(3), jax.devices()[0])
+    step = jax.jit(lambda p: 2 * p, donate_argnums=0)
+    for expected in (3.0, 6.0, 12.0):
+        round_ = pool.score_next(params, step=0)
+        params = step(params)
+        np.testing.assert_array_equal(round_.scores, np.full(round_.scores.shape, expected))
+
+
+def test_a_shared_device_holds_the_examples_once():
+    device = jax.devices()[0]
+    images = jax.device_put(jnp.ones((64, 3)), device)
+    before = sum(x.nbytes for x in jax.live_arrays() if x.shape[-2:] == (64, 3))
+    buffers = {x.unsafe_buffer_pointer() for x in jax.live_arrays() if x.shape[-2:] == (64, 3)}
+    pool = WorkerPool(lambda p, x: x @ p, (images,), devices=[device], chunk_size=2)
+    pool.score_next(jax.device_put(jnp.ones(3), device), 0)
+    now = {x.addressable_shards[0].data.unsafe_buffer_pointer() for x in jax.live_arrays() if x.shape[-2:] == (64, 3)}
+    assert now == buffers and before == images.nbytes
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 5])
+def test_chunk_size_must_fit_a_shard(chunk_size):
+    with pytest.raises(ValueError, match=rf"chunk_size must be between 1 and 4 \(10 examples over 3 workers\), got {chunk_size}"):
+        make_pool(lambda p, x: x, (np.ones(10),), workers=3, chunk_size=chunk_size)
+
+
+def test_more_workers_than_examples():
+    with pytest.raises(ValueError, match="need an example for each worker, got 2 for 3"):
+        make_pool(lambda p, x: x, (np.ones(2),), workers=3, chunk_size=1)
