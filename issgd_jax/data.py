@@ -120,7 +120,7 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     try:
         source = builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
-        raise InputError(f"split {split!r} of {name} cannot be read ({error}): it has {list(builder.info.splits)}") from error
+        raise InputError(f"split {split!r} of {name} cannot be read ({error}): it has {sorted(builder.info.splits)}") from error
     cached = _cache_file(builder, split)
     arrays = _read_cache(cached)
     if arrays is None:
@@ -183,7 +183,7 @@ def _cache_file(builder, split: str) -> pathlib.Path:
 
 def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent or cut off: decoded again

@@ -1,8 +1,11 @@
 """Errors that tell a person what to change; `main` prints them without a traceback."""
 
 
-class InputError(ValueError):
-    """A value given by the user cannot work: names the value, the limit and the remedy."""
+class InputError(Exception):
+    """A value given by the user cannot work: names the value, the limit and the remedy.
+
+    No ValueError, which the parser of config files would wrap into a traceback.
+    """
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -33,7 +33,10 @@ def parse_flags(argv):
             _check_file(pathlib.Path(match[1]))
         elif match := re.match(r"--?config\.([^=]+)", argument):
             config_lib.check_field(match[1])
-    return app.parse_flags_with_usage(argv)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(error) from error
 
 
 def _check_file(path: pathlib.Path) -> None:

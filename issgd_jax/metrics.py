@@ -45,7 +45,7 @@ def write_config(workdir: pathlib.Path, config: dict, device_kinds: dict[str, li
     record = {
         "config": config,
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "devices": device_kinds,
         "git_commit": _git_commit(),
     }
@@ -122,6 +122,11 @@ class Progress:
 
     def __exit__(self, *exception):
         self._bar.close()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result; None for one that is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -2,16 +2,13 @@
 
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
-def summary_figure(runs: dict[str, list[dict]], *, title: str) -> plt.Figure:
+def summary_figure(runs: dict[str, list[dict]], *, title: str) -> Figure:
     """What the method does, in three panels over the learner's steps: loss, error, and the noise of the gradient.
 
     runs: {label: rows of metrics}, the run with importance sampling first; its variances are shown.
@@ -20,7 +17,8 @@ def summary_figure(runs: dict[str, list[dict]], *, title: str) -> plt.Figure:
     """
     if not runs or not all(runs.values()):
         raise ValueError(f"every run needs at least one row of metrics, got {{label: rows}} {_lengths(runs)}")
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     figure.suptitle(title)
     for colour, (label, rows) in zip(_COLOURS, runs.items()):
         _plot(axes[0], rows, "train/loss", color=colour, label=label)
@@ -30,10 +28,10 @@ def summary_figure(runs: dict[str, list[dict]], *, title: str) -> plt.Figure:
     axes[1].set(title="Error", ylabel="fraction misclassified", ylim=(0, _error_limit(runs)))
 
     label, rows = next(iter(runs.items()))
-    curves = (("uniform", "uniform draws", ":"), ("actual", "the draws made", "-"), ("ideal", "least possible", "--"))
+    curves = (("uniform", "of uniform draws", ":"), ("actual", "of the draws made", "-"), ("ideal", "the least possible", "--"))
     for (name, meaning, style), colour in zip(curves, ("#555555", _COLOURS[0], "#009E73")):
         _plot(axes[2], rows, f"variance/{name}", color=colour, linestyle=style, label=f"{name}: {meaning}")
-    axes[2].set(title=f"Noise of one example's gradient along the run\n“{label}”", yscale="log", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$")
+    axes[2].set(title=f"Noise of the gradient, {label}", yscale="log", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example")
     for axis in axes:
         axis.set_xlabel("learner steps")
         axis.grid(alpha=0.25)
@@ -42,10 +40,9 @@ def summary_figure(runs: dict[str, list[dict]], *, title: str) -> plt.Figure:
     return figure
 
 
-def save(figure: plt.Figure, path: str | pathlib.Path) -> None:
-    """Writes the figure as PNG and frees it."""
+def save(figure: Figure, path: str | pathlib.Path) -> None:
+    """Writes the figure as PNG."""
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _plot(axis, rows, name, **style):

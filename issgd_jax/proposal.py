@@ -76,8 +76,8 @@ class Proportional:
 class Calibration(NamedTuple):
     """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
 
-    squares: f32[24, 12], sums of the new norm squared.
-    counts: f32[24, 12], how many.
+    squares: f32[40, 12], sums of the new norm squared.
+    counts: f32[40, 12], how many.
     scale: f32[], the mean of the first scores seen: the unit of the score bins; 0 before.
     """
 
@@ -86,9 +86,9 @@ class Calibration(NamedTuple):
     scale: jax.Array
 
 
-# Octaves of score, from 2^-20 to 2^4 of the first mean; octaves of staleness, from 1 to 2^11 steps and more.
-SCORE_BINS, STALENESS_BINS = 24, 12
-OCTAVES_BELOW_SCALE = 20
+# Octaves of score, from 2^-28 to 2^12 of the first mean; octaves of staleness, from 1 to 2^11 steps and more.
+SCORE_BINS, STALENESS_BINS = 40, 12
+OCTAVES_BELOW_SCALE = 28
 # Pseudo-counts: how many re-scorings a cell (or a row) needs to outweigh its row (or the belief in its score).
 SHRINKAGE = 16.0
 
@@ -167,6 +167,7 @@ def _root_mean_square(state: Calibration, score: jax.Array, staleness: jax.Array
 
 
 def _shrunk(total, count, prior):
+    """total / count, drawn towards prior; arithmetically, so that a doubtful cell is drawn from rather too often than too rarely."""
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
 
@@ -187,5 +188,3 @@ def _complete(v: jax.Array, scored: jax.Array) -> jax.Array:
     num_scored = jnp.sum(scored)
     mean = jnp.where(num_scored > 0, jnp.sum(jnp.where(scored, v, 0)) / jnp.maximum(num_scored, 1), 1)
     return jnp.where(scored, jnp.maximum(v, MIN_RELATIVE_V * mean), mean)
-
-

@@ -188,8 +188,9 @@ def _make_measure(config, outcome_fn, loss_fn, train_examples, test_data, device
             "test/loss": test_loss,
             "test/error": test_error,
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
-            **{f"scores/{name}": value for name, value in describe_scores(sampler, step).items()},
         }
+        if config.proposal.name != "uniform":
+            measured |= {f"scores/{name}": value for name, value in describe_scores(sampler, step).items()}
         return {name: value.item() for name, value in jax.device_get(measured).items()}
 
     return measure

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 class Variance(NamedTuple):
     """Square roots of Tr Sigma, in units of the gradient, f32[] each.
 
@@ -23,9 +22,7 @@ class Variance(NamedTuple):
     gain: jax.Array
 
 
-def measure(
-    norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int
-) -> Variance:
+def measure(norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int) -> Variance:
     """Corollary 1 for uniform, actual and ideal proposals, from M of the N examples, drawn without preference.
 
     Args:

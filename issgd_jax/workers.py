@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from issgd_jax.schedule import Round
 
@@ -58,9 +58,7 @@ class WorkerPool:
             self._shards, axis = jax.device_put(examples, self._replicated), None
         else:
             self._shards, axis = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples), 0
-        self._score = jax.pmap(
-            self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices
-        )
+        self._score = jax.pmap(self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices)
 
     @property
     def rounds_per_sweep(self) -> int:

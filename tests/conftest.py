@@ -1,6 +1,14 @@
-"""Four simulated CPU devices in every test process."""
+"""Four simulated CPU devices in every test process; programs compiled once are shared between tests and processes."""
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+    shared = tmp_path_factory.getbasetemp().parent / "compiled"  # under xdist, the parent is common to all processes
+    jax.config.update("jax_compilation_cache_dir", str(shared))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

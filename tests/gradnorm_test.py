@@ -1,12 +1,12 @@
 """Each fast norm against a Python loop of `jax.grad`; a dropped leaf, example or square root turns these red."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from issgd_jax import losses, models
 from issgd_jax.gradnorm import per_example_grad_norms
@@ -95,7 +95,13 @@ def test_a_dictionary_batch_and_any_pytree_of_parameters():
         (ValueError, r"at least one example.*\(0, 3\)", lambda p, x: p @ x, jnp.ones(3), (jnp.ones((0, 3)),)),
         (ValueError, "at least one example", lambda p, x: p @ p, jnp.ones(3), (jnp.float32(1),)),
         (ValueError, "at least one example", lambda p: p @ p, jnp.ones(3), ()),
-        (TypeError, r"params\['w'\] has dtype int32", lambda p, x: p["w"] @ x, {"w": jnp.ones(3, jnp.int32)}, (jnp.ones((2, 3)),)),
+        (
+            TypeError,
+            r"params\['w'\] has dtype int32",
+            lambda p, x: p["w"] @ x,
+            {"w": jnp.ones(3, jnp.int32)},
+            (jnp.ones((2, 3)),),
+        ),
     ],
 )
 def test_bad_input_is_named(error, message, loss_fn, params, batch):

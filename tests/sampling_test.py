@@ -1,11 +1,11 @@
 """Biased draws, importance weights of another v than was drawn from, or a drawn zero turn these red."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from issgd_jax import sampling

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 MICROBATCH_BYTES = 64 * 2**20
 
 
-def per_example_grad_norms(
-    loss_fn: Callable[..., jax.Array], *, microbatch_size: int | None = None
-) -> Callable[..., jax.Array]:
+def per_example_grad_norms(loss_fn: Callable[..., jax.Array], *, microbatch_size: int | None = None) -> Callable[..., jax.Array]:
     """Returns `(params, *batch) -> f32[B]`, the Euclidean norm of each example's own gradient.
 
     Args:

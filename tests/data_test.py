@@ -1,0 +1,157 @@
+"""Real data, read right: a wrong image, label, split or a stale cache turns these red."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from issgd_jax import InputError, data
+
+SVHN = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
+TFDS_DIR = os.environ.get("TFDS_DATA_DIR", SVHN)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def need_svhn():
+    if not (SVHN / "svhn_cropped").is_dir():
+        pytest.skip(f"svhn_cropped is not at {SVHN}")
+
+
+def test_digits_are_scikit_learns_and_every_one_is_in_one_split():
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    assert train.images.shape == (1437, 8, 8, 1) and test.images.shape == (360, 8, 8, 1)
+    assert train.images.dtype == np.uint8 and train.labels.dtype == np.int32
+    both = np.concatenate([train.images, test.images])[..., 0].astype(float)
+    original = load_digits().images
+    assert sorted(map(bytes, both.reshape(-1, 64))) == sorted(map(bytes, original.reshape(-1, 64)))
+    found = {bytes(image): label for image, label in zip(original, load_digits().target, strict=True)}
+    assert all(found[bytes(image.astype(float)[..., 0])] == label for image, label in zip(*vars_of(train), strict=True))
+
+
+def vars_of(dataset):
+    return dataset.images, dataset.labels
+
+
+@pytest.mark.parametrize(
+    ("split", "size"),
+    [("train+test", 1797), ("train[:50%]", 718), ("train[10:20]+test[-5:]", 15), ("test[25%:]", 270), ("train[:1%] + test", 374)],
+)
+def test_parts_of_splits(split, size):
+    assert len(data.load("digits", split)) == size
+
+
+def test_parts_do_not_overlap():
+    halves = [data.load("digits", split).images for split in ("train[:700]", "train[700:]")]
+    np.testing.assert_array_equal(np.concatenate(halves), data.load("digits", "train").images)
+
+
+@pytest.mark.parametrize("split", ["", "training", "train[", "train[:x]", "train[:5%", "train++test"])
+def test_a_split_that_is_not_there(split):
+    with pytest.raises(InputError, match="unknown split .* of digits: use train, test"):
+        data.load("digits", split)
+
+
+def test_an_empty_part():
+    with pytest.raises(InputError, match="at least one"):
+        data.load("digits", "train[5:5]")
+
+
+def test_standardization_is_that_of_the_split_and_leaves_constant_pixels_finite():
+    images = data.load("digits", "train").images
+    mean, std = data.standardization(images)
+    standardized = (images - mean) / std
+    np.testing.assert_allclose(standardized.mean(0), 0, atol=1e-5)
+    varying = images.std(0) > 1
+    np.testing.assert_allclose(standardized.std(0)[varying], 1, rtol=1e-5)
+    assert np.all(standardized[:, images.std(0) == 0] == 0) and np.abs(standardized).max() <= 16
+
+
+def test_standardization_in_chunks_equals_that_of_the_whole():
+    images = np.random.default_rng(0).integers(0, 256, (10_000, 2, 3, 1), np.uint8)
+    mean, std = data.standardization(images)
+    np.testing.assert_allclose(mean, images.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(std, images.std(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((3, 2, 2, 1), np.float32), np.zeros(3, np.int32), "images must be uint8"),
+        (np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int32), "images must be uint8"),
+        (np.zeros((3, 2, 2, 1), np.uint8), np.zeros(2, np.int32), "one label an image"),
+        (np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, -1], np.int32), r"labels must lie in \[0, 2\), got -1 to 1"),
+    ],
+)
+def test_data_that_is_no_image_classification(images, labels, message):
+    with pytest.raises(InputError, match=message):
+        data.Dataset(images, labels, num_classes=2)
+
+
+def test_svhn_is_read_without_tensorflow_and_the_cache_gives_the_same():
+    need_svhn()
+    first = data.load("svhn_cropped", "train[:700]", str(SVHN))
+    assert first.images.shape == (700, 32, 32, 3) and first.num_classes == 10
+    assert set(first.labels) == set(range(10)) and 50 < first.images.mean() < 200
+    again = data.load("svhn_cropped", "train[:700]", str(SVHN))
+    np.testing.assert_array_equal(again.images, first.images)
+    np.testing.assert_array_equal(again.labels, first.labels)
+    both = data.load("svhn_cropped", "train[:350]+train[350:700]", str(SVHN))
+    np.testing.assert_array_equal(both.labels, first.labels)
+    assert "tensorflow" not in sys.modules
+
+
+def test_a_cut_off_or_foreign_cache_is_made_anew(tmp_path):
+    need_svhn()
+    first = data.load("svhn_cropped", "test[:50]", str(SVHN))
+    (file,) = (tmp_path / "cache" / "issgd_jax").iterdir()
+    for content in (file.read_bytes()[:5000], b"", b"not a zip file at all"):
+        file.write_bytes(content)
+        np.testing.assert_array_equal(data.load("svhn_cropped", "test[:50]", str(SVHN)).images, first.images)
+
+
+def test_a_split_that_svhn_does_not_have():
+    need_svhn()
+    with pytest.raises(InputError, match=r"split 'extra' of svhn_cropped cannot be read.*it has \['test', 'train'\]"):
+        data.load("svhn_cropped", "extra", str(SVHN))
+
+
+def test_an_unknown_data_set_gives_the_nearest():
+    with pytest.raises(InputError, match=r"unknown data set 'fashion_mnst': did you mean fashion_mnist"):
+        data.load("fashion_mnst", "train")
+
+
+def test_data_that_is_not_there_says_how_to_get_it(tmp_path):
+    with pytest.raises(InputError) as error:
+        data.load("cifar10", "train", str(tmp_path / "nothing"))
+    message = str(error.value)
+    assert "is not at" in message and "issgd-jax[download]" in message and "--config.data.dir" in message
+    command = message.split('python -c "')[1].split('"\n', maxsplit=1)[0]
+    compile(command, "command", "exec")  # what is printed can be pasted
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_data_that_is_not_images_with_labels(tmp_path):
+    """A real TFDS data set with two images a record, written here."""
+    code = f"""
+import numpy as np, tensorflow_datasets as tfds
+class TwoImages(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = None
+    def _info(self):
+        pixels = tfds.features.Tensor(shape=(2,), dtype=np.uint8)
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({{"a": pixels}}))
+    def _split_generators(self, dl): return {{"train": [(0, {{"a": np.zeros(2, np.uint8)}})]}}
+    def _generate_examples(self): pass
+TwoImages(data_dir={str(tmp_path)!r}, file_format="array_record").download_and_prepare()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    with pytest.raises(InputError, match=r"has features \['a'\]: an image classification data set has one image, one label"):
+        data.load("two_images", "train", str(tmp_path))

@@ -1,0 +1,125 @@
+"""The path from score to update is unbiased and bounded in memory; a weight of the wrong v or a lost 1/N turns these red."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from issgd_jax import learner, sampling
+from issgd_jax.proposal import Calibrated, Proportional, Uniform
+
+NUM_EXAMPLES, BATCH_SIZE = 23, 4
+
+
+def quadratic_loss(params, x, y):
+    return 0.5 * (params["w"] @ x + params["b"] - y) ** 2
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    examples = rng.normal(0, 1, (NUM_EXAMPLES, 3)).astype(np.float32), rng.normal(0, 3, NUM_EXAMPLES).astype(np.float32)
+    return {"w": jnp.array([0.3, -0.2, 0.5]), "b": jnp.float32(0.1)}, jax.tree.map(jnp.asarray, examples)
+
+
+def full_gradient(params, examples):
+    return jax.grad(lambda p: jnp.mean(jax.vmap(quadratic_loss, (None, 0, 0))(p, *examples)))(params)
+
+
+def tables():
+    """Every way to a table: each proposal, on scores that are partly missing, stale and of wildly different size."""
+    store = learner.init_sampler(Uniform(), NUM_EXAMPLES).store
+    scores = np.random.default_rng(5).lognormal(0, 2, 15).astype(np.float32)
+    store, _ = store.write(jnp.arange(15), scores, jnp.int32(3))
+    for proposal in (Uniform(), Proportional(0.1), Proportional(0.0), Calibrated(), Calibrated(0.0)):
+        yield repr(proposal), proposal.table(proposal.init(), store, jnp.int32(9))
+
+
+def one_step_gradients(table, params, examples, batch_size, count):
+    """The gradients that `train_step` applied, over many keys (the step number makes the key)."""
+    optimizer = optax.sgd(1.0)
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=batch_size, seed=1)
+    states = jax.vmap(lambda i: learner.init_train_state(params, optimizer)._replace(step=i))(jnp.arange(count))
+    new, metrics = jax.vmap(step, in_axes=(0, None, None))(states, table, examples)
+    return jax.tree.map(lambda old, after: old - after, params, new.params), metrics.loss
+
+
+@pytest.mark.parametrize(("name", "table"), list(tables()), ids=lambda x: x if isinstance(x, str) else "")
+def test_the_update_is_unbiased_over_ten_thousand_steps(name, table):
+    params, examples = problem()
+    gradients, losses = one_step_gradients(table, params, examples, BATCH_SIZE, 10_000)
+    expected = full_gradient(params, examples)
+    for estimate, truth in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        estimate = np.asarray(estimate, np.float64)
+        error = np.abs(estimate.mean(0) - truth) / (estimate.std(0) / 100)
+        assert np.max(error) < 3, name
+    loss = np.mean(jax.vmap(quadratic_loss, (None, 0, 0))(params, *examples))
+    assert abs(np.mean(losses) - loss) < 3 * np.std(losses) / 100
+
+
+@pytest.mark.parametrize(("name", "table"), list(tables()), ids=lambda x: x if isinstance(x, str) else "")
+def test_the_update_is_unbiased_summed_exactly_over_all_examples(name, table):
+    """sum_n q_n * (gradient applied when n is drawn) = full gradient, for minibatches of one."""
+    params, examples = problem()
+    per_example = jax.vmap(jax.grad(quadratic_loss), (None, 0, 0))(params, *examples)
+    gradients, _ = one_step_gradients(table, params, examples, 1, 4000)
+    q = np.asarray(table.v(), np.float64) / np.sum(np.asarray(table.v(), np.float64))
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(4000)]
+    drawn = np.asarray(jax.vmap(lambda key: sampling.draw(key, table, 1).indices[0])(jnp.stack(keys)))
+    total = jax.tree.map(lambda g: np.zeros(g.shape[1:]), per_example)
+    missing = 0.0
+    for n in range(NUM_EXAMPLES):
+        rows = np.flatnonzero(drawn == n)
+        if len(rows):
+            applied = jax.tree.map(lambda g, r=rows[0]: np.asarray(g[r], np.float64), gradients)
+        else:  # too rare to be met in 4,000 draws; by definition (1 / N) g_n / q_n
+            missing += q[n]
+            applied = jax.tree.map(lambda g, i=n: np.asarray(g[i], np.float64) / (NUM_EXAMPLES * q[i]), per_example)
+        total = jax.tree.map(lambda t, a, i=n: t + q[i] * a, total, applied)
+    assert missing < 0.01, "nearly all of the probability was checked against what train_step really applied"
+    for value, truth in zip(jax.tree.leaves(total), jax.tree.leaves(full_gradient(params, examples)), strict=True):
+        np.testing.assert_allclose(value, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_uniform_is_plain_sgd():
+    params, examples = problem()
+    table = sampling.uniform_table(NUM_EXAMPLES)
+    optimizer = optax.sgd(0.1)
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=3)
+    state, metrics = step(learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer), table, examples)
+    indices = sampling.draw(jax.random.fold_in(jax.random.key(3), 0), table, BATCH_SIZE).indices
+    batch = jax.tree.map(lambda x: x[indices], examples)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, full_gradient(params, batch))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), state.params, expected)
+    assert state.step == 1 and np.isfinite(metrics.loss)
+
+
+def test_the_state_is_donated():
+    params, examples = problem()
+    optimizer = optax.sgd(0.1)
+    state = learner.init_train_state(params, optimizer)
+    learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0)(
+        state, sampling.uniform_table(NUM_EXAMPLES), examples
+    )
+    assert params["w"].is_deleted()
+
+
+def test_a_round_enters_whatever_its_shape_and_is_drawn_from():
+    proposal = Proportional(0.0)
+    sampler = learner.init_sampler(proposal, 6)
+    indices, scores = jnp.array([[0, 2, 4], [1, 3, 6]]), jnp.array([[1.0, 2.0, jnp.nan], [5.0, 0.5, 9.0]])
+    sampler = learner.take_in(proposal, sampler, indices, scores, scored_at=jnp.int32(2), step=jnp.int32(5))
+    np.testing.assert_array_equal(sampler.store.score, [1, 5, 2, 0.5, 0, 0])
+    np.testing.assert_array_equal(sampler.store.staleness(jnp.int32(5))[:4], 3)
+    np.testing.assert_allclose(sampler.table.v(), [1, 5, 2, 0.5, 8.5 / 4, 8.5 / 4])
+    assert sampler.rejected == 1
+
+
+@pytest.mark.parametrize("proposal", [Proportional(1.0), Calibrated()], ids=repr)
+def test_the_sampler_takes_at_most_sixteen_bytes_an_example(proposal):
+    num_examples = 573_000
+    sampler = learner.init_sampler(proposal, num_examples)
+    indices, scores = jnp.arange(2048), jnp.ones(2048)
+    sampler = learner.take_in(proposal, sampler, indices, scores, scored_at=jnp.int32(0), step=jnp.int32(1))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
+    assert held <= 16 * num_examples

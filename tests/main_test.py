@@ -1,0 +1,136 @@
+"""The program as a person runs it: real processes, real exit codes, one readable line for each mistake."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from issgd_jax import config as config_lib
+from tests.data_test import SVHN
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
+
+
+def run(*arguments, module="issgd_jax.main"):
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def config(name, options=""):
+    return f"--config=experiments/configs/{name}.py{options}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs_under_smoke(path, tmp_path):
+    name, arguments = path.stem, []
+    if name.startswith("svhn"):
+        if not SVHN.is_dir():
+            pytest.skip(f"svhn_cropped is not at {SVHN}")
+        arguments = [f"--config.data.dir={SVHN}"]
+    done = run(config(name, ":smoke"), f"--workdir={tmp_path / 'run'}", *arguments)
+    if "is not at" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[0])
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 40 and rows[-1]["scores/scored_fraction"] == 1
+
+
+def load(path, options=""):
+    scope = {}
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    return scope["get_config"](options)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_the_same_fields_and_is_valid(path):
+    for options in ("", "smoke"):
+        built = load(path, options)
+        assert config_lib.fields(built) == config_lib.fields(config_lib.default())
+        config_lib.validate(built)
+
+
+def test_the_paper_configs_have_the_papers_values():
+    first, second = (load(ROOT / "experiments" / "configs" / f"svhn_paper_set{i}.py") for i in (1, 2))
+    for paper in (first, second):
+        assert paper.model.mlp.hidden_sizes == (2048,) * 4 and paper.model.mlp.init_stddev == 0.01
+        assert (paper.learner.batch_size, paper.workers.chunk_size, paper.devices.workers) == (128, 2048, 3)
+        assert paper.learner.optimizer == "sgd" and paper.learner.momentum == 0.95 and paper.learner.nesterov
+        assert paper.proposal.name == "proportional"
+    assert (first.learner.learning_rate, first.proposal.smoothing) == (0.01, 10)
+    assert (second.learner.learning_rate, second.proposal.smoothing) == (0.001, 1)
+
+
+def test_flags_override_any_field_and_the_bar_shows_loss_rate_and_gain(tmp_path):
+    done = run(
+        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.steps=7", "--config.model.mlp.hidden_sizes=(16,)",
+        "--config.devices.workers=2", "--config.learner.learning_rate=0.02",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["steps"] == 7 and record["config"]["model"]["mlp"]["hidden_sizes"] == [16]
+    assert len(record["devices"]["workers"]) == 2
+    assert "7/7" in done.stderr and "step/s" in done.stderr and "loss=" in done.stderr and "gain=" in done.stderr
+    assert "backend" not in done.stderr  # no chatter of the libraries
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.learner.learning_rat=1"], "config has no field 'learner.learning_rat': did you mean learner.learning_rate?"),
+        (["--config.data.nam=x"], "did you mean data.name?"),
+        (["--config.data.name=digts"], "unknown data set 'digts': did you mean digits"),
+        (["--config.learner.batch_size=many"], "learner.batch_size=many"),
+        (["--config.proposal.smoothing=-1"], "proposal.smoothing must be >= 0 and finite, got -1.0"),
+        (["--config.devices.workers=12"], "devices.workers must be between 1 and 3"),
+        (["--config.learner.learning_rate=1e30", "--config.proposal.name=uniform"], "minibatch loss is"),
+        (["extra"], "unknown arguments"),
+    ],
+)
+def test_a_mistake_is_one_readable_error_and_no_traceback(arguments, message, tmp_path):
+    done = run(config("digits", ":smoke"), f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert "loss is" in message or not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([config("digitz"), "--workdir=x"], "does not exist: did you mean experiments/configs/digits.py?"),
+        ([config("digits")], "workdir"),
+        (["--workdir=x"], "config"),
+        ([config("digits", ":smok"), "--workdir=x"], "unknown config option 'smok': the only one is smoke"),
+        ([config("digits", ":smoke"), "--workdir=/proc/x/run"], "cannot be written"),
+    ],
+)
+def test_flags_that_are_missing_or_wrong(arguments, message):
+    done = run(*arguments)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_both_arms_side_by_side(tmp_path):
+    done = run(config("digits", ":smoke"), f"--workdir={tmp_path}", module="experiments.compare")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "training loss",
+        "training error",
+        "test error",
+        "√Tr Σ uniform",
+        "√Tr Σ actual",
+        "√Tr Σ ideal",
+        "variance gain",
+    ):
+        assert line in done.stdout
+    assert str(tmp_path / "summary.png") in done.stdout
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    first = [json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("importance", "uniform")]
+    assert first[0]["train/loss"] == first[1]["train/loss"]  # the same seed gives the same initial parameters
+
+
+def test_nothing_to_compare(tmp_path):
+    done = run(
+        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.proposal.name=uniform", module="experiments.compare"
+    )
+    assert done.returncode != 0 and "nothing to compare" in done.stderr and "Traceback" not in done.stderr

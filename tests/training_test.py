@@ -1,0 +1,251 @@
+"""Whole runs on real digits: schedules, reproducibility, devices, bad numbers and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import issgd_jax
+from experiments.configs import digits
+from issgd_jax import InputError, NonFiniteLossError, ScoreStore, metrics, training
+
+REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples"}
+REQUIRED |= {f"{split}/{kind}" for split in ("train", "test") for kind in ("loss", "error")}
+REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain")}
+SCORES = {f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")}
+
+
+def smoke(**overrides) -> ConfigDict:
+    config = digits.get_config("smoke")
+    config.log.progress = False
+    config.log.tensorboard = False
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in history]
+
+
+def scores(workdir):
+    store = ScoreStore.load(workdir / "scores.npz")
+    return np.asarray(store.score), np.asarray(store.scored_at)
+
+
+@pytest.mark.parametrize("schedule", ["exact", "relaxed", "free_running"])
+@pytest.mark.parametrize("proposal", ["proportional", "calibrated"])
+def test_every_schedule_with_every_proposal(schedule, proposal, tmp_path):
+    config = smoke(schedule__name=schedule, proposal__name=proposal, steps=12, eval_every=6)
+    history = issgd_jax.train(config, tmp_path)
+    assert [row["step"] for row in history] == [0, 6, 12]
+    assert all(row.keys() == REQUIRED | SCORES for row in history)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    assert history[-1]["learner_examples"] == 12 * 32
+    if schedule == "exact":
+        assert history[-1]["worker_examples"] == 12 * 1200
+        assert history[-1]["scores/scored_fraction"] == 1
+        assert history[-1]["scores/staleness_max"] == 1  # measured after the step that the scores were made for
+    if schedule == "relaxed":  # rounds of 300 at steps 0, 4, 8; each enters 4 steps later
+        assert history[-1]["worker_examples"] == 2 * 300
+        assert history[-1]["scores/staleness_max"] == 12
+
+
+def test_exact_scores_are_the_gradient_norms_of_that_step(tmp_path):
+    """With one step of the exact schedule and no uniform share, the draw was from the ideal proposal."""
+    config = smoke(schedule__name="exact", steps=1, eval_every=1, proposal__uniform_fraction=0.0, learner__learning_rate=1e-12)
+    config.monitor.examples = 1200
+    last = issgd_jax.train(config, tmp_path)[-1]
+    np.testing.assert_allclose(last["variance/actual"], last["variance/ideal"], rtol=1e-3)
+    assert last["variance/ideal"] < last["variance/uniform"]
+
+
+def test_uniform_has_no_workers_and_no_scores(tmp_path):
+    history = issgd_jax.train(smoke(proposal__name="uniform"), tmp_path)
+    assert all(row.keys() == REQUIRED for row in history)
+    assert all(row["worker_examples"] == 0 and row["variance/gain"] == 1 for row in history)
+    assert all(row["variance/actual"] == row["variance/uniform"] for row in history)
+    assert not (tmp_path / "scores.npz").exists()
+
+
+def test_importance_sampling_lowers_the_variance(tmp_path):
+    history = issgd_jax.train(smoke(steps=120, eval_every=20), tmp_path)
+    assert all(row["variance/ideal"] <= row["variance/actual"] * 1.05 for row in history)
+    assert history[-1]["variance/gain"] > 1.2
+
+
+@pytest.mark.parametrize("proposal", ["proportional", "calibrated", "uniform"])
+def test_same_seed_and_delay_are_bit_equal(proposal, tmp_path):
+    config = smoke(proposal__name=proposal)
+    a, b = (without_time(issgd_jax.train(config, tmp_path / name)) for name in "ab")
+    assert a == b
+    if proposal != "uniform":
+        for x, y in zip(scores(tmp_path / "a"), scores(tmp_path / "b"), strict=True):
+            np.testing.assert_array_equal(x, y)
+    other = without_time(issgd_jax.train(smoke(proposal__name=proposal, seed=1), tmp_path / "c"))
+    assert other != a
+
+
+def test_four_devices_and_one_agree_to_rounding(tmp_path):
+    four = issgd_jax.train(smoke(), tmp_path / "four")
+    one = smoke(devices__workers=1, devices__host_platform_count=1, workers__chunk_size=300)
+    one = issgd_jax.train(one, tmp_path / "one")
+    for a, b in zip(without_time(four), without_time(one), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(scores(tmp_path / "four")[0], scores(tmp_path / "one")[0], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["convnet", "gru", "transformer"])
+def test_every_model_trains(model, tmp_path):
+    config = smoke(model__name=model, steps=8, eval_every=8, learner__optimizer="adam", learner__learning_rate=0.003)
+    config.workers.chunk_size = 50
+    history = issgd_jax.train(config, tmp_path)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "lion"])
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine", "linear"])
+def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
+    config = smoke(steps=3, eval_every=3, proposal__name="uniform")
+    config.learner.optimizer, config.learner.lr_schedule, config.learner.learning_rate = optimizer, lr_schedule, 0.001
+    assert np.isfinite(issgd_jax.train(config, tmp_path)[-1]["train/loss"])
+
+
+def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
+    real = training.per_example_grad_norms
+    calls = []
+
+    def sometimes_bad(loss_fn):
+        norms_fn = real(loss_fn)
+        calls.append(loss_fn)
+        if len(calls) > 1:  # the monitor's own
+            return norms_fn
+        bad = jnp.array([jnp.nan, jnp.inf, 1.0, 1.0])
+        return lambda params, *batch: norms_fn(params, *batch) * bad[jnp.arange(batch[1].shape[0]) % 4]
+
+    monkeypatch.setattr(training, "per_example_grad_norms", sometimes_bad)
+    history = issgd_jax.train(smoke(), tmp_path)
+    assert len(calls) == 2
+    score, scored_at = scores(tmp_path)
+    assert np.all(np.isfinite(score)) and history[-1]["scores/rejected"] == 9 * 150
+    assert 0 < np.mean(scored_at >= 0) < 1
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_metrics(tmp_path):
+    config = smoke(learner__learning_rate=1e30, proposal__name="uniform", steps=30, eval_every=30)
+    with pytest.raises(
+        NonFiniteLossError, match=r"minibatch loss is (nan|inf) at step \d+; last good metrics: step 0, .*train/loss"
+    ):
+        issgd_jax.train(config, tmp_path)
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0] and np.isfinite(rows[0]["train/loss"])
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    history = issgd_jax.train(smoke(log__tensorboard=True), tmp_path)
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == history
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["learner"]["batch_size"] == 32
+    assert record["versions"]["jax"] == jax.__version__ and record["versions"]["issgd-jax"]
+    assert record["devices"] == {"learner": ["cpu"], "workers": ["cpu"] * 3}
+    assert record["git_commit"] is None or len(record["git_commit"].removesuffix("-dirty")) == 40
+    events = list(tmp_path.glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    steps, values = zip(*read_events(events[0])["train/loss"], strict=True)
+    assert steps == tuple(row["step"] for row in history)
+    assert values == pytest.approx([row["train/loss"] for row in history])
+
+
+def read_events(path):
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    values = {}
+    for raw in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(raw)
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return values
+
+
+def test_a_run_is_replaced_only_when_asked(tmp_path):
+    issgd_jax.train(smoke(steps=2), tmp_path)
+    first = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="holds a run already.*--overwrite"):
+        issgd_jax.train(smoke(steps=2), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == first
+    issgd_jax.train(smoke(steps=2, proposal__name="uniform"), tmp_path, overwrite=True)
+    assert not (tmp_path / "scores.npz").exists()  # nothing of the earlier run is left
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__name": "digts"}, "unknown data set 'digts': did you mean digits"),
+        ({"data__train_split": "trian"}, "unknown split 'trian' of digits"),
+        ({"model__name": "mpl"}, r"model.name must be one of convnet, gru, mlp, transformer, got 'mpl' .*--config.model.name"),
+        ({"proposal__name": "calibrate"}, "proposal.name must be one of uniform, proportional, calibrated, got 'calibrate'"),
+        ({"schedule__name": "free"}, "schedule.name must be one of exact, relaxed, free_running"),
+        ({"learner__optimizer": "sdg"}, "no optimiser 'sdg'; did you mean sgd"),
+        ({"learner__optimizer": "lbfgs"}, "lbfgs"),
+        ({"learner__optimizer": "adagrad"}, "adagrad has no momentum, got 0.9: set --config.learner.momentum=0"),
+        ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
+        ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but the data has 1200 examples"),
+        ({"workers__chunk_size": 401}, r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401"),
+        ({"learner__batch_size": 0}, "learner.batch_size must be >= 1 and finite, got 0"),
+        ({"workers__chunk_size": -1}, "workers.chunk_size must be >= 1 and finite, got -1"),
+        ({"steps": 0}, "steps must be >= 1"),
+        ({"eval_every": -5}, "eval_every must be >= 1"),
+        ({"schedule__steps_per_round": 0}, r"schedule.steps_per_round must be >= 1 .*--config.schedule.steps_per_round"),
+        ({"schedule__score_delay": -1}, "schedule.score_delay must be >= 0"),
+        ({"proposal__smoothing": -0.5}, "proposal.smoothing must be >= 0 and finite, got -0.5"),
+        ({"proposal__smoothing": float("nan")}, "proposal.smoothing must be >= 0 and finite, got nan"),
+        ({"proposal__uniform_fraction": 1.0}, "proposal.uniform_fraction must be >= 0 and < 1"),
+        ({"learner__learning_rate": 0.0}, "learner.learning_rate must be > 0"),
+        ({"learner__learning_rate": float("inf")}, "learner.learning_rate must be > 0 and finite, got inf"),
+        ({"learner__momentum": 1.0}, "learner.momentum must be >= 0 and < 1"),
+        ({"devices__workers": 4}, r"devices.workers must be between 1 and 3 with 4 device\(s\), got 4"),
+        ({"devices__workers": 0}, "devices.workers must be >= 1"),
+        ({"devices__host_platform_count": 9}, "host_platform_count is 9, but JAX has started with 4"),
+        ({"devices__host_platform_count": -1}, "devices.host_platform_count must be >= 0"),
+        ({"monitor__examples": 1}, "monitor.examples must be >= 2"),
+        ({"model__mlp__hidden_sizes": (8, 0)}, "model.mlp.hidden_sizes must be >= 1"),
+        ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_compiled_or_written(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled before the check"))
+    with pytest.raises(InputError, match=message):
+        issgd_jax.train(smoke(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_field_that_no_config_has():
+    config = smoke()
+    with config.unlocked():
+        config.learner.learning_rat = 0.1
+    with pytest.raises(InputError, match=r"no field 'learner.learning_rat': did you mean learner.learning_rate\?"):
+        issgd_jax.train(config, "/nonexistent")
+
+
+def test_a_field_that_is_missing():
+    config = smoke()
+    del config.proposal.half_life
+    with pytest.raises(InputError, match="lacks the field.*proposal.half_life"):
+        issgd_jax.train(config, "/nonexistent")
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        issgd_jax.train(smoke(), tmp_path / "file" / "run")
+
+
+def test_labels_out_of_range():
+    with pytest.raises(InputError, match=r"labels must lie in \[0, 3\), got 0 to 3"):
+        issgd_jax.Dataset(np.zeros((4, 2, 2, 1), np.uint8), np.arange(4, dtype=np.int32), num_classes=3)

@@ -1,0 +1,88 @@
+"""Theorem 1 and Corollary 1 against brute force: a wrong v, a missing mean or a biased ||g||^2 turns these red."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from issgd_jax import variance
+
+
+def gradients(num_examples, dimension=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(0.5, 1, (num_examples, dimension)) * rng.lognormal(0, 1, (num_examples, 1))).astype(np.float32)
+
+
+def brute_force_trace(g, v):
+    """Trace of the covariance matrix of `mean(v) / v_n * g_n` with n drawn in proportion to v, from its definition."""
+    g, v = g.astype(np.float64), v.astype(np.float64)
+    q = v / v.sum()
+    estimates = (v.mean() / v)[:, None] * g
+    mean = q @ estimates
+    covariance = sum(q_n * np.outer(e - mean, e - mean) for q_n, e in zip(q, estimates, strict=True))
+    return np.trace(covariance)
+
+
+def measure(g, v, mean_v=None, num_examples=None):
+    return variance.measure(
+        np.linalg.norm(g, axis=1),
+        v,
+        mean_v=v.mean() if mean_v is None else mean_v,
+        mean_gradient_norm=np.linalg.norm(g.mean(0)),
+        num_examples=num_examples or len(g),
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(num_examples=st.integers(2, 20), seed=st.integers(0, 10**6))
+def test_corollary_1_equals_the_covariance_by_brute_force(num_examples, seed):
+    g = gradients(num_examples, seed=seed)
+    v = np.random.default_rng(seed + 1).lognormal(0, 1, num_examples).astype(np.float32)
+    norms = np.linalg.norm(g, axis=1)
+    measured = measure(g, v)
+    scale = 1e-4 * np.sqrt(np.mean(norms**2) * max(1, v.mean() * np.mean(1 / v)))  # of the terms that are subtracted
+    for value, proposal in ((measured.uniform, np.ones(num_examples)), (measured.actual, v), (measured.ideal, norms)):
+        np.testing.assert_allclose(value, np.sqrt(brute_force_trace(g, proposal)), rtol=1e-3, atol=10 * scale)
+
+
+def test_the_ideal_proposal_has_the_least_variance_of_all_tried():
+    g = gradients(30)
+    norms = np.linalg.norm(g, axis=1)
+    least = brute_force_trace(g, norms)
+    rng = np.random.default_rng(1)
+    tried = [norms**p for p in (0, 0.5, 0.9, 1.1, 2)] + [norms + c for c in (0.01, 1, 10)]
+    tried += [norms * rng.lognormal(0, s, 30) for s in np.repeat([0.01, 0.1, 1.0], 50)]
+    assert all(brute_force_trace(g, v) > least for v in tried)
+    assert np.isclose(measure(g, norms).ideal ** 2, least, rtol=1e-4)
+    assert np.isclose(measure(g, norms).actual ** 2, least, rtol=1e-4)
+
+
+def test_a_subset_is_unbiased_over_all_subsets():
+    """The paper's code squared a noisy mean, which is biased up; averaged over every subset, this must be exact."""
+    g = gradients(9, seed=2)
+    v = np.random.default_rng(3).lognormal(0, 0.5, 9).astype(np.float32)
+    subsets = [list(s) for s in itertools.combinations(range(9), 4)]
+    norms_square_sum = np.linalg.norm(g, axis=1)
+    traces = []
+    for s in subsets:
+        measured = measure(g[s], v[s], mean_v=v.mean(), num_examples=9)
+        traces.append([float(measured.uniform) ** 2, float(measured.actual) ** 2, float(measured.ideal) ** 2])
+        assert min(traces[-1]) > 0  # not clipped at zero, which would hide a bias
+    expected = [brute_force_trace(g, p) for p in (np.ones(9), v, norms_square_sum)]
+    np.testing.assert_allclose(np.mean(traces, axis=0), expected, rtol=1e-4)
+
+
+def test_gain_is_the_ratio_of_traces_and_one_without_noise():
+    g = gradients(12)
+    measured = measure(g, np.linalg.norm(g, axis=1))
+    np.testing.assert_allclose(measured.gain, measured.uniform**2 / measured.actual**2, rtol=1e-5)
+    still = measure(np.ones((5, 2), np.float32), np.ones(5, np.float32))
+    assert still.uniform == still.actual == 0 and still.gain == 1
+
+
+@pytest.mark.parametrize(("size", "num_examples"), [(1, 5), (6, 5)])
+def test_sample_size_must_fit(size, num_examples):
+    with pytest.raises(ValueError, match=f"2 <= M <= {num_examples}"):
+        measure(gradients(size), np.ones(size, np.float32), num_examples=num_examples)
