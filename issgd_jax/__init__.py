@@ -23,9 +23,11 @@ _HOME = {
     "InputError": "errors",
     "NonFiniteLossError": "errors",
 }
-_MODULES = ("config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots", "proposal")
-_MODULES += ("sampling", "schedule", "store", "training", "variance", "workers")
-__all__ = sorted([*_HOME, *_MODULES])
+_MODULES = (
+    "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots", "proposal", "sampling",
+    "schedule", "store", "training", "variance", "workers",
+)  # fmt: skip
+__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name):

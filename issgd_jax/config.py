@@ -53,7 +53,7 @@ def default() -> ConfigDict:
             "proposal": {
                 "name": "calibrated",
                 "smoothing": 1.0,  # proportional: v = score + smoothing
-                "max_staleness": config_dict.placeholder(int),  # proportional: biased, see its docstring; None: no limit
+                "max_staleness": config_dict.placeholder(int),  # proportional: BIASED, drops older scores; None: keep
                 "uniform_fraction": 0.2,  # calibrated: bounds importance weights by 1 / fraction
                 "half_life": 1.0,  # calibrated: sweeps until an observation counts half
             },
@@ -124,7 +124,9 @@ def validate(config: ConfigDict) -> None:
     for name in given:
         check_field(name)
     if missing := expected.keys() - given.keys():
-        raise InputError(f"config lacks the field(s) {', '.join(sorted(missing))}: start from issgd_jax.config.default()")
+        raise InputError(
+            f"config lacks the field(s) {', '.join(sorted(missing))}: start from issgd_jax.config.default()"
+        )
 
     for name, at_least in {
         "steps": 1,
@@ -159,7 +161,8 @@ def validate(config: ConfigDict) -> None:
     transformer = config.model.transformer
     if transformer.width % transformer.num_heads:
         raise InputError(
-            f"model.transformer.width must be a multiple of num_heads, got {transformer.width} and {transformer.num_heads}"
+            f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
+            f"and {transformer.num_heads}"
         )
     for name, choices in {
         "model.name": [group for group in config.model if group != "name"],

@@ -34,7 +34,9 @@ class Dataset:
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
             raise InputError(f"images must be uint8[N, H, W, channels], got {self.images.dtype}{self.images.shape}")
         if self.labels.shape != self.images.shape[:1] or not len(self.labels):
-            raise InputError(f"need one label an image, at least one; got {len(self.labels)} for {len(self.images)} images")
+            raise InputError(
+                f"need one label an image, at least one; got {len(self.labels)} for {len(self.images)} images"
+            )
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= self.num_classes:
             raise InputError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}: mend the data set")
@@ -47,14 +49,14 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Loads a split of a data set.
 
     Args:
-      name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed random order) or any
-        image classification data set of TFDS, prepared as array_record: read without TensorFlow, decoded once and then kept
-        under `~/.cache/issgd_jax`.
+      name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed
+        random order) or any image classification data set of TFDS, prepared as array_record: read without TensorFlow,
+        decoded once and then kept under `~/.cache/issgd_jax`.
       split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`.
       data_dir: where TFDS keeps its data; None = TFDS's own default.
 
-    Raises: InputError for an unknown name (with the nearest), an unknown split, data that is not there (with the command that gets it),
-    or data that is not images with class labels.
+    Raises: InputError for an unknown name (with the nearest), an unknown split, data that is not there (with the
+    command that gets it), or data that is not images with class labels.
     """
     if name == EMBEDDED:
         return _load_digits(split)
@@ -64,8 +66,8 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
 def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every pixel-channel: uint8[N, H, W, C] -> two f32[H, W, C].
 
-    A deviation below one grey level is taken as one: border pixels that are black in all but a few images are left small
-    instead of being blown up to dozens of deviations.
+    A deviation below one grey level is taken as one: border pixels that are black in all but a few images are left
+    small instead of being blown up to dozens of deviations.
     """
     total, squares = (np.zeros(images.shape[1:]) for _ in range(2))
     for start in range(0, len(images), _DECODE_CHUNK):
@@ -107,7 +109,9 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
     try:
         import tensorflow_datasets as tfds  # seconds, and only here
     except ImportError as error:
-        raise InputError(f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets") from error
+        raise InputError(
+            f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
+        ) from error
 
     builder = _find_builder(tfds, name, data_dir)
     features = builder.info.features
@@ -116,11 +120,15 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
         for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel))
     }
     if any(len(found) != 1 for found in keys.values()):
-        raise InputError(f"{name} has features {list(features)}: an image classification data set has one image, one label")
+        raise InputError(
+            f"{name} has features {list(features)}: an image classification data set has one image, one label"
+        )
     try:
         source = builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
-        raise InputError(f"split {split!r} of {name} cannot be read ({error}): it has {sorted(builder.info.splits)}") from error
+        raise InputError(
+            f"split {split!r} of {name} cannot be read ({error}): it has {sorted(builder.info.splits)}"
+        ) from error
     cached = _cache_file(builder, split)
     arrays = _read_cache(cached)
     if arrays is None:

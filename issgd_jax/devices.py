@@ -1,5 +1,6 @@
 """Device roles: one learner, the rest workers; a single device plays both."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -18,8 +19,8 @@ class Roles:
 def assign_roles(num_workers: int | None = None, host_platform_count: int = 0) -> Roles:
     """Splits the machine's devices into the first as learner and the next `num_workers` (None: all) as workers.
 
-    host_platform_count: 0 takes the devices that JAX finds by default; k > 0 simulates k devices on the CPU, which must be
-    settled before JAX runs anything. With one device, learner and worker share it.
+    host_platform_count: 0 takes the devices that JAX finds by default; k > 0 simulates k devices on the CPU, which must
+    be settled before JAX runs anything. With one device, learner and worker share it.
 
     Raises: InputError if there are fewer devices than asked for.
     """
@@ -28,17 +29,15 @@ def assign_roles(num_workers: int | None = None, host_platform_count: int = 0) -
     if num_workers is not None and not 1 <= num_workers <= available:
         raise InputError(
             f"devices.workers must be between 1 and {available} with {len(devices)} device(s), got {num_workers}: "
-            f"lower --config.devices.workers, or simulate more with --config.devices.host_platform_count={num_workers + 1}"
+            f"lower --config.devices.workers, or set --config.devices.host_platform_count={num_workers + 1}"
         )
     workers = devices[1:] or devices
     return Roles(learner=devices[0], workers=tuple(workers[:num_workers]))
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started: what it has is checked below
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX has started: what it has is checked below
     devices = jax.local_devices(backend="cpu")
     if len(devices) < count:
         raise InputError(

@@ -13,7 +13,7 @@ CHUNK_SIZE = 512
 
 
 def make_evaluate(outcome_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns `(params, examples) -> (loss f32[], error f32[])`, compiled: means over every example, the last chunk too.
+    """Returns `(params, examples) -> (loss f32[], error f32[])`, compiled: means over every example of a split.
 
     outcome_fn: `(params, *example) -> (loss f[], error f[])` of one example. examples: pytrees with leading axis N.
     """
@@ -28,10 +28,10 @@ def make_evaluate(outcome_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Cal
 def make_measure_variance(
     loss_fn: Callable[..., jax.Array], norms_fn: Callable[..., jax.Array]
 ) -> Callable[..., variance.Variance]:
-    """Returns `(params, table, examples, indices) -> Variance`, compiled: of the v drawn from, at the current parameters.
+    """Returns `(params, table, examples, indices) -> Variance`, compiled: of the v drawn from, at these parameters.
 
-    loss_fn: loss of one example. norms_fn: `(params, *batch) -> f32[B]`, its gradient norms. indices: i32[M], which of the examples
-    to measure on; all of them for an exact result.
+    loss_fn: loss of one example. norms_fn: `(params, *batch) -> f32[B]`, its gradient norms. indices: i32[M], which of
+    the examples to measure on; all of them for an exact result.
     """
 
     def measure_variance(params, table: sampling.Table, examples, indices):

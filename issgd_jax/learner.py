@@ -22,8 +22,8 @@ class TrainState(NamedTuple):
 class SamplerState(NamedTuple):
     """Everything between a score and a draw.
 
-    store: the score database. proposal_state: what the proposal has learned. table: what is drawn from. rejected: i32[], scores that
-    were NaN, infinite or negative and never entered the store.
+    store: the score database. proposal_state: what the proposal has learned. table: what is drawn from. rejected:
+    i32[], scores that were NaN, infinite or negative and never entered the store.
     """
 
     store: ScoreStore
@@ -54,10 +54,11 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Returns `(state, table, examples) -> (state, metrics)`, compiled; the state given is donated.
 
-    loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the learner's device.
+    loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
+      learner's device.
 
-    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table (paper, Corollary 1). The key is
-    `fold_in(seed, step)`, so that a run is a function of its seed and its scores alone.
+    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table (paper, Corollary 1). The
+    key is `fold_in(seed, step)`, so that a run is a function of its seed and its scores alone.
     """
 
     def train_step(state: TrainState, table: sampling.Table, examples) -> tuple[TrainState, StepMetrics]:

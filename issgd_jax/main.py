@@ -11,7 +11,9 @@ from ml_collections import config_flags
 from issgd_jax import config as config_lib
 from issgd_jax.errors import InputError, NonFiniteLossError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a run that workdir holds already.")
 flags.mark_flags_as_required(["config", "workdir"])

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, TensorBoard events, config.json, a progress bar. Imports no jax."""
+"""What a run leaves and shows: metrics.jsonl, TensorBoard events, config.json, a progress bar. Imports no jax."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,9 @@ def claim_workdir(workdir: str | pathlib.Path, *, overwrite: bool) -> pathlib.Pa
     workdir = pathlib.Path(workdir)
     old = []
     if workdir.is_dir():
-        old = [f for name in (METRICS_FILE, CONFIG_FILE, SCORES_FILE, "events.out.tfevents.*") for f in workdir.glob(name)]
+        old = [
+            f for name in (METRICS_FILE, CONFIG_FILE, SCORES_FILE, "events.out.tfevents.*") for f in workdir.glob(name)
+        ]
     if old and not overwrite:
         raise InputError(f"{workdir} holds a run already: choose another --workdir, or replace it with --overwrite")
     try:
@@ -74,7 +76,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool):
         self.rows: list[dict] = []
-        self._file = open(workdir / METRICS_FILE, "w", buffering=1)  # a line is on its way to the disk once written
+        # Line-buffered: a row is on its way to the disk once written.
+        self._file = open(workdir / METRICS_FILE, "w", buffering=1)  # noqa: SIM115, closed by __exit__
         self._tensorboard = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -104,7 +107,9 @@ class Progress:
     """A progress bar over learner steps: rate, minibatch loss and the variance gain last measured."""
 
     def __init__(self, steps: int, *, shown: bool, description: str):
-        self._bar = tqdm(total=steps, desc=description, unit="step", disable=not shown, dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(
+            total=steps, desc=description, unit="step", disable=not shown, dynamic_ncols=True, smoothing=0.1
+        )
         self._gain = ""
 
     def step(self, loss: float) -> None:

@@ -97,7 +97,9 @@ def gru(num_classes: int, *, units: int = 128) -> Model:
     return _model(_GRU(num_classes, units))
 
 
-def transformer(num_classes: int, *, num_layers: int = 2, width: int = 64, num_heads: int = 4, patch_size: int = 4) -> Model:
+def transformer(
+    num_classes: int, *, num_layers: int = 2, width: int = 64, num_heads: int = 4, patch_size: int = 4
+) -> Model:
     """A pre-norm transformer over square patches, classified from the mean of its tokens."""
     return _model(_Transformer(num_classes, num_layers, width, num_heads, patch_size))
 

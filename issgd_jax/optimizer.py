@@ -15,11 +15,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimiser `optax.<name>`.
 
-    lr_schedule: `constant`, or `cosine` or `linear` decay to 0 at `steps`. momentum: goes to `momentum`, or to `b1` where the optimiser
-    has that instead. nesterov: used where the optimiser has momentum and this choice.
+    lr_schedule: `constant`, or `cosine` or `linear` decay to 0 at `steps`. momentum: goes to `momentum`, or to `b1`
+    where the optimiser has that instead. nesterov: used where the optimiser has momentum and this choice.
 
-    Raises: InputError for a name that is no optax optimiser (with the nearest), for one that needs more than gradients and
-    parameters, and for a momentum that the optimiser has no place for.
+    Raises: InputError for a name that is no optax optimiser (with the nearest), for one that needs more than gradients
+    and parameters, and for a momentum that the optimiser has no place for.
     """
     if name not in (names := _names()):
         near = difflib.get_close_matches(name, names, n=3)
@@ -47,7 +47,9 @@ def make_optimizer(
         params = jnp.zeros((2, 2))
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"optax.{name} cannot train from gradients and parameters alone ({error}): choose another") from error
+        raise InputError(
+            f"optax.{name} cannot train from gradients and parameters alone ({error}): choose another"
+        ) from error
     return optimizer
 
 

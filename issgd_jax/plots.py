@@ -28,10 +28,16 @@ def summary_figure(runs: dict[str, list[dict]], *, title: str) -> Figure:
     axes[1].set(title="Error", ylabel="fraction misclassified", ylim=(0, _error_limit(runs)))
 
     label, rows = next(iter(runs.items()))
-    curves = (("uniform", "of uniform draws", ":"), ("actual", "of the draws made", "-"), ("ideal", "the least possible", "--"))
+    curves = (
+        ("uniform", "of uniform draws", ":"),
+        ("actual", "of the draws made", "-"),
+        ("ideal", "the least possible", "--"),
+    )
     for (name, meaning, style), colour in zip(curves, ("#555555", _COLOURS[0], "#009E73")):
         _plot(axes[2], rows, f"variance/{name}", color=colour, linestyle=style, label=f"{name}: {meaning}")
-    axes[2].set(title=f"Noise of the gradient, {label}", yscale="log", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example")
+    axes[2].set(
+        title=f"Noise of the gradient, {label}", yscale="log", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example"
+    )
     for axis in axes:
         axis.set_xlabel("learner steps")
         axis.grid(alpha=0.25)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from issgd_jax import sampling
 from issgd_jax.store import ScoreStore
 
-# v of a known example is at least this fraction of the mean: a stale score of zero must not shut an example out for ever.
+# Least v of a scored example, relative to the mean: a stale score of zero must not shut an example out for ever.
 MIN_RELATIVE_V = 2.0**-20
 
 
@@ -44,11 +44,11 @@ class Uniform:
 class Proportional:
     """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
 
-    smoothing: the additive constant, >= 0, in units of the score. Too small, and one stale score gives a huge importance
-      weight; too large, and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
+    smoothing: the additive constant, >= 0, in units of the score. Too small, and one stale score gives a huge
+      importance weight; too large, and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
     max_staleness: learner steps; None = no limit. BIASED otherwise, as in the paper: examples whose score is
-      older, or missing, are left out of the draw and out of the mean, so that the gradient is that of the usable examples only. While fewer
-      than one in ten are usable, all are drawn uniformly.
+      older, or missing, are left out of the draw and out of the mean, so that the gradient is that of the usable
+      examples only. While fewer than one in ten are usable, all are drawn uniformly.
     """
 
     smoothing: float | jax.Array
@@ -98,11 +98,12 @@ SHRINKAGE = 16.0
 class Calibrated:
     """Least variance for what is known of an example, its score and staleness: v = sqrt(E[norm^2 | score, staleness]).
 
-    Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this v
-    (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they tell nothing, and by
-    Jensen never worse than uniform. The conditional mean is measured: every re-scoring gives a triple (old score,
-    staleness, new norm), kept as averaged sums in a table of bins. A cell with little data leans on its row (all stalenesses), and
-    a row with little data on its score. Between the centres of score bins, v is interpolated.
+    Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this
+    v (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they
+    tell nothing, and by Jensen never worse than uniform. The conditional mean is measured: every re-scoring gives a
+    triple (old score, staleness, new norm), kept as averaged sums in a table of bins. A cell with little data leans on
+    its row (all stalenesses), and a row with little data on its score. Between the centres of score bins, v is
+    interpolated.
 
     uniform_fraction: share of draws that are uniform, in [0, 1); with a share above 0 no importance weight exceeds
       `1 / uniform_fraction`.
@@ -114,7 +115,9 @@ class Calibrated:
 
     def init(self) -> Calibration:
         bins = (SCORE_BINS, STALENESS_BINS)
-        return Calibration(squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), scale=jnp.float32(0))
+        return Calibration(
+            squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), scale=jnp.float32(0)
+        )
 
     def observe(
         self, state: Calibration, store: ScoreStore, indices: jax.Array, score: jax.Array, step: jax.Array
@@ -167,7 +170,7 @@ def _root_mean_square(state: Calibration, score: jax.Array, staleness: jax.Array
 
 
 def _shrunk(total, count, prior):
-    """total / count, drawn towards prior; arithmetically, so that a doubtful cell is drawn from rather too often than too rarely."""
+    """total / count, pulled to prior; arithmetically: a doubtful cell is better drawn from too often than too rarely."""
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
 
@@ -184,7 +187,7 @@ def _staleness_bin(staleness):
 
 
 def _complete(v: jax.Array, scored: jax.Array) -> jax.Array:
-    """Gives never-scored examples the mean v of the scored (1 if there are none), and every example a chance: f32[N]."""
+    """Gives never-scored examples the mean v of the scored (1 if none are), and every example a chance: f32[N]."""
     num_scored = jnp.sum(scored)
     mean = jnp.where(num_scored > 0, jnp.sum(jnp.where(scored, v, 0)) / jnp.maximum(num_scored, 1), 1)
     return jnp.where(scored, jnp.maximum(v, MIN_RELATIVE_V * mean), mean)

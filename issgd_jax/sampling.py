@@ -1,8 +1,8 @@
 """Weighted minibatches: a blocked inverse CDF on the device, exact at any number of examples.
 
-The unnormalised probabilities v are the leaves of a tree in which every node holds the sum of its 8 children. A draw walks
-down from the root and at each node compares a position with 8 numbers, so that float32 is enough at any N: there is no
-running sum over millions of terms, and an example with v = 0 is never drawn.
+The unnormalised probabilities v are the leaves of a tree in which every node holds the sum of its 8 children. A draw
+walks down from the root and at each node compares a position with 8 numbers, so that float32 is enough at any N: there
+is no running sum over millions of terms, and an example with v = 0 is never drawn.
 """
 
 import dataclasses
@@ -80,12 +80,13 @@ def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
 
 
 def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
-    """f32[]: Kish's effective size of a minibatch, `B / E[importance_weight^2]`; B for uniform, less the more uneven v is."""
+    """f32[]: Kish's effective size of a minibatch, `B / E[importance_weight^2]`; B for uniform, less for uneven v."""
     if not table.levels:
         return jnp.float32(batch_size)
     v = table.v()
     positive = v > 0
-    return batch_size * table.population / (table.mean_v * jnp.sum(jnp.where(positive, 1 / jnp.where(positive, v, 1), 0)))
+    mean_inverse = jnp.sum(jnp.where(positive, 1 / jnp.where(positive, v, 1), 0)) / table.population
+    return batch_size / (table.mean_v * mean_inverse)
 
 
 def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
@@ -97,9 +98,9 @@ def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
     - examples with `v_n = 0` are never drawn;
     - the uniform table gives importance weights of exactly 1.
 
-    Draws are systematic (Madow 1949): one random offset, `batch_size` equally spaced positions, so that a minibatch covers
-    the distribution more evenly than independent draws. Those of the uniform table are stratified: one independent draw from each
-    of `batch_size` equal parts.
+    Draws are systematic (Madow 1949): one random offset, `batch_size` equally spaced positions, so that a minibatch
+    covers the distribution more evenly than independent draws. Those of the uniform table are stratified: one
+    independent draw from each of `batch_size` equal parts.
 
     Raises: ValueError if batch_size < 1.
     """
@@ -107,8 +108,8 @@ def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if not table.levels:
         return _draw_uniform(key, table.num_examples, batch_size)
-    # Two random words a level. An affine hash of the node turns them into an offset for each node that is uniform, shared by the
-    # draws inside that node, and different between nodes.
+    # Two random words a level. An affine hash of the node turns them into an offset for each node that is uniform,
+    # shared by the draws inside that node, and different between nodes.
     words = jax.random.bits(key, (len(table.levels), 2))
     position = (jnp.arange(batch_size) + _unit(words[0, 1])) / batch_size
     node = jnp.zeros(batch_size, jnp.int32)
@@ -123,8 +124,8 @@ def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
 
 
 def _descend(values: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Inverse CDF inside B nodes: values f32[B, 8], position f32[B] in [0, 1] -> child, position inside it, its value."""
-    # Child by child: additions and selections of B numbers fuse into one loop, where a cumulative sum over an axis does not.
+    """Inverse CDF inside B nodes: values f32[B, 8], position f32[B] in [0, 1] -> child, position in it, its value."""
+    # Child by child: sums and selections of B numbers fuse into one loop, where a cumulative sum over an axis does not.
     children = [values[:, k] for k in range(RADIX)]
     cumulative = list(itertools.accumulate(children))
     total = cumulative[-1]
@@ -150,7 +151,8 @@ def _draw_uniform(key: jax.Array, num_examples: int, batch_size: int) -> Draw:
 def _random_below(key: jax.Array, limit: int, size: int) -> jax.Array:
     """i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits.
 
-    `jax.random.randint` made the whole step on digits 1.6 times slower on a CPU, which would flatter importance sampling.
+    `jax.random.randint` made the whole step on digits 1.6 times slower on a CPU, which would flatter importance
+    sampling.
     """
     high, low = jax.random.bits(key, (2, size))
     limit = jnp.full(size, limit, jnp.uint32)

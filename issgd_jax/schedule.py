@@ -39,8 +39,8 @@ class Exact:
 class Relaxed:
     """A round every `steps_per_round` learner steps; its scores enter exactly `score_delay` steps after its parameters.
 
-    The staleness is part of the schedule, not of the machine's speed: the same seed gives the same run, bit for bit. Where workers need
-    longer than the delay, the learner waits.
+    The staleness is part of the schedule, not of the machine's speed: the same seed gives the same run, bit for bit.
+    Where workers need longer than the delay, the learner waits.
     """
 
     steps_per_round: int

@@ -26,14 +26,18 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
 
     Leaves metrics.jsonl, TensorBoard events, config.json and, unless sampling is uniform, scores.npz in workdir.
 
-    Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training diverges.
+    Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training
+      diverges.
     """
     config_lib.validate(config)
     roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
         parts = _build(config, roles)
         workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
-        kinds = {"learner": [roles.learner.device_kind], "workers": [d.device_kind for d in roles.workers if parts.pool]}
+        kinds = {
+            "learner": [roles.learner.device_kind],
+            "workers": [d.device_kind for d in roles.workers if parts.pool],
+        }
         metrics.write_config(workdir, config.to_dict(), kinds)
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
             _loop(config, parts, writer, workdir)
@@ -162,8 +166,9 @@ def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> 
     if not math.isfinite(loss):
         last = ", ".join(f"{k} {v:.6g}" for k, v in rows[-1].items() if v is not None) if rows else "none"
         raise NonFiniteLossError(
-            f"the {kind} loss is {loss} at step {step}; last good metrics: {last}. Lower --config.learner.learning_rate, or "
-            f"bound the importance weights (--config.proposal.name=calibrated with uniform_fraction, or more smoothing)"
+            f"the {kind} loss is {loss} at step {step}; last good metrics: {last}. Lower "
+            f"--config.learner.learning_rate, or bound the importance weights (--config.proposal.name=calibrated with "
+            f"uniform_fraction, or more smoothing)"
         )
 
 

@@ -1,6 +1,7 @@
 """The three curves of the paper's figure 4: how noisy the gradient is, was bound to be, and had to be.
 
-Tr Sigma is the trace of the covariance of one importance-sampled gradient; a minibatch of B independent draws has 1/B of it.
+Tr Sigma is the trace of the covariance of one importance-sampled gradient; a minibatch of B independent draws has 1/B
+of it.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 class Variance(NamedTuple):
     """Square roots of Tr Sigma, in units of the gradient, f32[] each.
 
-    uniform: of plain SGD. actual: of the proposal that is drawn from. ideal: of `v = norm`, the least possible (Theorem 1).
-    gain: Tr uniform / Tr actual; above 1, importance sampling gives the steadier gradient.
+    uniform: of plain SGD. actual: of the proposal that is drawn from. ideal: of `v = norm`, the least possible (Theorem
+    1). gain: Tr uniform / Tr actual; above 1, importance sampling gives the steadier gradient.
     """
 
     uniform: jax.Array
@@ -22,7 +23,9 @@ class Variance(NamedTuple):
     gain: jax.Array
 
 
-def measure(norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int) -> Variance:
+def measure(
+    norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int
+) -> Variance:
     """Corollary 1 for uniform, actual and ideal proposals, from M of the N examples, drawn without preference.
 
     Args:
@@ -30,8 +33,8 @@ def measure(norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_
       v: f32[M], unnormalised probabilities of the same examples, as drawn from.
       mean_v: f32[], mean of v over all N examples.
       mean_gradient_norm: f32[], norm of the mean gradient of the same M examples.
-      num_examples: N. With M = N the result is exact; with M < N each Tr Sigma is unbiased: the squares of sample means are
-        corrected for their own variance (sampling without replacement), where the paper's code was biased up.
+      num_examples: N. With M = N the result is exact; with M < N each Tr Sigma is unbiased: the squares of sample means
+        are corrected for their own variance (sampling without replacement), where the paper's code was biased up.
 
     Raises: ValueError if M < 2, M > N or the shapes of norms and v differ.
     """

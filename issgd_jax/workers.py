@@ -13,8 +13,8 @@ from issgd_jax.schedule import Round
 class WorkerPool:
     """Keeps the worker devices busy from one Python thread: every call dispatches and returns at once.
 
-    Example n belongs to worker `n % W` and is item `n // W` of its shard, so that W workers with chunks of C score the same
-    examples in a round as one worker with chunks of W * C.
+    Example n belongs to worker `n % W` and is item `n // W` of its shard, so that W workers with chunks of C score the
+    same examples in a round as one worker with chunks of W * C.
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class WorkerPool:
         self._num_workers = len(devices)
         self._shard_size = -(-self._num_examples // self._num_workers)
         if self._num_examples < self._num_workers:
-            raise ValueError(f"need an example for each worker, got {self._num_examples} for {self._num_workers} workers")
+            raise ValueError(
+                f"need an example for each worker, got {self._num_examples} for {self._num_workers} workers"
+            )
         if not 1 <= chunk_size <= self._shard_size:
             raise ValueError(
                 f"chunk_size must be between 1 and {self._shard_size} ({self._num_examples} examples over "
@@ -58,7 +60,9 @@ class WorkerPool:
             self._shards, axis = jax.device_put(examples, self._replicated), None
         else:
             self._shards, axis = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples), 0
-        self._score = jax.pmap(self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices)
+        self._score = jax.pmap(
+            self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices
+        )
 
     @property
     def rounds_per_sweep(self) -> int:
@@ -68,8 +72,8 @@ class WorkerPool:
     def score_next(self, params, step: int) -> Round:
         """Dispatches one round: broadcasts the parameters of `step` and scores the next chunk of every shard.
 
-        Never waits and never passes through the host. The parameters are copied, so that the caller may donate them to its
-        next step. At the end of a shard the chunk goes on from its beginning.
+        Never waits and never passes through the host. The parameters are copied, so that the caller may donate them to
+        its next step. At the end of a shard the chunk goes on from its beginning.
         """
         # The learner's own device would get an alias, which the learner's donation then deletes: no alias.
         snapshot = jax.device_put(params, self._replicated, may_alias=False)

@@ -42,7 +42,13 @@ def vars_of(dataset):
 
 @pytest.mark.parametrize(
     ("split", "size"),
-    [("train+test", 1797), ("train[:50%]", 718), ("train[10:20]+test[-5:]", 15), ("test[25%:]", 270), ("train[:1%] + test", 374)],
+    [
+        ("train+test", 1797),
+        ("train[:50%]", 718),
+        ("train[10:20]+test[-5:]", 15),
+        ("test[25%:]", 270),
+        ("train[:1%] + test", 374),
+    ],
 )
 def test_parts_of_splits(split, size):
     assert len(data.load("digits", split)) == size
@@ -153,5 +159,7 @@ class TwoImages(tfds.core.GeneratorBasedBuilder):
 TwoImages(data_dir={str(tmp_path)!r}, file_format="array_record").download_and_prepare()
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    with pytest.raises(InputError, match=r"has features \['a'\]: an image classification data set has one image, one label"):
+    with pytest.raises(
+        InputError, match=r"has features \['a'\]: an image classification data set has one image, one label"
+    ):
         data.load("two_images", "train", str(tmp_path))

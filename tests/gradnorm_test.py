@@ -70,7 +70,9 @@ def test_parameters_larger_than_the_memory_bound_go_one_example_at_a_time(monkey
 
 def test_bfloat16_sums_in_float32():
     # A sum of 4,096 ones stops at 256 in bfloat16.
-    norms = per_example_grad_norms(lambda p, x: jnp.sum(p * x))(jnp.ones(4096, jnp.bfloat16), jnp.ones((2, 4096), jnp.bfloat16))
+    norms = per_example_grad_norms(lambda p, x: jnp.sum(p * x))(
+        jnp.ones(4096, jnp.bfloat16), jnp.ones((2, 4096), jnp.bfloat16)
+    )
     assert norms.dtype == jnp.float32
     np.testing.assert_array_equal(norms, [64, 64])
 
@@ -91,7 +93,13 @@ def test_a_dictionary_batch_and_any_pytree_of_parameters():
     ("error", "message", "loss_fn", "params", "batch"),
     [
         (ValueError, r"scalar.*\(3,\)", lambda p, x: p * x, jnp.ones(3), (jnp.ones((2, 3)),)),
-        (ValueError, "differ in their leading axis", lambda p, x, y: p @ x, jnp.ones(3), (jnp.ones((2, 3)), jnp.ones(4))),
+        (
+            ValueError,
+            "differ in their leading axis",
+            lambda p, x, y: p @ x,
+            jnp.ones(3),
+            (jnp.ones((2, 3)), jnp.ones(4)),
+        ),
         (ValueError, r"at least one example.*\(0, 3\)", lambda p, x: p @ x, jnp.ones(3), (jnp.ones((0, 3)),)),
         (ValueError, "at least one example", lambda p, x: p @ p, jnp.ones(3), (jnp.float32(1),)),
         (ValueError, "at least one example", lambda p: p @ p, jnp.ones(3), ()),

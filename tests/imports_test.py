@@ -11,8 +11,8 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # A module may import only modules that stand above it.
 ORDER = (
-    "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "store", "sampling", "proposal", "variance",
-    "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "training", "main",
+    "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "store", "sampling", "proposal",
+    "variance", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
 STRANGERS = {
@@ -50,7 +50,9 @@ def test_every_room_imports_only_what_stands_before_it():
 def test_flax_and_the_config_stay_in_their_rooms():
     for room, imported in rooms():
         for library, allowed in ONLY_IMPORTER.items():
-            assert room in allowed or not any(name.split(".")[0] == library for name in imported), f"{room} imports {library}"
+            assert room in allowed or not any(name.split(".")[0] == library for name in imported), (
+                f"{room} imports {library}"
+            )
 
 
 def loaded_after(statement):

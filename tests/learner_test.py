@@ -1,4 +1,4 @@
-"""The path from score to update is unbiased and bounded in memory; a weight of the wrong v or a lost 1/N turns these red."""
+"""From score to update without bias and within memory; an importance weight of the wrong v turns these red."""
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,8 @@ def test_the_update_is_unbiased_over_ten_thousand_steps(name, table):
     gradients, losses = one_step_gradients(table, params, examples, BATCH_SIZE, 10_000)
     expected = full_gradient(params, examples)
     for estimate, truth in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        estimate = np.asarray(estimate, np.float64)
-        error = np.abs(estimate.mean(0) - truth) / (estimate.std(0) / 100)
+        samples = np.asarray(estimate, np.float64)
+        error = np.abs(samples.mean(0) - truth) / (samples.std(0) / 100)
         assert np.max(error) < 3, name
     loss = np.mean(jax.vmap(quadratic_loss, (None, 0, 0))(params, *examples))
     assert abs(np.mean(losses) - loss) < 3 * np.std(losses) / 100

@@ -15,7 +15,8 @@ CONFIGS = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
 
 
 def run(*arguments, module="issgd_jax.main"):
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def config(name, options=""):
@@ -78,7 +79,10 @@ def test_flags_override_any_field_and_the_bar_shows_loss_rate_and_gain(tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.learner.learning_rat=1"], "config has no field 'learner.learning_rat': did you mean learner.learning_rate?"),
+        (
+            ["--config.learner.learning_rat=1"],
+            "no field 'learner.learning_rat': did you mean learner.learning_rate?",
+        ),
         (["--config.data.nam=x"], "did you mean data.name?"),
         (["--config.data.name=digts"], "unknown data set 'digts': did you mean digits"),
         (["--config.learner.batch_size=many"], "learner.batch_size=many"),
@@ -125,12 +129,17 @@ def test_both_arms_side_by_side(tmp_path):
         assert line in done.stdout
     assert str(tmp_path / "summary.png") in done.stdout
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
-    first = [json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("importance", "uniform")]
+    first = [
+        json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("importance", "uniform")
+    ]
     assert first[0]["train/loss"] == first[1]["train/loss"]  # the same seed gives the same initial parameters
 
 
 def test_nothing_to_compare(tmp_path):
     done = run(
-        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.proposal.name=uniform", module="experiments.compare"
+        config("digits", ":smoke"),
+        f"--workdir={tmp_path}",
+        "--config.proposal.name=uniform",
+        module="experiments.compare",
     )
     assert done.returncode != 0 and "nothing to compare" in done.stderr and "Traceback" not in done.stderr

@@ -9,7 +9,15 @@ from issgd_jax import InputError, metrics, plots
 
 
 def row(step, loss=1.0):
-    names = ("train/error", "test/loss", "test/error", "variance/uniform", "variance/actual", "variance/ideal", "variance/gain")
+    names = (
+        "train/error",
+        "test/loss",
+        "test/error",
+        "variance/uniform",
+        "variance/actual",
+        "variance/ideal",
+        "variance/gain",
+    )
     return {"step": step, "train/loss": loss} | dict.fromkeys(names, 0.5)
 
 
@@ -23,7 +31,11 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
 def test_a_value_that_is_not_finite_is_null(tmp_path):
     with metrics.MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.write({"step": 0, "variance/gain": float("nan"), "train/loss": float("inf")})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "variance/gain": None, "train/loss": None}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "variance/gain": None,
+        "train/loss": None,
+    }
 
 
 def test_a_last_line_cut_off_is_left_out_aloud(tmp_path):

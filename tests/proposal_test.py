@@ -168,6 +168,7 @@ def test_calibrated_is_free_of_scale():
     score, norms = lognormal(3000), lognormal(3000, seed=1)
     proposal = Calibrated()
     small, large = (
-        v_of(proposal, store_of(unit * score), 30, learn(proposal, unit * score, 30, unit * norms)) for unit in (1e-6, 1e6)
+        v_of(proposal, store_of(unit * score), 30, learn(proposal, unit * score, 30, unit * norms))
+        for unit in (1e-6, 1e6)
     )
     np.testing.assert_allclose(small / small.mean(), large / large.mean(), rtol=1e-3)

@@ -78,7 +78,9 @@ def test_chi_square_of_adversarial_probabilities(case):
 
 
 @settings(deadline=None, max_examples=40)
-@given(num_examples=st.integers(1, 300), batch_size=st.integers(1, 64), seed=st.integers(0, 10**6), sigma=st.floats(0, 8))
+@given(
+    num_examples=st.integers(1, 300), batch_size=st.integers(1, 64), seed=st.integers(0, 10**6), sigma=st.floats(0, 8)
+)
 def test_unbiased_summed_over_all_examples(num_examples, batch_size, seed, sigma):
     """sum_n q_n * importance_weight_n * f_n = mean(f): exactly, whatever f, with the weights that `draw` gives."""
     v = lognormal(num_examples, sigma, seed)
@@ -158,7 +160,7 @@ def test_all_zero_is_uniform():
 
 
 def test_ten_million_examples_in_float32():
-    """A running float32 sum over so many is wrong; here half are zero and must not be drawn, in blocks of equal share."""
+    """A running float32 sum over so many is wrong; half are zero and must not be drawn, blocks have equal shares."""
     v = np.tile(np.array([0.0, 1.0], np.float32), 5_000_000)
     table = jax.jit(sampling.build_table)(v)
     np.testing.assert_allclose(float(table.mean_v), 0.5, rtol=1e-6)

@@ -15,7 +15,9 @@ from issgd_jax import InputError, NonFiniteLossError, ScoreStore, metrics, train
 REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples"}
 REQUIRED |= {f"{split}/{kind}" for split in ("train", "test") for kind in ("loss", "error")}
 REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain")}
-SCORES = {f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")}
+SCORES = {
+    f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")
+}
 
 
 def smoke(**overrides) -> ConfigDict:
@@ -55,7 +57,9 @@ def test_every_schedule_with_every_proposal(schedule, proposal, tmp_path):
 
 def test_exact_scores_are_the_gradient_norms_of_that_step(tmp_path):
     """With one step of the exact schedule and no uniform share, the draw was from the ideal proposal."""
-    config = smoke(schedule__name="exact", steps=1, eval_every=1, proposal__uniform_fraction=0.0, learner__learning_rate=1e-12)
+    config = smoke(
+        schedule__name="exact", steps=1, eval_every=1, proposal__uniform_fraction=0.0, learner__learning_rate=1e-12
+    )
     config.monitor.examples = 1200
     last = issgd_jax.train(config, tmp_path)[-1]
     np.testing.assert_allclose(last["variance/actual"], last["variance/ideal"], rtol=1e-3)
@@ -188,20 +192,32 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
     [
         ({"data__name": "digts"}, "unknown data set 'digts': did you mean digits"),
         ({"data__train_split": "trian"}, "unknown split 'trian' of digits"),
-        ({"model__name": "mpl"}, r"model.name must be one of convnet, gru, mlp, transformer, got 'mpl' .*--config.model.name"),
-        ({"proposal__name": "calibrate"}, "proposal.name must be one of uniform, proportional, calibrated, got 'calibrate'"),
+        (
+            {"model__name": "mpl"},
+            r"model.name must be one of convnet, gru, mlp, transformer, got 'mpl' .*--config.model.name",
+        ),
+        (
+            {"proposal__name": "calibrate"},
+            "proposal.name must be one of uniform, proportional, calibrated, got 'calibrate'",
+        ),
         ({"schedule__name": "free"}, "schedule.name must be one of exact, relaxed, free_running"),
         ({"learner__optimizer": "sdg"}, "no optimiser 'sdg'; did you mean sgd"),
         ({"learner__optimizer": "lbfgs"}, "lbfgs"),
         ({"learner__optimizer": "adagrad"}, "adagrad has no momentum, got 0.9: set --config.learner.momentum=0"),
         ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
         ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but the data has 1200 examples"),
-        ({"workers__chunk_size": 401}, r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401"),
+        (
+            {"workers__chunk_size": 401},
+            r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",
+        ),
         ({"learner__batch_size": 0}, "learner.batch_size must be >= 1 and finite, got 0"),
         ({"workers__chunk_size": -1}, "workers.chunk_size must be >= 1 and finite, got -1"),
         ({"steps": 0}, "steps must be >= 1"),
         ({"eval_every": -5}, "eval_every must be >= 1"),
-        ({"schedule__steps_per_round": 0}, r"schedule.steps_per_round must be >= 1 .*--config.schedule.steps_per_round"),
+        (
+            {"schedule__steps_per_round": 0},
+            r"schedule.steps_per_round must be >= 1 .*--config.schedule.steps_per_round",
+        ),
         ({"schedule__score_delay": -1}, "schedule.score_delay must be >= 0"),
         ({"proposal__smoothing": -0.5}, "proposal.smoothing must be >= 0 and finite, got -0.5"),
         ({"proposal__smoothing": float("nan")}, "proposal.smoothing must be >= 0 and finite, got nan"),

@@ -38,7 +38,9 @@ def test_conv_scores_from_three_devices_equal_a_loop(num_examples):
     assert times.min() >= 1
 
 
-@pytest.mark.parametrize(("workers", "chunk_size", "num_examples"), [(1, 4, 10), (1, 10, 10), (2, 3, 13), (3, 5, 14), (3, 1, 3)])
+@pytest.mark.parametrize(
+    ("workers", "chunk_size", "num_examples"), [(1, 4, 10), (1, 10, 10), (2, 3, 13), (3, 5, 14), (3, 1, 3)]
+)
 def test_every_example_is_scored_once_a_sweep_and_then_from_the_start(workers, chunk_size, num_examples):
     values = np.arange(num_examples, dtype=np.float32)
     pool = make_pool(lambda p, x: p * x, (values,), workers=workers, chunk_size=chunk_size)
@@ -83,7 +85,9 @@ def test_a_shared_device_holds_the_examples_once():
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 5])
 def test_chunk_size_must_fit_a_shard(chunk_size):
-    with pytest.raises(ValueError, match=rf"chunk_size must be between 1 and 4 \(10 examples over 3 workers\), got {chunk_size}"):
+    with pytest.raises(
+        ValueError, match=rf"chunk_size must be between 1 and 4 \(10 examples over 3 workers\), got {chunk_size}"
+    ):
         make_pool(lambda p, x: x, (np.ones(10),), workers=3, chunk_size=chunk_size)
 
 

@@ -5,8 +5,10 @@
 Prints, for two sizes of network and data, medians over pairs of blocks (A B A B ... in one process) of
 
 - `step`: draw, gather, weigh, update, against the same with uniform draws and importance weights of one;
-- `step + take_in`: the same with one round of scores entering the store every 32 steps (the scoring itself is the workers');
-- memory on the learner's device that the uniform program does not need, in bytes an example, beside one copy of the parameters.
+- `step + take_in`: the same with one round of scores entering the store every 32 steps (the scoring itself is the
+workers');
+- memory on the learner's device that the uniform program does not need, in bytes an example, beside one copy of the
+parameters.
 
 Images are random bytes: times do not depend on their values. Writes results/learner_step.json.
 """
@@ -52,7 +54,9 @@ def measure(shape, hidden_sizes, num_examples, batch_size, steps_per_block, num_
     uniform, weighted = proposal.Uniform(), jax.device_put(proposal.Calibrated())
     scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
     sampler = learner.init_sampler(weighted, num_examples)
-    sampler = learner.take_in(weighted, sampler, jnp.arange(num_examples), scores, scored_at=jnp.int32(0), step=jnp.int32(1))
+    sampler = learner.take_in(
+        weighted, sampler, jnp.arange(num_examples), scores, scored_at=jnp.int32(0), step=jnp.int32(1)
+    )
     chunk = min(CHUNK_SIZE, num_examples // 4)
     round_ = jnp.arange(chunk), jnp.asarray(scores[:chunk])
     uniform_table = learner.init_sampler(uniform, num_examples).table
@@ -78,7 +82,9 @@ def measure(shape, hidden_sizes, num_examples, batch_size, steps_per_block, num_
             state, _ = step(state, sampler.table, examples)
         return state
 
-    seconds = paired_blocks({"uniform": block_uniform, "step": block_weighted, "rounds": block_with_rounds}, new_state, num_pairs)
+    seconds = paired_blocks(
+        {"uniform": block_uniform, "step": block_weighted, "rounds": block_with_rounds}, new_state, num_pairs
+    )
     per_step = {name: 1e6 * statistics.median(times) / steps_per_block for name, times in seconds.items()}
     return {
         "step": statistics.median(a / b for a, b in zip(seconds["step"], seconds["uniform"], strict=True)),

@@ -2,10 +2,11 @@
 
     python -m issgd_jax.main --config=experiments/configs/svhn_paper_set1.py --workdir=runs/svhn_set1
 
-The SGD arm of the pair: --config.proposal.name=uniform. Every value is the paper's (Alain et al. 2015, section 5, and the authors'
-code) unless its comment says otherwise.
+The SGD arm of the pair: --config.proposal.name=uniform. Every value is the paper's (Alain et al. 2015, section 5, and
+the authors' code) unless its comment says otherwise.
 
-Data: `svhn_cropped` of TFDS with its `extra` split, 574,168 training images. Without `extra`: --config.data.train_split=train.
+Data: `svhn_cropped` of TFDS with its `extra` split, 574,168 training images. Without `extra`:
+--config.data.train_split=train.
 
 RESULT
 """

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 MICROBATCH_BYTES = 64 * 2**20
 
 
-def per_example_grad_norms(loss_fn: Callable[..., jax.Array], *, microbatch_size: int | None = None) -> Callable[..., jax.Array]:
+def per_example_grad_norms(
+    loss_fn: Callable[..., jax.Array], *, microbatch_size: int | None = None
+) -> Callable[..., jax.Array]:
     """Returns `(params, *batch) -> f32[B]`, the Euclidean norm of each example's own gradient.
 
     Args:
-      loss_fn: `(params, *example) -> f[]`, the loss of ONE example. Any JAX code, any pytree of floating-point parameters.
+      loss_fn: `(params, *example) -> f[]`, the loss of ONE example. Any JAX code, any pytree of floating-point
+        parameters.
       microbatch_size: examples whose gradients are held in memory together; by default as many as fit 64 MiB.
 
     The returned function takes `batch` as pytrees whose leaves share the leading axis B. It is exact: equal to a Python
