@@ -170,7 +170,7 @@ def _root_mean_square(state: Calibration, score: jax.Array, staleness: jax.Array
 
 
 def _shrunk(total, count, prior):
-    """total / count, pulled to prior; arithmetically: a doubtful cell is better drawn from too often than too rarely."""
+    """total / count, pulled to prior, arithmetically: better to draw too often from a doubtful cell than too rarely."""
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
 

@@ -65,7 +65,8 @@ def test_the_paper_configs_have_the_papers_values():
 
 def test_flags_override_any_field_and_the_bar_shows_loss_rate_and_gain(tmp_path):
     done = run(
-        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.steps=7", "--config.model.mlp.hidden_sizes=(16,)",
+        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.steps=7",
+        "--config.model.mlp.hidden_sizes=(16,)",
         "--config.devices.workers=2", "--config.learner.learning_rate=0.02",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
