@@ -4,7 +4,6 @@ import difflib
 import inspect
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from issgd_jax.errors import InputError
@@ -44,7 +43,7 @@ def make_optimizer(
     }
     try:
         optimizer = make(schedules[lr_schedule](), **options)
-        params = jnp.zeros((2, 2))
+        params = jax.ShapeDtypeStruct((2, 2), "float32")
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(

@@ -32,16 +32,31 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     config_lib.validate(config)
     roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
-        parts = _build(config, roles)
+        problem = _make_problem(config)
+        optimizer = _make_optimizer(config)
+        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
+        pool = _make_pool(config, roles, problem, train_examples)
+        # Nothing above compiles or writes; nothing below is refused.
         workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
-        kinds = {
-            "learner": [roles.learner.device_kind],
-            "workers": [d.device_kind for d in roles.workers if parts.pool],
-        }
-        metrics.write_config(workdir, config.to_dict(), kinds)
+        workers = [device.device_kind for device in roles.workers] if pool else []
+        metrics.write_config(workdir, config.to_dict(), {"learner": [roles.learner.device_kind], "workers": workers})
+        parts = _build(config, problem, optimizer, train_examples, pool)
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
-            _loop(config, parts, writer, workdir)
+            sampler = _loop(config, parts, writer)
+        if pool:
+            sampler.store.save(workdir / metrics.SCORES_FILE)
     return writer.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is to be learned. init: key -> params; loss_fn and outcome_fn: of one example, see losses and evaluate."""
+
+    train_data: data.Dataset
+    test_data: data.Dataset
+    init: Callable
+    loss_fn: Callable
+    outcome_fn: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +74,23 @@ class _Parts:
     learner_device: jax.Device
 
 
-def _build(config: ConfigDict, roles: devices.Roles) -> _Parts:
+def _make_problem(config: ConfigDict) -> _Problem:
     train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
     test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
-    num_examples, batch_size = len(train_data), config.learner.batch_size
-    if batch_size > num_examples:
-        raise InputError(f"learner.batch_size is {batch_size}, but the data has {num_examples} examples: lower it")
+    if config.learner.batch_size > len(train_data):
+        raise InputError(
+            f"learner.batch_size is {config.learner.batch_size}, but the data has {len(train_data)} examples: lower it"
+        )
+    if len(train_data) < 2:
+        raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")
+    if train_data.images.shape[1:] != test_data.images.shape[1:]:
+        raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
 
-    model = _make_model(config.model, train_data.num_classes)
+    model = models.MODELS[config.model.name](train_data.num_classes, **config.model[config.model.name].to_dict())
     mean, std = data.standardization(train_data.images)
+
+    def init(key):
+        return model.init(key, jnp.asarray(mean))
 
     def logits(params, image):
         return model.apply(params, (image - mean) / std)
@@ -79,34 +102,35 @@ def _build(config: ConfigDict, roles: devices.Roles) -> _Parts:
         outputs = logits(params, image)
         return losses.example_loss(outputs, label), losses.example_error(outputs, label)
 
-    optimizer = make_optimizer(
-        config.learner.optimizer,
-        learning_rate=config.learner.learning_rate,
-        lr_schedule=config.learner.lr_schedule,
-        steps=config.steps,
-        momentum=config.learner.momentum,
-        nesterov=config.learner.nesterov,
-    )
-    chosen = jax.device_put(_make_proposal(config.proposal), roles.learner)
-    train_examples = jax.device_put((train_data.images, train_data.labels), roles.learner)
-    pool = None
-    if config.proposal.name != "uniform":
-        pool = _make_pool(config, roles, train_data, train_examples, per_example_grad_norms(loss_fn))
-    params = jax.jit(model.init)(jax.random.key(config.seed), jnp.asarray(mean))
+    try:
+        jax.eval_shape(lambda: outcome_fn(init(jax.random.key(0)), train_data.images[0], train_data.labels[0]))
+    except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
+        raise InputError(
+            f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
+        ) from error
+    return _Problem(train_data, test_data, init, loss_fn, outcome_fn)
+
+
+def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, pool: WorkerPool | None) -> _Parts:
+    (device,) = train_examples[0].devices()
+    chosen = jax.device_put(_make_proposal(config.proposal), device)
+    params = jax.jit(problem.init)(jax.random.key(config.seed))
     return _Parts(
-        train_state=jax.device_put(learner.init_train_state(params, optimizer), roles.learner),
-        sampler=learner.init_sampler(chosen, num_examples),
+        train_state=jax.device_put(learner.init_train_state(params, optimizer), device),
+        sampler=learner.init_sampler(chosen, len(problem.train_data)),
         proposal=chosen,
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
-        train_step=learner.make_train_step(loss_fn, optimizer, batch_size=batch_size, seed=config.seed),
-        measure=_make_measure(config, outcome_fn, loss_fn, train_examples, test_data, roles.learner),
+        train_step=learner.make_train_step(
+            problem.loss_fn, optimizer, batch_size=config.learner.batch_size, seed=config.seed
+        ),
+        measure=_make_measure(config, problem, train_examples),
         train_examples=train_examples,
-        learner_device=roles.learner,
+        learner_device=device,
     )
 
 
-def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter, workdir: pathlib.Path) -> None:
+def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> learner.SamplerState:
     """One thread for all devices: dispatch, never wait; the loss is read one step late."""
     state, sampler, pool = parts.train_state, parts.sampler, parts.pool
     in_flight: collections.deque[schedule.Round] = collections.deque()
@@ -151,8 +175,7 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter, work
             pending = (step, step_metrics)
         read(pending)
         write_row(config.steps)
-    if pool:
-        sampler.store.save(workdir / metrics.SCORES_FILE)
+    return sampler
 
 
 def _take_in(parts: _Parts, sampler: learner.SamplerState, round_: schedule.Round, step: int) -> learner.SamplerState:
@@ -172,15 +195,16 @@ def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> 
         )
 
 
-def _make_measure(config, outcome_fn, loss_fn, train_examples, test_data, device):
+def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
     """Returns `(params, sampler, step) -> {metric name: number}`: everything that covers whole splits."""
-    test_examples = jax.device_put((test_data.images, test_data.labels), device)
+    (device,) = train_examples[0].devices()
+    test_examples = jax.device_put((problem.test_data.images, problem.test_data.labels), device)
     num_examples = train_examples[1].shape[0]
     sample_size = min(config.monitor.examples, num_examples)
     order = np.random.default_rng(config.seed).permutation(num_examples)[:sample_size]
     sample = jax.device_put(np.sort(order).astype(np.int32), device)
-    evaluate_split = evaluate.make_evaluate(outcome_fn)
-    measure_variance = evaluate.make_measure_variance(loss_fn, per_example_grad_norms(loss_fn))
+    evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
+    measure_variance = evaluate.make_measure_variance(problem.loss_fn, per_example_grad_norms(problem.loss_fn))
     describe_scores = jax.jit(lambda sampler, step: _describe_scores(sampler, step, config.learner.batch_size))
 
     def measure(params, sampler, step) -> dict[str, float]:
@@ -214,8 +238,15 @@ def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size:
     }
 
 
-def _make_model(config: ConfigDict, num_classes: int) -> models.Model:
-    return models.MODELS[config.name](num_classes, **config[config.name].to_dict())
+def _make_optimizer(config: ConfigDict):
+    return make_optimizer(
+        config.learner.optimizer,
+        learning_rate=config.learner.learning_rate,
+        lr_schedule=config.learner.lr_schedule,
+        steps=config.steps,
+        momentum=config.learner.momentum,
+        nesterov=config.learner.nesterov,
+    )
 
 
 def _make_proposal(config: ConfigDict):
@@ -226,12 +257,14 @@ def _make_proposal(config: ConfigDict):
     return proposal.Calibrated(config.uniform_fraction, config.half_life)
 
 
-def _make_pool(config, roles, train_data, train_examples, score_fn) -> WorkerPool:
+def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, train_examples) -> WorkerPool | None:
+    if config.proposal.name == "uniform":
+        return None
     shared = roles.workers == (roles.learner,)
     try:
         return WorkerPool(
-            score_fn,
-            train_examples if shared else (train_data.images, train_data.labels),
+            per_example_grad_norms(problem.loss_fn),
+            train_examples if shared else (problem.train_data.images, problem.train_data.labels),
             devices=roles.workers,
             chunk_size=config.workers.chunk_size,
         )

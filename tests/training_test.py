@@ -28,6 +28,21 @@ def smoke(**overrides) -> ConfigDict:
     return config
 
 
+@pytest.fixture
+def compilations():
+    """The programs that are compiled, or read from the cache of compiled programs, while a test runs."""
+    events = []
+
+    def listen(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def without_time(history):
     return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in history]
 
@@ -231,14 +246,16 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ({"devices__host_platform_count": -1}, "devices.host_platform_count must be >= 0"),
         ({"monitor__examples": 1}, "monitor.examples must be >= 2"),
         ({"model__mlp__hidden_sizes": (8, 0)}, "model.mlp.hidden_sizes must be >= 1"),
+        ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "train_split has 1 example"),
+        ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
         ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_compiled_or_written(overrides, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: pytest.fail("compiled before the check"))
+def test_bad_input_is_refused_before_anything_is_compiled_or_written(overrides, message, tmp_path, compilations):
     with pytest.raises(InputError, match=message):
         issgd_jax.train(smoke(**overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert not compilations
 
 
 def test_a_field_that_no_config_has():
@@ -256,10 +273,17 @@ def test_a_field_that_is_missing():
         issgd_jax.train(config, "/nonexistent")
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path):
+def test_a_workdir_that_cannot_be_written(tmp_path, compilations):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot be written"):
-        issgd_jax.train(smoke(), tmp_path / "file" / "run")
+    for workdir in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(InputError, match="cannot be written"):
+            issgd_jax.train(smoke(), workdir)
+    assert not compilations
+
+
+def test_compilations_are_seen(tmp_path, compilations):
+    issgd_jax.train(smoke(steps=1, proposal__name="uniform"), tmp_path)
+    assert compilations  # else the tests above could not fail
 
 
 def test_labels_out_of_range():
