@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from issgd_jax import main as main_lib
-from issgd_jax import plots
+from issgd_jax import metrics, plots
 from issgd_jax.errors import InputError
 from issgd_jax.training import train
 
@@ -37,6 +37,8 @@ def compare(config: ConfigDict, workdir: pathlib.Path, *, overwrite: bool) -> di
     """
     if config.proposal.name == "uniform":
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
+    for arm in ("importance", "uniform"):
+        metrics.check_workdir(workdir / arm, overwrite=overwrite)  # before the first arm has spent its time
     histories = {}
     for arm, name in (("importance", config.proposal.name), ("uniform", "uniform")):
         arm_config = config.copy_and_resolve_references()

@@ -10,6 +10,38 @@ from issgd_jax.errors import InputError
 LR_SCHEDULES = ("constant", "cosine", "linear")
 SCHEDULES = ("exact", "relaxed", "free_running")
 PROPOSALS = ("uniform", "proportional", "calibrated")
+MAX_ROUNDS_IN_FLIGHT = 16
+
+_LARGEST = 2**31 - 1
+_INTEGERS = {
+    "seed": (0, 2**32 - 1),  # what a JAX key takes without x64
+    "steps": (1, _LARGEST),
+    "eval_every": (1, _LARGEST),
+    "learner.batch_size": (1, _LARGEST),
+    "workers.chunk_size": (1, _LARGEST),
+    "devices.workers": (1, _LARGEST),
+    "devices.host_platform_count": (0, 1024),
+    "schedule.steps_per_round": (1, _LARGEST),
+    "schedule.score_delay": (0, _LARGEST),
+    "proposal.max_staleness": (0, _LARGEST),
+    "monitor.examples": (2, _LARGEST),
+    "model.convnet.dense_size": (1, _LARGEST),
+    "model.gru.units": (1, _LARGEST),
+    "model.transformer.num_layers": (1, _LARGEST),
+    "model.transformer.width": (1, _LARGEST),
+    "model.transformer.num_heads": (1, _LARGEST),
+    "model.transformer.patch_size": (1, _LARGEST),
+}
+# Bounds that float32 can square and sum.
+_POSITIVE = ("> 0 and <= 1e+30", lambda x: 0 < x <= 1e30)
+_REALS = {
+    "learner.learning_rate": _POSITIVE,
+    "learner.momentum": (">= 0 and < 1", lambda x: 0 <= x < 1),
+    "proposal.smoothing": (">= 0 and <= 1e+15", lambda x: 0 <= x <= 1e15),
+    "proposal.uniform_fraction": (">= 0 and <= 0.999", lambda x: 0 <= x <= 0.999),
+    "proposal.half_life": _POSITIVE,
+    "model.mlp.init_stddev": _POSITIVE,
+}
 
 
 def default() -> ConfigDict:
@@ -89,14 +121,16 @@ def fields(config: ConfigDict) -> list[str]:
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """{dotted name: value} of all fields."""
-    flat = {}
-    for name in config:
-        value = config[name]
-        if isinstance(value, ConfigDict):
-            flat |= {f"{name}.{key}": leaf for key, leaf in flatten(value).items()}
+    return {name: group[key] for name, group, key in _leaves(config)}
+
+
+def _leaves(config: ConfigDict, prefix: str = ""):
+    """Every field as (dotted name, the group that holds it, its key there)."""
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from _leaves(config[key], f"{prefix}{key}.")
         else:
-            flat[name] = value
-    return flat
+            yield f"{prefix}{key}", config, key
 
 
 def check_field(name: str) -> None:
@@ -128,42 +162,21 @@ def validate(config: ConfigDict) -> None:
             f"config lacks the field(s) {', '.join(sorted(missing))}: start from issgd_jax.config.default()"
         )
 
-    for name, at_least in {
-        "steps": 1,
-        "eval_every": 1,
-        "seed": 0,
-        "learner.batch_size": 1,
-        "workers.chunk_size": 1,
-        "devices.workers": 1,
-        "devices.host_platform_count": 0,
-        "schedule.steps_per_round": 1,
-        "schedule.score_delay": 0,
-        "proposal.max_staleness": 0,
-        "monitor.examples": 2,
-        "model.convnet.dense_size": 1,
-        "model.gru.units": 1,
-        "model.transformer.num_layers": 1,
-        "model.transformer.width": 1,
-        "model.transformer.num_heads": 1,
-        "model.transformer.patch_size": 1,
-    }.items():
-        _check_range(name, given[name], at_least)
-    _check_range("learner.learning_rate", given["learner.learning_rate"], 0, strict=True)
-    _check_range("learner.momentum", given["learner.momentum"], 0, below=1)
-    _check_range("proposal.smoothing", given["proposal.smoothing"], 0)
-    _check_range("proposal.uniform_fraction", given["proposal.uniform_fraction"], 0, below=1)
-    _check_range("proposal.half_life", given["proposal.half_life"], 0, strict=True)
+    for name, group, key in _leaves(default()):
+        _check_type(name, given[name], group.get_type(key), optional=group[key] is None)
+    for name, (low, high) in _INTEGERS.items():
+        _check_range(name, given[name], f"between {low:,} and {high:,}", lambda x, low=low, high=high: low <= x <= high)
+    for name, (limit, fits) in _REALS.items():
+        _check_range(name, given[name], limit, fits)
     for name in ("model.mlp.hidden_sizes", "model.convnet.channels"):
         for size in given[name]:
-            _check_range(name, size, 1)
-    if given["model.mlp.init_stddev"] is not None:
-        _check_range("model.mlp.init_stddev", given["model.mlp.init_stddev"], 0, strict=True)
-    transformer = config.model.transformer
-    if transformer.width % transformer.num_heads:
-        raise InputError(
-            f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
-            f"and {transformer.num_heads}"
-        )
+            _check_range(name, size, "sizes >= 1", lambda x: type(x) is int and 1 <= x <= _LARGEST)
+    for name in ("data.name", "data.train_split", "data.test_split"):
+        if not given[name]:
+            raise InputError(f"{name} is empty (see --config.{name})")
+    if config.schedule.name == "relaxed" and config.proposal.name != "uniform":
+        _check_relaxed(config)
+    _check_transformer(config.model.transformer)
     for name, choices in {
         "model.name": [group for group in config.model if group != "name"],
         "learner.lr_schedule": LR_SCHEDULES,
@@ -174,10 +187,40 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r} (see --config.{name})")
 
 
-def _check_range(name, value, at_least, *, below=None, strict=False):
-    if value is None:
+def _check_transformer(transformer):
+    if transformer.width % transformer.num_heads:
+        raise InputError(
+            f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
+            f"and {transformer.num_heads}"
+        )
+
+
+def _check_relaxed(config):
+    """Scores must be able to enter, and snapshots of the parameters must not pile up before slow workers."""
+    steps_per_round, score_delay = config.schedule.steps_per_round, config.schedule.score_delay
+    if score_delay >= config.steps:
+        raise InputError(
+            f"schedule.score_delay is {score_delay}, but training ends after {config.steps} steps: no score would ever "
+            f"enter; lower it"
+        )
+    if score_delay > MAX_ROUNDS_IN_FLIGHT * steps_per_round:
+        raise InputError(
+            f"schedule.score_delay must be <= {MAX_ROUNDS_IN_FLIGHT} * steps_per_round, got {score_delay} and "
+            f"{steps_per_round}: each round in flight holds a copy of the parameters"
+        )
+
+
+def _check_type(name, value, expected, *, optional):
+    if value is None and optional:
         return
-    fits = value > at_least if strict else value >= at_least
-    if not fits or (below is not None and not value < below) or value in (float("inf"), -float("inf")):
-        limit = f"{'>' if strict else '>='} {at_least}" + (f" and < {below}" if below is not None else "")
-        raise InputError(f"{name} must be {limit} and finite, got {value} (see --config.{name})")
+    fits = type(value) in ((int, float) if expected is float else (expected,))
+    if not fits:
+        raise InputError(
+            f"{name} must be of type {expected.__name__}{' or None' if optional else ''}, got {value!r} "
+            f"(see --config.{name})"
+        )
+
+
+def _check_range(name, value, limit, fits):
+    if value is not None and not fits(value):
+        raise InputError(f"{name} must be {limit}, got {value} (see --config.{name})")

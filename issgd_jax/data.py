@@ -145,6 +145,10 @@ def _find_builder(tfds, name: str, data_dir: str | None):
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `tfds.list_builders()`"
         raise InputError(f"unknown data set {name!r}: {hint}") from None
+    except (ValueError, AssertionError) as error:  # no name at all, or a version that there is not
+        raise InputError(
+            f"data set {name!r} cannot be found ({error}): use a name as in `tfds.list_builders()`"
+        ) from error
     if not builder.is_prepared():
         where = f", data_dir={data_dir!r}" if data_dir else ""
         raise InputError(

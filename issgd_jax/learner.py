@@ -86,7 +86,8 @@ def _take_in(proposal, sampler, indices, scores, scored_at, step):
     return SamplerState(store, proposal_state, table, sampler.rejected + rejected)
 
 
-_take_in_compiled = jax.jit(_take_in, donate_argnames="sampler")
+# The old table is not read, but kept as an argument: the new one takes over its memory.
+take_in_compiled = jax.jit(_take_in, donate_argnames="sampler", keep_unused=True)
 
 
 def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step) -> SamplerState:
@@ -95,4 +96,4 @@ def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
     `scored_at`; `step` is the learner's own. The sampler given is donated.
     """
-    return _take_in_compiled(proposal, sampler, indices, scores, scored_at, step)
+    return take_in_compiled(proposal, sampler, indices, scores, scored_at, step)

@@ -23,6 +23,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
+    if not _WORKDIR.value:
+        raise InputError("--workdir is empty: name a folder for the run")
     from issgd_jax.training import train  # JAX and flax load only once the flags are right
 
     train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)

@@ -16,22 +16,31 @@ from issgd_jax.errors import InputError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 SCORES_FILE = "scores.npz"
+_RUN_FILES = (METRICS_FILE, CONFIG_FILE, SCORES_FILE, "events.out.tfevents.*")
 _PACKAGES = ("issgd-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def check_workdir(workdir: str | pathlib.Path, *, overwrite: bool) -> list[pathlib.Path]:
+    """The files of an earlier run in workdir; writes nothing.
+
+    Raises: InputError if there are any and overwrite is False, or if workdir cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        old = [file for pattern in _RUN_FILES for file in workdir.glob(pattern)] if workdir.is_dir() else []
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be read ({error.strerror}): choose another --workdir") from error
+    if old and not overwrite:
+        raise InputError(f"{workdir} holds a run already: choose another --workdir, or replace it with --overwrite")
+    return old
 
 
 def claim_workdir(workdir: str | pathlib.Path, *, overwrite: bool) -> pathlib.Path:
     """Makes the folder of a run, empty of any earlier run's files.
 
-    Raises: InputError if it cannot be written, or holds a run already and overwrite is False.
+    Raises: InputError if it cannot be written, and as `check_workdir`.
     """
-    workdir = pathlib.Path(workdir)
-    old = []
-    if workdir.is_dir():
-        old = [
-            f for name in (METRICS_FILE, CONFIG_FILE, SCORES_FILE, "events.out.tfevents.*") for f in workdir.glob(name)
-        ]
-    if old and not overwrite:
-        raise InputError(f"{workdir} holds a run already: choose another --workdir, or replace it with --overwrite")
+    old, workdir = check_workdir(workdir, overwrite=overwrite), pathlib.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         for file in old:

@@ -47,7 +47,8 @@ def make_optimizer(
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"optax.{name} cannot train from gradients and parameters alone ({error}): choose another"
+            f"optax.{name} cannot train with a {lr_schedule} rate from gradients and parameters alone ({error}): "
+            f"choose another"
         ) from error
     return optimizer
 
@@ -55,6 +56,7 @@ def make_optimizer(
 def _names() -> list[str]:
     found = []
     for name, member in vars(optax).items():
-        if inspect.isfunction(member) and "learning_rate" in inspect.signature(member).parameters:
+        helper = name.startswith(("_", "scale_by_"))
+        if not helper and inspect.isfunction(member) and "learning_rate" in inspect.signature(member).parameters:
             found.append(name)
     return found

@@ -1,5 +1,6 @@
 """Figures from metrics files; imports no jax."""
 
+import itertools
 import pathlib
 
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ def summary_figure(runs: dict[str, list[dict]], *, title: str) -> Figure:
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     axes = figure.subplots(1, 3)
     figure.suptitle(title)
-    for colour, (label, rows) in zip(_COLOURS, runs.items()):
+    for colour, (label, rows) in zip(itertools.cycle(_COLOURS), runs.items()):
         _plot(axes[0], rows, "train/loss", color=colour, label=label)
         _plot(axes[1], rows, "test/error", color=colour, label=f"{label}, test")
         _plot(axes[1], rows, "train/error", color=colour, label=f"{label}, training", linestyle="--")

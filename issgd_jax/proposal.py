@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from issgd_jax import sampling
 from issgd_jax.store import ScoreStore
 
-# Least v of a scored example, relative to the mean: a stale score of zero must not shut an example out for ever.
-MIN_RELATIVE_V = 2.0**-20
+# Least v of a scored example, relative to the largest: a stale score of zero must not shut an example out for ever, and
+# float32 must tell it from zero beside any other (see `sampling.draw`).
+MIN_RELATIVE_V = 2.0**-16
+TINY = jnp.finfo(jnp.float32).tiny
+# Norms beyond this multiple of the first mean count as this: their squares must not overflow.
+MAX_RELATIVE_SCORE = 2.0**24
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +80,7 @@ class Proportional:
 class Calibration(NamedTuple):
     """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
 
-    squares: f32[40, 12], sums of the new norm squared.
+    squares: f32[40, 12], sums of the new norm squared, in units of scale^2.
     counts: f32[40, 12], how many.
     scale: f32[], the mean of the first scores seen: the unit of the score bins; 0 before.
     """
@@ -135,34 +139,38 @@ class Calibrated:
         at = jnp.clip(indices, 0, num_examples - 1)
         old_score, staleness = store.score[at], step - store.scored_at[at]
         known = valid & store.scored[at] & (staleness > 0)
-        row = jnp.clip(jnp.floor(_octave(old_score, scale)), 0, SCORE_BINS - 1).astype(jnp.int32)
+        row = jnp.clip(jnp.floor(_octave(old_score / jnp.maximum(scale, TINY))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
         forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))
+        relative = jnp.where(known, jnp.minimum(score / jnp.maximum(scale, TINY), MAX_RELATIVE_SCORE), 0)
+        # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
+        rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
+
+        def binned(values):
+            return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
+
         return Calibration(
-            squares=(forget * state.squares).at[row, column].add(jnp.where(known, score * score, 0)),
-            counts=(forget * state.counts).at[row, column].add(known.astype(jnp.float32)),
+            squares=forget * state.squares + binned(relative**2),
+            counts=forget * state.counts + binned(known.astype(jnp.float32)),
             scale=scale,
         )
 
     def table(self, state: Calibration, store: ScoreStore, step: jax.Array) -> sampling.Table:
         staleness = store.staleness(step)
-        v = jnp.where(
-            staleness > 0,
-            _root_mean_square(state, store.score, staleness),
-            store.score,  # the norm itself: measured with the very parameters of this step
-        )
+        relative = store.score / jnp.where(state.scale > 0, state.scale, 1)
+        # A score of this very step is the norm itself: nothing to be learned about.
+        v = jnp.where(staleness > 0, _root_mean_square(state, relative, staleness), relative)
         v = _complete(v, store.scored)
         share = self.uniform_fraction
         return sampling.build_table(v + share / (1 - share) * jnp.mean(v))
 
 
-def _root_mean_square(state: Calibration, score: jax.Array, staleness: jax.Array) -> jax.Array:
-    """sqrt(E[norm^2 | score, staleness]) from the table, log-linear between the centres of score bins: f32[N]."""
-    scale = jnp.where(state.scale > 0, state.scale, 1)
-    centres = scale * 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
+def _root_mean_square(state: Calibration, relative_score: jax.Array, staleness: jax.Array) -> jax.Array:
+    """sqrt(E[norm^2 | score, staleness]) in units of the scale, log-linear between centres of score bins: f32[N]."""
+    centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
     row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), centres**2)
     log_rms = 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
-    place = jnp.clip(_octave(score, scale) - 0.5, 0, SCORE_BINS - 1)
+    place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
     row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
     column = _staleness_bin(staleness)
     low, high = log_rms[row, column], log_rms[row + 1, column]
@@ -174,11 +182,9 @@ def _shrunk(total, count, prior):
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
 
-def _octave(score, scale):
+def _octave(relative_score):
     """Place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
-    tiny = jnp.finfo(jnp.float32).tiny
-    relative = score / jnp.maximum(scale, tiny)
-    return jnp.log2(jnp.maximum(relative, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
+    return jnp.log2(jnp.maximum(relative_score, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
 
 
 def _staleness_bin(staleness):
@@ -190,4 +196,5 @@ def _complete(v: jax.Array, scored: jax.Array) -> jax.Array:
     """Gives never-scored examples the mean v of the scored (1 if none are), and every example a chance: f32[N]."""
     num_scored = jnp.sum(scored)
     mean = jnp.where(num_scored > 0, jnp.sum(jnp.where(scored, v, 0)) / jnp.maximum(num_scored, 1), 1)
-    return jnp.where(scored, jnp.maximum(v, MIN_RELATIVE_V * mean), mean)
+    least = MIN_RELATIVE_V * jnp.max(jnp.where(scored, v, 0))
+    return jnp.where(scored, jnp.maximum(v, least), mean)

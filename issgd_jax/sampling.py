@@ -68,14 +68,16 @@ def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
     If v is zero everywhere there is nothing to prefer, and the table is that of `v = 1`.
     """
     num_examples = v.shape[0]
-    v = jnp.where(jnp.any(v > 0), v, 1).astype(jnp.float32)
+    all_zero = ~jnp.any(v > 0)
+    v = jnp.where(all_zero, 1, v).astype(jnp.float32)
     levels, sums = [], v
     while not levels or levels[-1].shape[0] > 1:
         num_nodes = math.ceil(sums.shape[0] / RADIX)
         children = jnp.pad(sums, (0, num_nodes * RADIX - sums.shape[0])).reshape(num_nodes, RADIX)
         levels.append(children)
         sums = jnp.sum(children, axis=1)
-    population = jnp.float32(num_examples) if population is None else jnp.asarray(population, jnp.float32)
+    population = num_examples if population is None else jnp.where(all_zero, num_examples, population)
+    population = jnp.asarray(population, jnp.float32)
     return Table(levels=tuple(levels), population=population, num_examples=num_examples)
 
 
@@ -95,7 +97,8 @@ def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
     Guarantees, for a uniformly random key:
     - unbiased: example n is drawn `batch_size * v_n / sum(v)` times in expectation, so that
       `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper, Corollary 1);
-    - examples with `v_n = 0` are never drawn;
+    - examples with `v_n = 0` are never drawn; nor are those with less than 2^-24 of the v of the 8 examples (or of the
+      8 subtrees) beside them, which float32 cannot tell from 0: keep v above 2^-16 of its maximum, as the proposals do;
     - the uniform table gives importance weights of exactly 1.
 
     Draws are systematic (Madow 1949): one random offset, `batch_size` equally spaced positions, so that a minibatch

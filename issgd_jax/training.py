@@ -161,15 +161,15 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> l
         metrics.Progress(config.steps, shown=config.log.progress, description=config.proposal.name) as progress,
     ):
         for step in range(config.steps):
-            if step % config.eval_every == 0:
-                write_row(step)
             if pool:
-                for _ in range(parts.schedule.rounds_to_start(step, len(in_flight))):
-                    in_flight.append(pool.score_next(state.params, step))
+                num_rounds = parts.schedule.rounds_to_start(step, len(in_flight))
+                in_flight.extend(pool.score_next(state.params, step, num_rounds))
                 while in_flight and parts.schedule.may_enter(in_flight[0], step):
                     round_ = in_flight.popleft()
                     worker_examples += round_.num_examples
                     sampler = _take_in(parts, sampler, round_, step)
+            if step % config.eval_every == 0:  # of the very parameters and probabilities that this step draws with
+                write_row(step)
             state, step_metrics = parts.train_step(state, sampler.table, parts.train_examples)
             read(pending)
             pending = (step, step_metrics)

@@ -30,7 +30,8 @@ def measure(
 
     Args:
       norms: f32[M], gradient norms at the current parameters, M >= 2.
-      v: f32[M], unnormalised probabilities of the same examples, as drawn from.
+      v: f32[M], unnormalised probabilities of the same examples, as drawn from. Where a biased proposal leaves
+        examples out (v = 0), `actual` is the mean square of what is drawn, less the square of the true gradient.
       mean_v: f32[], mean of v over all N examples.
       mean_gradient_norm: f32[], norm of the mean gradient of the same M examples.
       num_examples: N. With M = N the result is exact; with M < N each Tr Sigma is unbiased: the squares of sample means
@@ -50,7 +51,9 @@ def measure(
 
     true_gradient_square = square_of_mean(mean_gradient_norm**2)
     uniform = mean_square - true_gradient_square
-    actual = mean_v * jnp.mean(norms**2 / v) - true_gradient_square
+    drawn = v > 0
+    mean_ratio = jnp.sum(jnp.where(drawn, norms**2 / jnp.where(drawn, v, 1), 0)) / jnp.maximum(jnp.sum(drawn), 1)
+    actual = mean_v * mean_ratio - true_gradient_square
     ideal = square_of_mean(jnp.mean(norms) ** 2) - true_gradient_square
     roots = [jnp.sqrt(jnp.maximum(trace, 0)) for trace in (uniform, actual, ideal)]
     return Variance(*roots, gain=jnp.where(actual > 0, uniform / actual, 1))

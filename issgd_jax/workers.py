@@ -13,8 +13,8 @@ from issgd_jax.schedule import Round
 class WorkerPool:
     """Keeps the worker devices busy from one Python thread: every call dispatches and returns at once.
 
-    Example n belongs to worker `n % W` and is item `n // W` of its shard, so that W workers with chunks of C score the
-    same examples in a round as one worker with chunks of W * C.
+    Example n belongs to worker `n % W` and is item `n // W` of its shard, so that, where W divides N, W workers with
+    chunks of C score the same examples in a round as one worker with chunks of W * C.
     """
 
     def __init__(
@@ -69,14 +69,19 @@ class WorkerPool:
         """Rounds after which every example has been scored at least once."""
         return -(-self._shard_size // self._chunk_size)
 
-    def score_next(self, params, step: int) -> Round:
-        """Dispatches one round: broadcasts the parameters of `step` and scores the next chunk of every shard.
+    def score_next(self, params, step: int, num_rounds: int = 1) -> list[Round]:
+        """Dispatches rounds: broadcasts the parameters of `step` once and scores the next chunks of every shard.
 
         Never waits and never passes through the host. The parameters are copied, so that the caller may donate them to
         its next step. At the end of a shard the chunk goes on from its beginning.
         """
+        if num_rounds == 0:
+            return []
         # The learner's own device would get an alias, which the learner's donation then deletes: no alias.
         snapshot = jax.device_put(params, self._replicated, may_alias=False)
+        return [self._score_chunks(snapshot, step) for _ in range(num_rounds)]
+
+    def _score_chunks(self, snapshot, step: int) -> Round:
         start = jax.device_put(np.int32(self._next_start), self._replicated)
         indices, scores = self._score(snapshot, self._shards, self._worker, start)
         num_scored = self._num_real_items()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from issgd_jax import sampling
 from issgd_jax.proposal import Calibrated, Proportional, Uniform
 from issgd_jax.store import ScoreStore
 
@@ -71,7 +72,7 @@ def test_proportional_is_score_plus_smoothing():
 
 def test_proportional_without_smoothing_leaves_no_scored_example_out():
     v = v_of(Proportional(0.0), store_of([0.0, 1.0, 2.0]), step=100)
-    assert np.all(v > 0) and v[0] < 1e-5
+    assert np.all(v > 0) and v[0] < 1e-3
 
 
 def test_max_staleness_leaves_old_scores_out_and_averages_over_the_rest():
@@ -144,7 +145,8 @@ def test_calibrated_forgets():
         state = proposal.observe(state, store_of(score), jnp.arange(5000), jnp.asarray(score), jnp.int32(20))
     np.testing.assert_allclose(np.sum(state.counts), 5000 * 2, rtol=0.02)  # 1 + 1/2 + 1/4 + ...
     middle = (score > 0.5) & (score < 2)
-    np.testing.assert_allclose(v_of(proposal, store_of(score), 20, state)[middle], score[middle], rtol=0.35)
+    v = state.scale * v_of(proposal, store_of(score), 20, state)  # v is in units of the scale
+    np.testing.assert_allclose(v[middle], score[middle], rtol=0.35)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
@@ -164,11 +166,25 @@ def test_calibrated_learns_nothing_from_padding_bad_or_first_scores():
     assert state.scale == 5  # the unit comes from the first good score
 
 
+@pytest.mark.parametrize("place", range(8))
+def test_a_scored_example_of_score_zero_is_drawn_beside_the_largest(place):
+    """float32 absorbs too small a v beside a large one, and the example is never drawn again: a bias."""
+    score = np.zeros(8, np.float32)
+    score[place] = 1e6
+    table = Proportional(0.0).table((), store_of(score), jnp.int32(9))
+    keys = jax.random.split(jax.random.key(place), 4_000)
+    indices = np.asarray(jax.vmap(lambda key: sampling.draw(key, table, 512).indices)(keys)).ravel()
+    counts = np.bincount(indices, minlength=8)
+    expected = len(indices) * np.asarray(table.v(), np.float64) / np.sum(np.asarray(table.v(), np.float64))
+    rare = np.arange(8) != place
+    assert np.all(np.abs(counts - expected)[rare] < 5 * np.sqrt(expected[rare]))
+
+
 def test_calibrated_is_free_of_scale():
     score, norms = lognormal(3000), lognormal(3000, seed=1)
     proposal = Calibrated()
     small, large = (
         v_of(proposal, store_of(unit * score), 30, learn(proposal, unit * score, 30, unit * norms))
-        for unit in (1e-6, 1e6)
+        for unit in (1e-17, 1e17)
     )
     np.testing.assert_allclose(small / small.mean(), large / large.mean(), rtol=1e-3)

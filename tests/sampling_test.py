@@ -82,13 +82,16 @@ def test_chi_square_of_adversarial_probabilities(case):
     num_examples=st.integers(1, 300), batch_size=st.integers(1, 64), seed=st.integers(0, 10**6), sigma=st.floats(0, 8)
 )
 def test_unbiased_summed_over_all_examples(num_examples, batch_size, seed, sigma):
-    """sum_n q_n * importance_weight_n * f_n = mean(f): exactly, whatever f, with the weights that `draw` gives."""
+    """sum_n q_n * importance_weight_n * f_n = mean(f), whatever f: q_n * importance_weight_n = 1 / N for each n."""
     v = lognormal(num_examples, sigma, seed)
-    drawn = sampling.draw(jax.random.key(seed), sampling.build_table(v), batch_size)
+    table = sampling.build_table(v)
+    drawn = sampling.draw(jax.random.key(seed), table, batch_size)
     indices, importance_weights = np.asarray(drawn.indices), np.asarray(drawn.importance_weights, np.float64)
     q = v.astype(np.float64) / v.sum(dtype=np.float64)
     assert indices.min() >= 0 and indices.max() < num_examples
-    # q_n * importance_weight_n = 1 / N for each n, which makes the sum above mean(f) for every f.
+    all_importance_weights = np.asarray(table.mean_v / table.v(), np.float64)
+    np.testing.assert_allclose(all_importance_weights * q, 1 / num_examples, rtol=2e-6)
+    np.testing.assert_array_equal(drawn.importance_weights, (table.mean_v / table.v())[drawn.indices])
     np.testing.assert_allclose(importance_weights * q[indices], 1 / num_examples, rtol=2e-6)
 
 
@@ -157,6 +160,11 @@ def test_uniform_draws_are_uniform_when_parts_divide_an_example():
 def test_all_zero_is_uniform():
     drawn = sampling.draw(jax.random.key(0), sampling.build_table(jnp.zeros(9)), 9)
     np.testing.assert_allclose(drawn.importance_weights, 1)
+
+
+def test_all_zero_with_examples_left_out_is_uniform_over_all():
+    table = sampling.build_table(jnp.zeros(20), population=5)
+    np.testing.assert_allclose(table.mean_v, 1)
 
 
 def test_ten_million_examples_in_float32():

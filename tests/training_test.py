@@ -64,21 +64,28 @@ def test_every_schedule_with_every_proposal(schedule, proposal, tmp_path):
     if schedule == "exact":
         assert history[-1]["worker_examples"] == 12 * 1200
         assert history[-1]["scores/scored_fraction"] == 1
-        assert history[-1]["scores/staleness_max"] == 1  # measured after the step that the scores were made for
+        assert history[1]["scores/staleness_max"] == 0 and history[-1]["scores/staleness_max"] == 1
     if schedule == "relaxed":  # rounds of 300 at steps 0, 4, 8; each enters 4 steps later
         assert history[-1]["worker_examples"] == 2 * 300
         assert history[-1]["scores/staleness_max"] == 12
 
 
-def test_exact_scores_are_the_gradient_norms_of_that_step(tmp_path):
-    """With one step of the exact schedule and no uniform share, the draw was from the ideal proposal."""
-    config = smoke(
-        schedule__name="exact", steps=1, eval_every=1, proposal__uniform_fraction=0.0, learner__learning_rate=1e-12
-    )
+def test_the_exact_schedule_draws_from_the_ideal_proposal_at_every_step(tmp_path):
+    """Red if the monitor pairs the parameters of one step with the probabilities of another."""
+    config = smoke(schedule__name="exact", steps=6, eval_every=1, proposal__uniform_fraction=0.0)
     config.monitor.examples = 1200
-    last = issgd_jax.train(config, tmp_path)[-1]
-    np.testing.assert_allclose(last["variance/actual"], last["variance/ideal"], rtol=1e-3)
-    assert last["variance/ideal"] < last["variance/uniform"]
+    *history, last = issgd_jax.train(config, tmp_path)
+    for row in history:
+        np.testing.assert_allclose(row["variance/actual"], row["variance/ideal"], rtol=1e-3)
+        assert row["variance/ideal"] < row["variance/uniform"]
+        assert row["scores/staleness_max"] == 0 and row["scores/scored_fraction"] == 1
+    assert last["scores/staleness_max"] == 1  # after the last step nothing is scored any more
+
+
+def test_leaving_old_scores_out_is_measured_too(tmp_path):
+    history = issgd_jax.train(smoke(proposal__name="proportional", proposal__max_staleness=8), tmp_path)
+    assert all(row["variance/actual"] > 0 and np.isfinite(row["variance/gain"]) for row in history)
+    assert history[-1]["variance/gain"] > 0
 
 
 def test_uniform_has_no_workers_and_no_scores(tmp_path):
@@ -193,12 +200,12 @@ def read_events(path):
 
 
 def test_a_run_is_replaced_only_when_asked(tmp_path):
-    issgd_jax.train(smoke(steps=2), tmp_path)
+    issgd_jax.train(smoke(steps=5), tmp_path)
     first = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(InputError, match="holds a run already.*--overwrite"):
-        issgd_jax.train(smoke(steps=2), tmp_path)
+        issgd_jax.train(smoke(steps=5), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == first
-    issgd_jax.train(smoke(steps=2, proposal__name="uniform"), tmp_path, overwrite=True)
+    issgd_jax.train(smoke(steps=5, proposal__name="uniform"), tmp_path, overwrite=True)
     assert not (tmp_path / "scores.npz").exists()  # nothing of the earlier run is left
 
 
@@ -217,7 +224,10 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ),
         ({"schedule__name": "free"}, "schedule.name must be one of exact, relaxed, free_running"),
         ({"learner__optimizer": "sdg"}, "no optimiser 'sdg'; did you mean sgd"),
-        ({"learner__optimizer": "lbfgs"}, "lbfgs"),
+        (
+            {"learner__optimizer": "lbfgs"},
+            "lbfgs cannot train with a constant rate from gradients|lbfgs has no momentum",
+        ),
         ({"learner__optimizer": "adagrad"}, "adagrad has no momentum, got 0.9: set --config.learner.momentum=0"),
         ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
         ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but the data has 1200 examples"),
@@ -225,27 +235,41 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
             {"workers__chunk_size": 401},
             r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",
         ),
-        ({"learner__batch_size": 0}, "learner.batch_size must be >= 1 and finite, got 0"),
-        ({"workers__chunk_size": -1}, "workers.chunk_size must be >= 1 and finite, got -1"),
-        ({"steps": 0}, "steps must be >= 1"),
-        ({"eval_every": -5}, "eval_every must be >= 1"),
+        ({"learner__batch_size": 0}, "learner.batch_size must be between 1 and 2,147,483,647, got 0"),
+        ({"workers__chunk_size": -1}, "workers.chunk_size must be between 1 and"),
+        ({"steps": 0}, "steps must be between 1"),
+        ({"eval_every": -5}, "eval_every must be between 1"),
         (
             {"schedule__steps_per_round": 0},
-            r"schedule.steps_per_round must be >= 1 .*--config.schedule.steps_per_round",
+            r"schedule.steps_per_round must be between 1 .*--config.schedule.steps_per_round",
         ),
-        ({"schedule__score_delay": -1}, "schedule.score_delay must be >= 0"),
-        ({"proposal__smoothing": -0.5}, "proposal.smoothing must be >= 0 and finite, got -0.5"),
-        ({"proposal__smoothing": float("nan")}, "proposal.smoothing must be >= 0 and finite, got nan"),
-        ({"proposal__uniform_fraction": 1.0}, "proposal.uniform_fraction must be >= 0 and < 1"),
+        ({"schedule__score_delay": -1}, "schedule.score_delay must be between 0"),
+        ({"proposal__smoothing": -0.5}, "proposal.smoothing must be >= 0 and .*, got -0.5"),
+        ({"proposal__smoothing": float("nan")}, "proposal.smoothing must be >= 0 and .*, got nan"),
+        ({"proposal__uniform_fraction": 1.0}, "proposal.uniform_fraction must be >= 0 and <= 0.999"),
         ({"learner__learning_rate": 0.0}, "learner.learning_rate must be > 0"),
-        ({"learner__learning_rate": float("inf")}, "learner.learning_rate must be > 0 and finite, got inf"),
+        ({"learner__learning_rate": float("inf")}, "learner.learning_rate must be > 0 and .*, got inf"),
         ({"learner__momentum": 1.0}, "learner.momentum must be >= 0 and < 1"),
         ({"devices__workers": 4}, r"devices.workers must be between 1 and 3 with 4 device\(s\), got 4"),
-        ({"devices__workers": 0}, "devices.workers must be >= 1"),
+        ({"devices__workers": 0}, "devices.workers must be between 1"),
         ({"devices__host_platform_count": 9}, "host_platform_count is 9, but JAX has started with 4"),
-        ({"devices__host_platform_count": -1}, "devices.host_platform_count must be >= 0"),
-        ({"monitor__examples": 1}, "monitor.examples must be >= 2"),
-        ({"model__mlp__hidden_sizes": (8, 0)}, "model.mlp.hidden_sizes must be >= 1"),
+        ({"devices__host_platform_count": -1}, "devices.host_platform_count must be between 0"),
+        ({"monitor__examples": 1}, "monitor.examples must be between 2"),
+        ({"model__mlp__hidden_sizes": (8, 0)}, "model.mlp.hidden_sizes must be sizes >= 1, got 0"),
+        (
+            {"schedule__score_delay": 40},
+            "score_delay is 40, but training ends after 40 steps: no score would ever enter",
+        ),
+        (
+            {"schedule__steps_per_round": 2, "schedule__score_delay": 33},
+            r"score_delay must be <= 16 \* steps_per_round",
+        ),
+        ({"seed": 2**32}, "seed must be between 0 and 4,294,967,295"),
+        ({"proposal__max_staleness": 2**40}, "proposal.max_staleness must be between 0"),
+        ({"proposal__smoothing": 1e38}, "proposal.smoothing must be .* <= 1e"),
+        ({"data__name": ""}, "data.name is empty"),
+        ({"data__name": "../x"}, "data set '../x' cannot be found"),
+        ({"data__name": "mnist:9.9.9"}, "data set 'mnist:9.9.9' cannot be found"),
         ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "train_split has 1 example"),
         ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
         ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
@@ -256,6 +280,29 @@ def test_bad_input_is_refused_before_anything_is_compiled_or_written(overrides, 
         issgd_jax.train(smoke(**overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert not compilations
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "type_name"),
+    [
+        ("steps", None, "int"), ("steps", True, "int"), ("steps", 2.5, "int"), ("seed", None, "int"),
+        ("learner.learning_rate", None, "float"), ("learner.learning_rate", "fast", "float"),
+        ("data.name", None, "str"), ("learner.nesterov", 1, "bool"), ("model.mlp.hidden_sizes", 8, "tuple"),
+        ("devices.workers", 1.5, "int or None"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type(name, value, type_name, tmp_path):
+    config = smoke()
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=f"{name} must be of type {type_name}, got {value!r}"):
+        issgd_jax.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_is_no_whole_number(tmp_path):
+    with pytest.raises(InputError, match="model.mlp.hidden_sizes must be sizes >= 1, got 8.5"):
+        issgd_jax.train(smoke(model__mlp__hidden_sizes=(8.5,)), tmp_path)
 
 
 def test_a_field_that_no_config_has():

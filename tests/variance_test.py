@@ -54,6 +54,8 @@ def test_the_ideal_proposal_has_the_least_variance_of_all_tried():
     rng = np.random.default_rng(1)
     tried = [norms**p for p in (0, 0.5, 0.9, 1.1, 2)] + [norms + c for c in (0.01, 1, 10)]
     tried += [norms * rng.lognormal(0, s, 30) for s in np.repeat([0.01, 0.1, 1.0], 50)]
+    ideal = float(measure(g, norms).ideal)
+    assert all(float(measure(g, v.astype(np.float32)).actual) > ideal * (1 - 1e-5) for v in tried)
     assert all(brute_force_trace(g, v) > least for v in tried)
     assert np.isclose(measure(g, norms).ideal ** 2, least, rtol=1e-4)
     assert np.isclose(measure(g, norms).actual ** 2, least, rtol=1e-4)

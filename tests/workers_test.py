@@ -17,8 +17,7 @@ def make_pool(score_fn, examples, *, workers, chunk_size):
 def sweep(pool, params, num_examples):
     """Runs one sweep and returns the score of every example, NaN where none was given, and how often it was."""
     scores, times = np.full(num_examples, np.nan), np.zeros(num_examples, int)
-    for _ in range(pool.rounds_per_sweep):
-        round_ = pool.score_next(params, step=0)
+    for round_ in pool.score_next(params, step=0, num_rounds=pool.rounds_per_sweep):
         indices, values = np.asarray(round_.indices).ravel(), np.asarray(round_.scores).ravel()
         real = indices < num_examples
         assert real.sum() == round_.num_examples
@@ -55,7 +54,7 @@ def test_workers_score_the_same_examples_as_one_with_a_larger_chunk():
     three = make_pool(lambda p, x: p * x, (values,), workers=3, chunk_size=2)
     one = make_pool(lambda p, x: p * x, (values,), workers=1, chunk_size=6)
     for _ in range(6):
-        a, b = three.score_next(jnp.float32(1), 0), one.score_next(jnp.float32(1), 0)
+        (a,), (b,) = three.score_next(jnp.float32(1), 0), one.score_next(jnp.float32(1), 0)
         assert set(np.asarray(a.indices).ravel()) == set(np.asarray(b.indices).ravel())
 
 
@@ -67,7 +66,7 @@ def test_parameters_may_be_donated_while_workers_still_score(devices):
     params = jax.device_put(jnp.ones(3), jax.devices()[0])
     step = jax.jit(lambda p: 2 * p, donate_argnums=0)
     for expected in (3.0, 6.0, 12.0):
-        round_ = pool.score_next(params, step=0)
+        (round_,) = pool.score_next(params, step=0)
         params = step(params)
         np.testing.assert_array_equal(round_.scores, np.full(round_.scores.shape, expected))
 

@@ -112,21 +112,24 @@ def paired_blocks(blocks, new_state, num_pairs) -> dict[str, list[float]]:
 
 
 def memory(step, state, sampler, uniform_table, examples, weighted, round_, num_examples) -> dict:
-    """Bytes an example: what the sampler holds, and the most that stands beside it while a step or a take_in runs."""
+    """Bytes an example: what the sampler holds, and what a step and a take_in need beside it while they run."""
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
-    extra_step = temporary(step, state, sampler.table, examples) - temporary(step, state, uniform_table, examples)
-    step_number = jnp.int32(1)
-    take_in = jax.jit(learner.take_in, donate_argnums=1)
-    extra_take_in = temporary(take_in, weighted, sampler, *round_, scored_at=step_number, step=step_number)
+    extra_step = beside_arguments(step, state, sampler.table, examples) - beside_arguments(
+        step, state, uniform_table, examples
+    )
+    now = jnp.int32(1)
+    extra_take_in = beside_arguments(learner.take_in_compiled, weighted, sampler, *round_, now, now)
     return {
         "held_bytes_an_example": held / num_examples,
-        "temporary_bytes_an_example_in_step": extra_step / num_examples,
-        "temporary_bytes_an_example_in_take_in": extra_take_in / num_examples,
+        "more_bytes_an_example_in_step": extra_step / num_examples,
+        "more_bytes_an_example_in_take_in": extra_take_in / num_examples,
     }
 
 
-def temporary(function, *arguments, **keywords) -> int:
-    return function.lower(*arguments, **keywords).compile().memory_analysis().temp_size_in_bytes
+def beside_arguments(function, *arguments) -> int:
+    """Bytes that a compiled program needs beside its arguments: temporaries, and outputs without a donated place."""
+    memory = function.lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def main():

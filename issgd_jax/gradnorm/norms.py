@@ -47,13 +47,15 @@ def _accumulator(leaf):
 
 
 def _num_bytes(params) -> int:
-    return max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
+    return max(1, sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(params)))
 
 
 def _check(loss_fn, params, batch):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: gradients need floating point")
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: gradients need floating point"
+            )
     shapes = {f"batch{jax.tree_util.keystr(p)}": jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(batch)}
     if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
         raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}")
