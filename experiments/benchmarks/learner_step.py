@@ -112,17 +112,16 @@ def paired_blocks(blocks, new_state, num_pairs) -> dict[str, list[float]]:
 
 
 def memory(step, state, sampler, uniform_table, examples, weighted, round_, num_examples) -> dict:
-    """Bytes an example: what the sampler holds, and what a step and a take_in need beside it while they run."""
+    """Bytes an example: what the sampler holds, what a take_in needs beside it, and how much the highest peak grows."""
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
-    extra_step = beside_arguments(step, state, sampler.table, examples) - beside_arguments(
-        step, state, uniform_table, examples
-    )
+    in_uniform_step = beside_arguments(step, state, uniform_table, examples)
+    in_step = beside_arguments(step, state, sampler.table, examples)
     now = jnp.int32(1)
-    extra_take_in = beside_arguments(learner.take_in_compiled, weighted, sampler, *round_, now, now)
+    in_take_in = beside_arguments(learner.take_in_compiled, weighted, sampler, *round_, now, now)
     return {
         "held_bytes_an_example": held / num_examples,
-        "more_bytes_an_example_in_step": extra_step / num_examples,
-        "more_bytes_an_example_in_take_in": extra_take_in / num_examples,
+        "beside_in_take_in_bytes_an_example": in_take_in / num_examples,
+        "peak_growth_bytes_an_example": (held + max(in_step, in_take_in) - in_uniform_step) / num_examples,
     }
 
 
