@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 .PHONY: run test lint install
 .DELETE_ON_ERROR:
 
@@ -20,6 +22,7 @@ lint: $(VENV)/.installed-test
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@echo "installing into $(VENV): a minute or two, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
 	@touch $@

@@ -1,12 +1,16 @@
 """Fashion-MNIST, permutation-invariant: 784-256x4-10, all 60,000 training images.
 
     python -m issgd_jax.main --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist
-    python -m experiments.compare --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist     (and
-    SGD)
+    python -m experiments.compare --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist  (both arms)
 
 Data: `fashion_mnist` of TFDS (see the error of a first run for the command that gets it; --config.data.dir=FOLDER).
 
-RESULT
+Cost: with importance sampling 4.4 minutes on two CPU cores that learner and worker share, uniform 30 s: scoring is most
+of it, and belongs on other devices.
+
+Expected (seed 0, one worker, after 8,000 steps, importance sampling / uniform at the same rate): training loss 0.0004 /
+0.077, training error 0 % / 2.9 %, test error 10.9 % / 11.7 %, variance gain 11. The final loss of uniform sampling is
+reached after 3,200 steps.
 """
 
 from issgd_jax import config as config_lib
