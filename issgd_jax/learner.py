@@ -1,5 +1,6 @@
 """The learner: draws, gathers, weighs, updates; takes in the workers' scores. All on one device."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,8 +58,8 @@ def make_train_step(
     loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
       learner's device.
 
-    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table (paper, Corollary 1). The
-    key is `fold_in(seed, step)`, so that a run is a function of its seed and its scores alone.
+    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
+    (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
     """
 
     def train_step(state: TrainState, table: sampling.Table, examples) -> tuple[TrainState, StepMetrics]:
@@ -78,22 +79,16 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames="state")
 
 
-def _take_in(proposal, sampler, indices, scores, scored_at, step):
-    indices, scores = indices.reshape(-1), scores.reshape(-1)
-    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
-    store, rejected = sampler.store.write(indices, scores, scored_at)
-    table = proposal.table(proposal_state, store, step)
-    return SamplerState(store, proposal_state, table, sampler.rejected + rejected)
-
-
-# The old table is not read, but kept as an argument: the new one takes over its memory.
-take_in_compiled = jax.jit(_take_in, donate_argnames="sampler", keep_unused=True)
-
-
+# The old table is not read, but stays an argument: the new one takes over its memory.
+@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True)
 def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step) -> SamplerState:
     """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N), once a round.
 
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
     `scored_at`; `step` is the learner's own. The sampler given is donated.
     """
-    return take_in_compiled(proposal, sampler, indices, scores, scored_at, step)
+    indices, scores = indices.reshape(-1), scores.reshape(-1)
+    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
+    store, rejected = sampler.store.write(indices, scores, scored_at)
+    table = proposal.table(proposal_state, store, step)
+    return SamplerState(store, proposal_state, table, sampler.rejected + rejected)

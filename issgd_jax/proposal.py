@@ -26,10 +26,8 @@ TINY = jnp.finfo(jnp.float32).tiny
 MAX_RELATIVE_SCORE = 2.0**24
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Uniform:
-    """Plain SGD: v = 1, and importance weights of exactly 1."""
+class _Memoryless:
+    """A proposal that learns nothing."""
 
     def init(self) -> tuple[()]:
         return ()
@@ -38,6 +36,12 @@ class Uniform:
         del store, indices, score, step
         return state
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uniform(_Memoryless):
+    """Plain SGD: v = 1, and importance weights of exactly 1."""
+
     def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
         del state, step
         return sampling.uniform_table(store.score.shape[0])
@@ -45,7 +49,7 @@ class Uniform:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Proportional:
+class Proportional(_Memoryless):
     """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
 
     smoothing: the additive constant, >= 0, in units of the score. Too small, and one stale score gives a huge
@@ -57,13 +61,6 @@ class Proportional:
 
     smoothing: float | jax.Array
     max_staleness: int | jax.Array | None = None
-
-    def init(self) -> tuple[()]:
-        return ()
-
-    def observe(self, state, store, indices, score, step):
-        del store, indices, score, step
-        return state
 
     def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
         del state

@@ -117,7 +117,7 @@ def memory(step, state, sampler, uniform_table, examples, weighted, round_, num_
     in_uniform_step = beside_arguments(step, state, uniform_table, examples)
     in_step = beside_arguments(step, state, sampler.table, examples)
     now = jnp.int32(1)
-    in_take_in = beside_arguments(learner.take_in_compiled, weighted, sampler, *round_, now, now)
+    in_take_in = beside_arguments(learner.take_in, weighted, sampler, *round_, scored_at=now, step=now)
     return {
         "held_bytes_an_example": held / num_examples,
         "beside_in_take_in_bytes_an_example": in_take_in / num_examples,
@@ -125,9 +125,9 @@ def memory(step, state, sampler, uniform_table, examples, weighted, round_, num_
     }
 
 
-def beside_arguments(function, *arguments) -> int:
+def beside_arguments(function, *arguments, **keywords) -> int:
     """Bytes that a compiled program needs beside its arguments: temporaries, and outputs without a donated place."""
-    memory = function.lower(*arguments).compile().memory_analysis()
+    memory = function.lower(*arguments, **keywords).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
