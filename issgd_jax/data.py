@@ -1,11 +1,13 @@
 """Image classification data as NumPy arrays on the host: `digits` embedded, everything else through TFDS."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import os
 import pathlib
 import re
+import warnings
 import zipfile
 
 import numpy as np
@@ -113,6 +115,24 @@ def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
             f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
         ) from error
 
+    with _quiet():
+        return _read_tfds(tfds, name, split, data_dir)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without TFDS's warnings: of folders it looked into, of OpenCV that it would like to have."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read_tfds(tfds, name: str, split: str, data_dir: str | None) -> Dataset:
     builder = _find_builder(tfds, name, data_dir)
     features = builder.info.features
     keys = {
@@ -162,24 +182,18 @@ def _find_builder(tfds, name: str, data_dir: str | None):
 
 
 def _decode(source, image_key: str, label_key: str, *, name: str) -> tuple[np.ndarray, np.ndarray]:
-    from absl import logging
     from tqdm import tqdm
 
     images, labels = [], []
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # TFDS recommends OpenCV at the first image
-    try:
-        with tqdm(total=len(source), desc=f"decoding {name}", unit="image", leave=False) as bar:
-            for start in range(0, len(source), _DECODE_CHUNK):
-                records = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
-                shapes = {record[image_key].shape for record in records} | {image.shape[1:] for image in images[:1]}
-                if len(shapes) > 1:
-                    raise InputError(f"{name} has images of different sizes, {sorted(shapes)[:3]}: resize them to one")
-                images.append(np.stack([record[image_key] for record in records]))
-                labels.extend(int(record[label_key]) for record in records)
-                bar.update(len(records))
-    finally:
-        logging.set_verbosity(verbosity)
+    with tqdm(total=len(source), desc=f"decoding {name}", unit="image", leave=False) as bar:
+        for start in range(0, len(source), _DECODE_CHUNK):
+            records = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
+            shapes = {record[image_key].shape for record in records} | {image.shape[1:] for image in images[:1]}
+            if len(shapes) > 1:
+                raise InputError(f"{name} has images of different sizes, {sorted(shapes)[:3]}: resize them to one")
+            images.append(np.stack([record[image_key] for record in records]))
+            labels.extend(int(record[label_key]) for record in records)
+            bar.update(len(records))
     if not labels:
         raise InputError(f"{name} is empty: choose a larger split")
     return np.concatenate(images), np.asarray(labels, np.int32)
@@ -209,7 +223,6 @@ def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> N
             np.savez(file, images=arrays[0], labels=arrays[1])
         os.replace(temporary, path)
     except OSError as error:
-        from absl import logging
-
-        temporary.unlink(missing_ok=True)
-        logging.warning("decoded data could not be kept at %s (%s): the next run decodes again", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(f"decoded data could not be kept at {path} ({error}): the next run decodes again", stacklevel=2)

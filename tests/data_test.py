@@ -123,6 +123,14 @@ def test_a_cut_off_or_foreign_cache_is_made_anew(tmp_path):
         np.testing.assert_array_equal(data.load("svhn_cropped", "test[:50]", str(SVHN)).images, first.images)
 
 
+def test_a_cache_that_cannot_be_written_is_told_and_not_needed(tmp_path, monkeypatch):
+    need_svhn()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
+
+
 def test_a_split_that_svhn_does_not_have():
     need_svhn()
     with pytest.raises(InputError, match=r"split 'extra' of svhn_cropped cannot be read.*it has \['test', 'train'\]"):
