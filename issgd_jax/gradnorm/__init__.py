@@ -1,5 +1,5 @@
-"""Per-example gradient norms as a JAX transformation."""
+"""Per-example gradient norms as a JAX transformation: needs JAX alone."""
 
-from issgd_jax.gradnorm.norms import per_example_grad_norms
+from issgd_jax.gradnorm.norms import per_example_grad_norms, value_grad_and_norms
 
-__all__ = ["per_example_grad_norms"]
+__all__ = ["per_example_grad_norms", "value_grad_and_norms"]

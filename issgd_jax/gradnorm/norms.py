@@ -1,67 +1,197 @@
-"""Per-example gradient norms by definition: `vmap` of the norm of `grad`."""
+"""Per-example gradient norms, alone or together with the gradient of a minibatch, in one pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-# Bytes of per-example gradients formed at one time; beyond the caches a larger microbatch is no faster.
-MICROBATCH_BYTES = 64 * 2**20
+from issgd_jax.gradnorm import cost, factors
+from issgd_jax.gradnorm.factors import Factored, Gradient
+from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
+
+# Gradients of one parameter, where they must be formed, that are held at one time: small enough for a CPU's cache, and
+# enough to keep an accelerator busy.
+CPU_BYTES, ACCELERATOR_BYTES = 2 * 2**20, 256 * 2**20
+# The same for gradients that no rule covers: the whole pass then goes in microbatches.
+UNCOVERED_BYTES = 64 * 2**20
 
 
 def per_example_grad_norms(
-    loss_fn: Callable[..., jax.Array], *, microbatch_size: int | None = None
-) -> Callable[..., jax.Array]:
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    squared: bool = False,
+    per_leaf: bool = False,
+    microbatch_size: int | None = None,
+) -> Callable[..., Any]:
     """Returns `(params, *batch) -> f32[B]`, the Euclidean norm of each example's own gradient.
+
+    Equal to a Python loop of `jax.grad` up to rounding, for every loss that JAX can differentiate, and without forming
+    the gradients wherever algebra allows (`explain` shows where): less than a training step for most networks.
 
     Args:
       loss_fn: `(params, *example) -> f[]`, the loss of ONE example. Any JAX code, any pytree of floating-point
-        parameters.
-      microbatch_size: examples whose gradients are held in memory together; by default as many as fit 64 MiB.
+        parameters. Whatever is random takes a key of its own as one more batch argument.
+      argnums: which arguments of loss_fn are parameters, as in `jax.grad`; all others are batch arguments.
+      has_aux: whether loss_fn returns `(loss, aux)`; then the result is `(norms, aux)`, aux with a leading axis B.
+      squared: give the square of the norm.
+      per_leaf: give a pytree like the parameters, of f32[B], the norm of each parameter's own gradient.
+      microbatch_size: examples whose activations are held in memory together. By default all, unless gradients that no
+        rule covers would take more than 64 MiB.
 
-    The returned function takes `batch` as pytrees whose leaves share the leading axis B. It is exact: equal to a Python
-    loop of `jax.grad` up to rounding, with sums of squares in float32 or better. It may stand under `jit` and `pmap`.
+    The returned function takes `batch` as pytrees whose leaves share the leading axis B. Sums are kept in float32 or
+    better. It may stand under `jit`, `pmap`, `vmap` and `grad`; at a norm of 0 the gradient is taken to be 0.
+
+    A loss that mixes examples cannot be written so, and that is meant: BatchNorm in training mode makes every output
+    depend on every example, so that there is no gradient of one example. Use its running averages, or LayerNorm or
+    GroupNorm.
 
     Raises (when called, before anything is compiled): ValueError if the batch is empty or its leaves differ in B, if
     microbatch_size < 1, or if the loss of one example is not a scalar; TypeError if a parameter is not floating-point.
-    """
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size must be >= 1, got {microbatch_size}")
 
-    def norms(params, *batch):
-        _check(loss_fn, params, batch)
-        size = microbatch_size or max(1, MICROBATCH_BYTES // _num_bytes(params))
-        # One example's norm, mapped over microbatches of `size`: the gradients of the rest never exist.
-        return jax.lax.map(lambda example: _global_norm(jax.grad(loss_fn)(params, *example)), batch, batch_size=size)
+    Source: Goodfellow 2015 (arXiv:1510.01799) for a dense layer used once; Li et al. 2022 (arXiv:2110.05679) for one
+    used many times.
+    """
+    _check_microbatch_size(microbatch_size)
+
+    def norms(*args):
+        loss = trace_loss(loss_fn, args, argnums, has_aux)
+        (_, aux, squares), _ = _in_microbatches(
+            lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or _default_size(loss)
+        )
+        result = _finish(squares, loss, squared, per_leaf)
+        return (result, aux) if has_aux else result
 
     return norms
 
 
-def _global_norm(gradient) -> jax.Array:
-    squares = [jnp.sum(jnp.square(leaf.astype(_accumulator(leaf)))) for leaf in jax.tree.leaves(gradient)]
-    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+def value_grad_and_norms(
+    loss_fn: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    squared: bool = False,
+    per_leaf: bool = False,
+    microbatch_size: int | None = None,
+) -> Callable[..., Any]:
+    """Returns `(params, importance_weights, *batch) -> (losses f32[B], gradient, norms f32[B])`: a training step's pass.
 
+    gradient: of `mean(importance_weights * losses)`, like the parameters. losses, norms: of each example, without its
+    importance weight. One forward and one backward pass give all three. importance_weights: f32[B], always the second
+    argument, whatever argnums. With has_aux the first result is `(losses, aux)`.
 
-def _accumulator(leaf):
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    Arguments, guarantees and errors are those of `per_example_grad_norms`; ValueError too if importance_weights is not
+    of shape [B].
+    """
+    _check_microbatch_size(microbatch_size)
 
-
-def _num_bytes(params) -> int:
-    return max(1, sum(jnp.size(leaf) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(params)))
-
-
-def _check(loss_fn, params, batch):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}: gradients need floating point"
+    def value_grad_and_norms(params, importance_weights, *batch):
+        loss = trace_loss(loss_fn, (params, *batch), argnums, has_aux)
+        if jnp.shape(importance_weights) != (loss.batch_size,):
+            raise ValueError(
+                f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
+                f"{jnp.shape(importance_weights)}"
             )
-    shapes = {f"batch{jax.tree_util.keystr(p)}": jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(batch)}
-    if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
-        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}")
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(f"batch arguments differ in their leading axis: {shapes}")
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), batch)
-    loss = jax.eval_shape(loss_fn, params, *example)
-    if getattr(loss, "shape", None) != ():
-        raise ValueError(f"loss_fn must return one scalar for one example, got {loss}")
+        coefficients = jnp.asarray(importance_weights) / loss.batch_size
+        (losses, aux, squares), gradient = _in_microbatches(
+            lambda batch: _one_pass(loss, *batch),
+            (loss.batch, coefficients),
+            microbatch_size or _default_size(loss),
+        )
+        gradient = [g.astype(dtype) for g, dtype in zip(gradient, loss.dtypes)]
+        return (
+            (losses, aux) if has_aux else losses,
+            jax.tree.unflatten(loss.params_tree, gradient),
+            _finish(squares, loss, squared, per_leaf),
+        )
+
+    return value_grad_and_norms
+
+
+def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
+    """((losses, aux, squared norms of each leaf), the gradients' sums with the coefficients, if given)."""
+    losses, aux, gradients = loss.factored_gradients(batch)
+    squares, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
+    return (losses, aux, squares), sums
+
+
+def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
+    """Squared norms [B] of a batch of gradients of one leaf, and their sum with coefficients."""
+    if isinstance(gradient, Factored) and not gradient.terms:
+        return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
+    of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
+    if isinstance(gradient, Factored) and cost.by_gram(of_one):
+        return jax.vmap(factors.gram_norm_squared)(gradient), _weighted_sum(gradient, coefficients)
+    if isinstance(gradient, Factored):
+        size = max(1, _formed_bytes() // cost.bytes_of_forming(of_one))
+        return _in_microbatches(lambda chunk: _form_all(*chunk), (gradient, coefficients), size)
+    return _form_all(gradient, coefficients)
+
+
+def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    products = jax.vmap(factors.multiply_out)(gradient)
+    total = None
+    if coefficients is not None:
+        total = factors.lay_out(gradient, jnp.tensordot(coefficients.astype(products.dtype), products, 1))
+    return jax.vmap(factors.sum_squares)(products), total
+
+
+def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
+    """The examples become uses of one gradient."""
+    if coefficients is None:
+        return None
+    total = factors.sum_leading(jax.vmap(factors.scale)(gradient, coefficients))
+    return factors.lay_out(total, factors.multiply_out(total))
+
+
+def _in_microbatches(function: Callable, batch, size: int | None):
+    """`function(batch) -> (outputs with leading axis B, sums)`, called on `size` examples at a time."""
+    num_examples = jax.tree.leaves(batch)[0].shape[0]
+    if size is None or size >= num_examples:
+        return function(batch)
+    whole = num_examples - num_examples % size
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
+
+    def one_chunk(totals, chunk):
+        outputs, sums = function(chunk)
+        return jax.tree.map(jnp.add, totals, sums), outputs
+
+    _, sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))
+    sums, outputs = lax.scan(one_chunk, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), chunks)
+    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    if whole == num_examples:
+        return outputs, sums
+    last_outputs, last_sums = function(jax.tree.map(lambda x: x[whole:], batch))
+    return (
+        jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last_outputs),
+        jax.tree.map(jnp.add, sums, last_sums),
+    )
+
+
+def _finish(squares, loss: TracedLoss, squared: bool, per_leaf: bool):
+    if not per_leaf:
+        total = sum(squares, start=jnp.zeros(loss.batch_size, jnp.float32))
+        return total if squared else _root(total)
+    return jax.tree.unflatten(loss.params_tree, squares if squared else [_root(x) for x in squares])
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """√x, whose derivative at 0 is taken to be 0 instead of infinite."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
+def _default_size(loss: TracedLoss) -> int | None:
+    return max(1, UNCOVERED_BYTES // loss.uncovered_bytes) if loss.uncovered_bytes else None
+
+
+def _formed_bytes() -> int:
+    return CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
+
+
+def _check_microbatch_size(microbatch_size: int | None) -> None:
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ValueError(f"microbatch_size must be >= 1, got {microbatch_size}")

@@ -1,0 +1,234 @@
+"""Equations of a backward pass that make a gradient from factors, and equations that a gradient passes unharmed."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn, Literal
+
+from issgd_jax.gradnorm import factors
+from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term, Windows
+
+
+class Size(NamedTuple):
+    """Sizes of a term that an equation would make: shared axes, uses, left, right."""
+
+    shared: int
+    uses: int
+    left: int
+    right: int
+
+
+class Source(NamedTuple):
+    """How a primitive makes a factored gradient.
+
+    size: equation -> Size, or None where this equation does not fit. make: `(equation, *operands) -> Gradient`.
+    """
+
+    size: Callable[[JaxprEqn], Size | None]
+    make: Callable[..., Gradient]
+
+
+# ---- sources
+
+
+def _dot_size(eqn: JaxprEqn) -> Size | None:
+    (contracted, _), (shared, _) = eqn.params["dimension_numbers"]
+    lhs, rhs = (v.aval for v in eqn.invars)
+    shared_size = math.prod(lhs.shape[axis] for axis in shared)
+    uses = math.prod(lhs.shape[axis] for axis in contracted)
+    rows = max(1, shared_size * uses)
+    size = Size(shared_size, uses, lhs.size // rows, rhs.size // rows)
+    # A vector, or one product, is as quickly formed as kept apart.
+    return size if min(size) > 0 and min(size.left, size.right) > 1 else None
+
+
+def _dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
+    (lhs_contracted, rhs_contracted), (lhs_shared, rhs_shared) = eqn.params["dimension_numbers"]
+    left, right = [None] * lhs.ndim, [None] * rhs.ndim
+    for use, axes in enumerate(zip(lhs_contracted, rhs_contracted)):
+        left[axes[0]] = right[axes[1]] = -1 - use
+    for axis, axes in enumerate(zip(lhs_shared, rhs_shared)):
+        left[axes[0]] = right[axes[1]] = axis
+    free = itertools.count(len(lhs_shared))
+    left = [next(free) if label is None else label for label in left]
+    first_right = next(free)
+    right = [next(free) - 1 if label is None else label for label in right]
+    out = eqn.outvars[0].aval
+    sides = "k" * len(lhs_shared) + "l" * (first_right - len(lhs_shared)) + "r" * (out.ndim - first_right)
+    term = Term(Dense(lhs, tuple(left)), Dense(rhs, tuple(right)), eqn.params["precision"])
+    return Factored((term,), out.shape, sides, out.dtype)
+
+
+def _conv_size(eqn: JaxprEqn) -> Size | None:
+    lhs, rhs = (v.aval for v in eqn.invars)
+    numbers, groups = eqn.params["dimension_numbers"], _groups(eqn)
+    features, contracted, *spatial = (rhs.shape[axis] for axis in numbers.rhs_spec)
+    offsets = [eqn.outvars[0].aval.shape[axis] for axis in numbers.out_spec[2:]]
+    images = lhs.shape[numbers.lhs_spec[0]] // eqn.params["batch_group_count"]
+    size = Size(groups, contracted * math.prod(spatial), math.prod(offsets) * images, features // groups)
+    return size if min(size) > 0 and max(size.left, size.right) > 1 else None
+
+
+def _groups(eqn: JaxprEqn) -> int:
+    return eqn.params["batch_group_count"] * eqn.params["feature_group_count"]
+
+
+def _conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
+    """Any convolution is a sum of products over its right side's window: out[b, f, s] = Σ lhs[b, c, s + t] rhs[f, c, t].
+
+    In a backward pass b are the input channels, f the output channels, s the offsets of the kernel, t the positions of
+    the gradient at the output, and c the examples (here one).
+    """
+    numbers, params, groups, out = eqn.params["dimension_numbers"], eqn.params, _groups(eqn), eqn.outvars[0].aval
+    # The feature axis of the output is split into groups and features; `axis_of` counts with both.
+    group_axis = numbers.out_spec[1]
+    axis_of = [axis + (axis > group_axis) for axis in numbers.out_spec]
+    uses, positions = tuple(range(-1, -out.ndim, -1)), [str(axis) for axis in range(out.ndim - 2)]
+
+    image = dict(zip(numbers.lhs_spec, [[axis_of[0]], [uses[0]], *([position] for position in positions)]))
+    split = numbers.lhs_spec[0 if params["batch_group_count"] > 1 else 1]
+    image[split] = [group_axis, *image[split]]
+    window = dict(zip(numbers.rhs_spec, [[group_axis, group_axis + 1], *([use] for use in uses)]))
+
+    windows = Windows(
+        kernel=tuple(out.shape[axis] for axis in numbers.out_spec[2:]),
+        steps=tuple(rhs.shape[axis] for axis in numbers.rhs_spec[2:]),
+        kernel_stride=tuple(params["window_strides"]),
+        step_stride=tuple(params["rhs_dilation"]),
+        padding=tuple(params["padding"]),
+        dilation=tuple(params["lhs_dilation"]),
+    )
+    left = Patches(_grouped(lhs, image, groups), windows, tuple(axis_of[2:]), axis_of[0], uses[1:])
+    term = Term(left, _grouped(rhs, window, groups), params["precision"])
+    shape = (*out.shape[:group_axis], groups, out.shape[group_axis] // groups, *out.shape[group_axis + 1 :])
+    sides = "l" * group_axis + "kr" + "l" * (out.ndim - 1 - group_axis)
+    return factors.reshape(Factored((term,), shape, sides, out.dtype), out.shape)
+
+
+def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
+    """x with its axes labelled; an axis of two labels is split into groups and what is within one."""
+    shape = [n for axis, length in enumerate(x.shape) for n in ([length] if len(labels[axis]) == 1 else [groups, length // groups])]
+    return Dense(x.reshape(shape), tuple(label for axis in range(x.ndim) for label in labels[axis]))
+
+
+def _scatter_size(eqn: JaxprEqn) -> Size | None:
+    table, indices, updates = (v.aval for v in eqn.invars)
+    numbers = eqn.params["dimension_numbers"]
+    looked_up = numbers.inserted_window_dims
+    whole = [updates.shape[axis] for axis in numbers.update_window_dims]
+    rest = [length for axis, length in enumerate(table.shape) if axis not in looked_up]
+    fits = sorted(looked_up) == sorted(numbers.scatter_dims_to_operand_dims) and whole == rest
+    if not fits or not looked_up or numbers.operand_batching_dims or min(updates.shape, default=1) == 0:
+        return None
+    uses = math.prod(indices.shape[:-1])
+    return Size(1, uses, math.prod(table.shape[axis] for axis in looked_up), math.prod(rest))
+
+
+def _scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
+    numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    looked_up = numbers.inserted_window_dims
+    uses = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
+    rest = [updates.shape[axis] for axis in numbers.update_window_dims]
+    right = jnp.transpose(updates, (*uses, *numbers.update_window_dims)).reshape(-1, *rest)
+    order = [numbers.scatter_dims_to_operand_dims.index(axis) for axis in looked_up]
+    index = indices.reshape(-1, indices.shape[-1])
+    columns, sizes = [index[:, axis] for axis in order], [shape[axis] for axis in looked_up]
+    inside = [(column >= 0) & (column < size) for column, size in zip(columns, sizes)]
+    clipped = tuple(jnp.clip(column, 0, size - 1) for column, size in zip(columns, sizes))
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        kept = jnp.all(jnp.stack(inside), axis=0)
+        right = jnp.where(kept.reshape(-1, *(1 for _ in rest)), right, 0)
+    return factors.add(table, _looked_up(clipped, tuple(sizes), right, looked_up, eqn))
+
+
+def _looked_up(indices, sizes, right, axes, eqn: JaxprEqn) -> Factored:
+    """Rows of a table: indices, one i32[T] for each of `axes`; right: [T, *the other axes]."""
+    out = eqn.outvars[0].aval
+    sides = "".join("l" if axis in axes else "r" for axis in range(out.ndim))
+    rest = tuple(axis for axis in range(out.ndim) if axis not in axes)
+    left = OneHot(tuple(Dense(index, (-1,)) for index in indices), tuple(axes), sizes)
+    return Factored((Term(left, Dense(right, (-1, *rest))),), out.shape, sides, out.dtype)
+
+
+def _update_axes(eqn: JaxprEqn) -> list[int]:
+    table, update = (v.aval.shape for v in eqn.invars[:2])
+    return [axis for axis in range(len(table)) if table[axis] != update[axis]]
+
+
+def _update_size(eqn: JaxprEqn) -> Size | None:
+    """A slice one entry thick along some axes and whole along the others, placed into a table."""
+    table, update = (v.aval for v in eqn.invars[:2])
+    axes = _update_axes(eqn)
+    if not axes or any(update.shape[axis] != 1 for axis in axes) or table.size == 0:
+        return None
+    return Size(1, 1, table.size // update.size, update.size)
+
+
+def _update_make(eqn: JaxprEqn, table: Gradient, update, *starts) -> Gradient:
+    axes, shape = _update_axes(eqn), eqn.outvars[0].aval.shape
+    if not isinstance(table, Factored) or table.terms:  # it overwrites what is there: a sum only onto zeros
+        return lax.dynamic_update_slice(factors.form(table), update, starts)
+    sizes = tuple(shape[axis] for axis in axes)
+    indices = tuple(jnp.clip(starts[axis], 0, size - 1)[None] for axis, size in zip(axes, sizes))
+    return _looked_up(indices, sizes, jnp.squeeze(update, axes)[None], axes, eqn)
+
+
+SOURCES = {
+    "dot_general": Source(_dot_size, _dot_make),
+    "conv_general_dilated": Source(_conv_size, _conv_make),
+}
+# Their first operand is a gradient too: the table that they add to.
+TABLES = {
+    "scatter-add": Source(_scatter_size, _scatter_make),
+    "dynamic_update_slice": Source(_update_size, _update_make),
+}
+
+
+# ---- linear steps
+
+
+def _as_reshape(eqn: JaxprEqn, x: Gradient) -> Gradient:
+    return factors.reshape(x, eqn.outvars[0].aval.shape)
+
+
+def _only_reshapes(eqn: JaxprEqn) -> bool:
+    old, new = eqn.invars[0].aval, eqn.outvars[0].aval
+    broadcast = eqn.params.get("broadcast_dimensions", ())
+    return old.size == new.size and tuple(sorted(broadcast)) == tuple(broadcast)
+
+
+def _keeps_float(eqn: JaxprEqn) -> bool:
+    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (eqn.invars[0], eqn.outvars[0]))
+
+
+def _always(eqn: JaxprEqn) -> bool:
+    return True
+
+
+class Linear(NamedTuple):
+    """A step that maps factors to factors. fits: equation -> bool. apply: `(equation, gradient) -> gradient`."""
+
+    fits: Callable[[JaxprEqn], bool]
+    apply: Callable[[JaxprEqn, Any], Gradient]
+
+
+LINEAR = {
+    "transpose": Linear(_always, lambda eqn, x: factors.transpose(x, eqn.params["permutation"])),
+    "reshape": Linear(lambda eqn: eqn.params["dimensions"] is None, _as_reshape),
+    "squeeze": Linear(_always, _as_reshape),
+    "broadcast_in_dim": Linear(_only_reshapes, _as_reshape),
+    "reduce_sum": Linear(_only_reshapes, _as_reshape),
+    "neg": Linear(_always, lambda eqn, x: factors.scale(x, -1)),
+    "convert_element_type": Linear(_keeps_float, lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype)),
+    "copy": Linear(_always, lambda eqn, x: x),
+}
+
+
+def is_zero(eqn: JaxprEqn) -> bool:
+    """Whether an equation makes zeros: where a sum of gradients begins."""
+    source = eqn.invars[0] if len(eqn.invars) == 1 else None
+    return eqn.primitive.name == "broadcast_in_dim" and isinstance(source, Literal) and not source.val.any()

@@ -1,0 +1,128 @@
+"""One call of a user's loss: its arguments checked, its backward pass for one example traced and analysed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax.gradnorm.walk import ARRAY, FACTORED, Analysis, evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedLoss:
+    """A loss's backward pass, ready to run on a batch.
+
+    analysis: of `(consts, params, example) -> (loss, gradient, aux)`. consts, params, batch: the arguments, flat.
+    params_tree, aux_tree: their structures. dtypes: of the parameters.
+    """
+
+    analysis: Analysis
+    consts: list[jax.Array]
+    params: list[jax.Array]
+    batch: list[jax.Array]
+    params_tree: Any
+    aux_tree: Any
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch[0].shape[0]
+
+    @functools.cached_property
+    def dtypes(self) -> list:
+        return [_dtype(leaf) for leaf in self.params]
+
+    @functools.cached_property
+    def uncovered_bytes(self) -> int:
+        """Bytes of an example's gradients that no rule covers."""
+        gradients = self.analysis.jaxpr.outvars[1 : 1 + len(self.params)]
+        return sum(g.aval.size * g.aval.dtype.itemsize for g in gradients if self.analysis.of(g) is None)
+
+    def factored_gradients(self, batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
+        """(losses [B], aux, a batch of gradients of each leaf, factored where a rule covers it)."""
+        num_params, num_outputs = len(self.params), len(self.analysis.jaxpr.outvars)
+        wants = (ARRAY, *[FACTORED] * num_params, *[ARRAY] * (num_outputs - 1 - num_params))
+
+        def one_example(example):
+            return evaluate(self.analysis, wants, [*self.consts, *self.params, *example])
+
+        loss, *outputs = jax.vmap(one_example)(batch)
+        return loss, jax.tree.unflatten(self.aux_tree, outputs[num_params:]), outputs[:num_params]
+
+
+def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has_aux: bool) -> TracedLoss:
+    """Traces `jax.value_and_grad(loss_fn)` for one example of the batch.
+
+    Raises: see `per_example_grad_norms`.
+    """
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not positions or not all(-len(args) <= i < len(args) for i in positions):
+        raise ValueError(f"argnums must name some of the {len(args)} arguments of loss_fn, got {argnums}")
+    positions = tuple(i % len(args) for i in positions)
+    params = [args[i] for i in positions]
+    batch = {i: arg for i, arg in enumerate(args) if i not in positions}
+    _check_params(params, positions)
+    _check_batch(batch)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], _dtype(x)), batch)
+
+    def value_and_grad(params, example):
+        everything = dict(zip(positions, params)) | example
+        (loss, aux), gradient = jax.value_and_grad(_with_aux(loss_fn, has_aux), argnums, has_aux=True)(
+            *(everything[i] for i in range(len(args)))
+        )
+        return loss, gradient, aux
+
+    closed, (_, gradient, aux) = jax.make_jaxpr(value_and_grad, return_shape=True)(params, example)
+    jaxpr = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
+    return TracedLoss(
+        analysis=Analysis(jaxpr),
+        consts=list(closed.consts),
+        params=jax.tree.leaves(params),
+        batch=[x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(batch)],
+        params_tree=jax.tree.structure(gradient),
+        aux_tree=jax.tree.structure(aux),
+    )
+
+
+def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
+    """The loss with an aux, be it None, checked to be a scalar."""
+
+    def checked(*args):
+        loss, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise ValueError(
+                f"loss_fn must return one floating-point scalar for one example, got {jax.tree.map(jnp.shape, loss)} "
+                f"of {jnp.result_type(loss)}"
+            )
+        return loss, aux
+
+    return checked
+
+
+def _check_params(params: list, positions: tuple[int, ...]) -> None:
+    for i, tree in zip(positions, params):
+        name = "params" if i == 0 else f"argument {i}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not jnp.issubdtype(_dtype(leaf), jnp.floating):
+                raise TypeError(
+                    f"{name}{jax.tree_util.keystr(path)} has dtype {_dtype(leaf)} and shape {jnp.shape(leaf)}: "
+                    f"gradients need floating point; give it as a batch argument or close over it"
+                )
+
+
+def _check_batch(batch: dict) -> None:
+    shapes = {
+        f"argument {i}{jax.tree_util.keystr(path)}": jnp.shape(leaf)
+        for i, tree in batch.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
+        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"batch arguments differ in their leading axis: {shapes}")
+
+
+def _dtype(leaf):
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
