@@ -10,6 +10,8 @@ _HOME = {
     "load": "data",
     "Dataset": "data",
     "per_example_grad_norms": "gradnorm",
+    "value_grad_and_norms": "gradnorm",
+    "explain": "gradnorm",
     "ScoreStore": "store",
     "Uniform": "proposal",
     "Proportional": "proposal",

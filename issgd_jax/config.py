@@ -71,6 +71,7 @@ def default() -> ConfigDict:
                 "lr_schedule": "constant",  # or cosine, linear: decay to 0 at `steps`
                 "momentum": 0.9,  # or the decay of the first moment (b1), where the optimizer has that instead
                 "nesterov": True,
+                "refresh": True,  # the norms of each minibatch become its examples' scores; not with uniform
             },
             "workers": {"chunk_size": 2048},  # examples each worker scores in a round
             "devices": {
@@ -90,7 +91,11 @@ def default() -> ConfigDict:
                 "half_life": 1.0,  # calibrated: sweeps until an observation counts half
             },
             "monitor": {"examples": 2048},  # examples on which the variance is measured; >= 2
-            "log": {"progress": True, "tensorboard": True},
+            "log": {
+                "progress": True,
+                "tensorboard": True,
+                "explain": False,  # print how the gradient norm of each parameter is computed
+            },
         }
     )
 

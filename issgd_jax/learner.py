@@ -1,4 +1,4 @@
-"""The learner: draws, gathers, weighs, updates; takes in the workers' scores. All on one device."""
+"""The learner: draws, gathers, weighs, updates, refreshes; takes in the workers' scores. All on one device."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from issgd_jax import sampling
+from issgd_jax.gradnorm import value_grad_and_norms
 from issgd_jax.store import ScoreStore
 
 
@@ -51,32 +52,46 @@ def init_sampler(proposal, num_examples: int) -> SamplerState:
 
 
 def make_train_step(
-    loss_fn: Callable[..., jax.Array], optimizer: optax.GradientTransformation, *, batch_size: int, seed: int
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Returns `(state, table, examples) -> (state, metrics)`, compiled; the state given is donated.
+    loss_fn: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    seed: int,
+    refresh: bool = True,
+) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
+    """Returns `(state, sampler, proposal, examples) -> (state, sampler, metrics)`, compiled; both states are donated.
 
     loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
-      learner's device.
+      learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
+      scores of its examples. They enter the store and teach the proposal; the table follows with the next round.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
     """
 
-    def train_step(state: TrainState, table: sampling.Table, examples) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, sampler: SamplerState, proposal, examples):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        indices, importance_weights = sampling.draw(key, table, batch_size)
+        indices, importance_weights = sampling.draw(key, sampler.table, batch_size)
         batch = jax.tree.map(lambda x: x[indices], examples)
-
-        def weighted_loss(params):
-            losses = jax.vmap(loss_fn, in_axes=(None, *(0 for _ in batch)))(params, *batch)
-            return jnp.mean(importance_weights * losses)
-
-        loss, gradient = jax.value_and_grad(weighted_loss)(state.params)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), StepMetrics(loss)
+        if refresh:
+            sampler = _write(proposal, sampler, indices, norms, scored_at=state.step)
+        return (
+            TrainState(params, opt_state, state.step + 1),
+            sampler,
+            StepMetrics(jnp.mean(importance_weights * losses)),
+        )
 
-    return jax.jit(train_step, donate_argnames="state")
+    return jax.jit(train_step, donate_argnames=("state", "sampler"))
+
+
+def _write(proposal, sampler: SamplerState, indices, scores, *, scored_at) -> SamplerState:
+    """Scores enter: the proposal learns from them, the store keeps them."""
+    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
+    store, rejected = sampler.store.write(indices, scores, scored_at)
+    return SamplerState(store, proposal_state, sampler.table, sampler.rejected + rejected)
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
@@ -87,8 +102,5 @@ def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
     `scored_at`; `step` is the learner's own. The sampler given is donated.
     """
-    indices, scores = indices.reshape(-1), scores.reshape(-1)
-    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
-    store, rejected = sampler.store.write(indices, scores, scored_at)
-    table = proposal.table(proposal_state, store, step)
-    return SamplerState(store, proposal_state, table, sampler.rejected + rejected)
+    sampler = _write(proposal, sampler, indices.reshape(-1), scores.reshape(-1), scored_at=scored_at)
+    return sampler._replace(table=proposal.table(sampler.proposal_state, sampler.store, step))

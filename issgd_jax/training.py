@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 from issgd_jax import config as config_lib
 from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule
 from issgd_jax.errors import InputError, NonFiniteLossError
-from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.gradnorm import explain, per_example_grad_norms
 from issgd_jax.optimizer import make_optimizer
 from issgd_jax.workers import WorkerPool
+
+# Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
+SCORING_MICROBATCH = 256
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
@@ -36,6 +39,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
         optimizer = _make_optimizer(config)
         train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
         pool = _make_pool(config, roles, problem, train_examples)
+        if config.log.explain:
+            print(_explain(problem))
         # Nothing above compiles or writes; nothing below is refused.
         workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
         workers = [device.device_kind for device in roles.workers] if pool else []
@@ -122,7 +127,11 @@ def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, poo
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
         train_step=learner.make_train_step(
-            problem.loss_fn, optimizer, batch_size=config.learner.batch_size, seed=config.seed
+            problem.loss_fn,
+            optimizer,
+            batch_size=config.learner.batch_size,
+            seed=config.seed,
+            refresh=config.learner.refresh and pool is not None,
         ),
         measure=_make_measure(config, problem, train_examples),
         train_examples=train_examples,
@@ -170,7 +179,7 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> l
                     sampler = _take_in(parts, sampler, round_, step)
             if step % config.eval_every == 0:  # of the very parameters and probabilities that this step draws with
                 write_row(step)
-            state, step_metrics = parts.train_step(state, sampler.table, parts.train_examples)
+            state, sampler, step_metrics = parts.train_step(state, sampler, parts.proposal, parts.train_examples)
             read(pending)
             pending = (step, step_metrics)
         read(pending)
@@ -204,7 +213,7 @@ def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
     order = np.random.default_rng(config.seed).permutation(num_examples)[:sample_size]
     sample = jax.device_put(np.sort(order).astype(np.int32), device)
     evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
-    measure_variance = evaluate.make_measure_variance(problem.loss_fn, per_example_grad_norms(problem.loss_fn))
+    measure_variance = evaluate.make_measure_variance(problem.loss_fn, _score_fn(problem))
     describe_scores = jax.jit(lambda sampler, step: _describe_scores(sampler, step, config.learner.batch_size))
 
     def measure(params, sampler, step) -> dict[str, float]:
@@ -263,13 +272,22 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, trai
     shared = roles.workers == (roles.learner,)
     try:
         return WorkerPool(
-            per_example_grad_norms(problem.loss_fn),
+            _score_fn(problem),
             train_examples if shared else (problem.train_data.images, problem.train_data.labels),
             devices=roles.workers,
             chunk_size=config.workers.chunk_size,
         )
     except ValueError as error:
         raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
+
+
+def _score_fn(problem: _Problem) -> Callable:
+    return per_example_grad_norms(problem.loss_fn, microbatch_size=SCORING_MICROBATCH)
+
+
+def _explain(problem: _Problem):
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    return explain(problem.loss_fn, params, problem.train_data.images[:1], problem.train_data.labels[:1])
 
 
 def _make_schedule(config: ConfigDict, pool: WorkerPool | None):

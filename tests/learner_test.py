@@ -26,6 +26,10 @@ def full_gradient(params, examples):
     return jax.grad(lambda p: jnp.mean(jax.vmap(quadratic_loss, (None, 0, 0))(p, *examples)))(params)
 
 
+def per_example(params, examples):
+    return jax.vmap(jax.grad(quadratic_loss), (None, 0, 0))(params, *examples)
+
+
 def tables():
     """Every way to a table: each proposal, on scores that are partly missing, stale and of wildly different size."""
     store = learner.init_sampler(Uniform(), NUM_EXAMPLES).store
@@ -35,12 +39,18 @@ def tables():
         yield repr(proposal), proposal.table(proposal.init(), store, jnp.int32(9))
 
 
+def sampler_of(table):
+    """A sampler that draws from `table`, its store empty."""
+    return learner.init_sampler(Uniform(), NUM_EXAMPLES)._replace(table=table)
+
+
 def one_step_gradients(table, params, examples, batch_size, count):
     """The gradients that `train_step` applied, over many keys (the step number makes the key)."""
     optimizer = optax.sgd(1.0)
     step = learner.make_train_step(quadratic_loss, optimizer, batch_size=batch_size, seed=1)
     states = jax.vmap(lambda i: learner.init_train_state(params, optimizer)._replace(step=i))(jnp.arange(count))
-    new, metrics = jax.vmap(step, in_axes=(0, None, None))(states, table, examples)
+    samplers = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), sampler_of(table))
+    new, _, metrics = jax.vmap(step, in_axes=(0, 0, None, None))(states, samplers, Uniform(), examples)
     return jax.tree.map(lambda old, after: old - after, params, new.params), metrics.loss
 
 
@@ -61,12 +71,12 @@ def test_the_update_is_unbiased_over_ten_thousand_steps(name, table):
 def test_the_update_is_unbiased_summed_exactly_over_all_examples(name, table):
     """sum_n q_n * (gradient applied when n is drawn) = full gradient, for minibatches of one."""
     params, examples = problem()
-    per_example = jax.vmap(jax.grad(quadratic_loss), (None, 0, 0))(params, *examples)
+    gradients_now = per_example(params, examples)
     gradients, _ = one_step_gradients(table, params, examples, 1, 4000)
     q = np.asarray(table.v(), np.float64) / np.sum(np.asarray(table.v(), np.float64))
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(4000)]
     drawn = np.asarray(jax.vmap(lambda key: sampling.draw(key, table, 1).indices[0])(jnp.stack(keys)))
-    total = jax.tree.map(lambda g: np.zeros(g.shape[1:]), per_example)
+    total = jax.tree.map(lambda g: np.zeros(g.shape[1:]), gradients_now)
     missing = 0.0
     for n in range(NUM_EXAMPLES):
         rows = np.flatnonzero(drawn == n)
@@ -74,7 +84,7 @@ def test_the_update_is_unbiased_summed_exactly_over_all_examples(name, table):
             applied = jax.tree.map(lambda g, r=rows[0]: np.asarray(g[r], np.float64), gradients)
         else:  # too rare to be met in 4,000 draws; by definition (1 / N) g_n / q_n
             missing += q[n]
-            applied = jax.tree.map(lambda g, i=n: np.asarray(g[i], np.float64) / (NUM_EXAMPLES * q[i]), per_example)
+            applied = jax.tree.map(lambda g, i=n: np.asarray(g[i], np.float64) / (NUM_EXAMPLES * q[i]), gradients_now)
         total = jax.tree.map(lambda t, a, i=n: t + q[i] * a, total, applied)
     assert missing < 0.01, "nearly all of the probability was checked against what train_step really applied"
     for value, truth in zip(jax.tree.leaves(total), jax.tree.leaves(full_gradient(params, examples)), strict=True):
@@ -86,7 +96,8 @@ def test_uniform_is_plain_sgd():
     table = sampling.uniform_table(NUM_EXAMPLES)
     optimizer = optax.sgd(0.1)
     step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=3)
-    state, metrics = step(learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer), table, examples)
+    state = learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+    state, _, metrics = step(state, sampler_of(table), Uniform(), examples)
     indices = sampling.draw(jax.random.fold_in(jax.random.key(3), 0), table, BATCH_SIZE).indices
     batch = jax.tree.map(lambda x: x[indices], examples)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, full_gradient(params, batch))
@@ -94,14 +105,59 @@ def test_uniform_is_plain_sgd():
     assert state.step == 1 and np.isfinite(metrics.loss)
 
 
-def test_the_state_is_donated():
+@pytest.mark.parametrize("refresh", [True, False])
+def test_both_states_are_donated(refresh):
     params, examples = problem()
-    optimizer = optax.sgd(0.1)
-    state = learner.init_train_state(params, optimizer)
-    learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0)(
-        state, sampling.uniform_table(NUM_EXAMPLES), examples
+    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES)
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=refresh)
+    step(state, sampler, proposal, examples)
+    assert params["w"].is_deleted() and sampler.store.score.is_deleted() and sampler.table.levels[0].is_deleted()
+
+
+def test_a_step_refreshes_the_scores_of_its_own_minibatch():
+    params, examples = problem()
+    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    norms = np.linalg.norm(
+        np.concatenate([np.reshape(g, (NUM_EXAMPLES, -1)) for g in jax.tree.leaves(per_example(params, examples))], 1),
+        axis=1,
     )
-    assert params["w"].is_deleted()
+    sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
+    old = jnp.arange(NUM_EXAMPLES), jnp.full(NUM_EXAMPLES, 2.0)
+    sampler = learner.take_in(proposal, sampler, *old, scored_at=jnp.int32(0), step=jnp.int32(5))
+    before, table = jax.tree.map(np.asarray, (sampler.proposal_state, sampler.table))
+    drawn = sampling.draw(jax.random.fold_in(jax.random.key(7), 5), sampler.table, BATCH_SIZE).indices
+    state = learner.init_train_state(params, optimizer)._replace(step=jnp.int32(5))
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=7)
+    _, sampler, _ = step(state, sampler, proposal, examples)
+    scored_at = np.zeros(NUM_EXAMPLES)
+    scored_at[drawn] = 5  # of the parameters before the update
+    np.testing.assert_array_equal(sampler.store.scored_at, scored_at)
+    np.testing.assert_allclose(sampler.store.score, np.where(scored_at == 5, norms, 2.0), rtol=1e-5)
+    taught = np.asarray(sampler.proposal_state.counts) - before.counts
+    assert np.sum(taught) == pytest.approx(BATCH_SIZE, rel=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, sampler.table, table)
+
+
+def test_without_refresh_the_sampler_stays_as_it_was():
+    params, examples = problem()
+    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
+    before = jax.tree.map(np.array, sampler)
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=False)
+    _, after, _ = step(learner.init_train_state(params, optimizer), sampler, proposal, examples)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_scores_that_are_no_numbers_never_enter_by_refresh():
+    params, examples = problem()
+    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=0)
+    broken = params | {"b": jnp.float32(jnp.nan)}
+    _, sampler, _ = step(
+        learner.init_train_state(broken, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES), proposal, examples
+    )
+    assert sampler.rejected == BATCH_SIZE and not np.any(sampler.store.scored)
 
 
 def test_a_round_enters_whatever_its_shape_and_is_drawn_from():

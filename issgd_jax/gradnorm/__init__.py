@@ -1,5 +1,6 @@
 """Per-example gradient norms as a JAX transformation: needs JAX alone."""
 
+from issgd_jax.gradnorm.explain import explain
 from issgd_jax.gradnorm.norms import per_example_grad_norms, value_grad_and_norms
 
-__all__ = ["per_example_grad_norms", "value_grad_and_norms"]
+__all__ = ["explain", "per_example_grad_norms", "value_grad_and_norms"]

@@ -19,6 +19,11 @@ class Cost(NamedTuple):
     def total(self) -> int:
         return self.flops + FLOPS_PER_NUMBER * self.numbers
 
+    @property
+    def flops_and_bytes(self) -> tuple[int, int]:
+        """With numbers of four bytes."""
+        return self.flops, 4 * self.numbers
+
 
 def cost_of_forming(x: Factored) -> Cost:
     """The gradient itself is made and squared."""

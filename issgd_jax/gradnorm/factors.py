@@ -145,9 +145,7 @@ class Patches:
     def relabel(self, new: Callable[[int], int], leading: tuple[Label, ...] = ()) -> "Patches":
         """See Dense.relabel."""
         axes = tuple(map(new, self.offset_axes))
-        return Patches(
-            self.image.relabel(new, leading), self.windows, axes, new(self.channel_axis), self.positions
-        )
+        return Patches(self.image.relabel(new, leading), self.windows, axes, new(self.channel_axis), self.positions)
 
 
 @_pytree("precision")
@@ -177,6 +175,14 @@ class Factored:
     sides: str
     dtype: Any
     tail: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        """Shape of the gradient, after the tail."""
+        shape = self.shape
+        for operation, argument in self.tail:
+            shape = argument if operation == "reshape" else tuple(shape[axis] for axis in argument)
+        return shape
 
     def axes(self, side: str) -> list[int]:
         """The axes of a side."""
@@ -216,9 +222,7 @@ def add(x: Gradient, y: Gradient) -> Gradient:
 
 def _layout(x: Factored):
     """What must be equal for terms to stand in one sum; windows multiply only windows of the same kind."""
-    kinds = {
-        (t.left.windows.kernel, t.left.offset_axes) if isinstance(t.left, Patches) else None for t in x.terms
-    }
+    kinds = {(t.left.windows.kernel, t.left.offset_axes) if isinstance(t.left, Patches) else None for t in x.terms}
     return x.shape, x.sides, x.tail, kinds
 
 

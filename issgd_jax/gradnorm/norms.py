@@ -65,7 +65,7 @@ def per_example_grad_norms(
         result = _finish(squares, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
 
-    return norms
+    return jax.jit(norms)
 
 
 def value_grad_and_norms(
@@ -108,12 +108,12 @@ def value_grad_and_norms(
             _finish(squares, loss, squared, per_leaf),
         )
 
-    return value_grad_and_norms
+    return jax.jit(value_grad_and_norms)
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
     """((losses, aux, squared norms of each leaf), the gradients' sums with the coefficients, if given)."""
-    losses, aux, gradients = loss.factored_gradients(batch)
+    losses, aux, gradients = loss.factored_gradients(loss.params, batch)
     squares, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
     return (losses, aux, squares), sums
 

@@ -111,7 +111,11 @@ def _conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
 
 def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
     """x with its axes labelled; an axis of two labels is split into groups and what is within one."""
-    shape = [n for axis, length in enumerate(x.shape) for n in ([length] if len(labels[axis]) == 1 else [groups, length // groups])]
+    shape = [
+        n
+        for axis, length in enumerate(x.shape)
+        for n in ([length] if len(labels[axis]) == 1 else [groups, length // groups])
+    ]
     return Dense(x.reshape(shape), tuple(label for axis in range(x.ndim) for label in labels[axis]))
 
 

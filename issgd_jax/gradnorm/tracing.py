@@ -40,13 +40,13 @@ class TracedLoss:
         gradients = self.analysis.jaxpr.outvars[1 : 1 + len(self.params)]
         return sum(g.aval.size * g.aval.dtype.itemsize for g in gradients if self.analysis.of(g) is None)
 
-    def factored_gradients(self, batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
+    def factored_gradients(self, params: list[jax.Array], batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
         """(losses [B], aux, a batch of gradients of each leaf, factored where a rule covers it)."""
-        num_params, num_outputs = len(self.params), len(self.analysis.jaxpr.outvars)
+        num_params, num_outputs = len(params), len(self.analysis.jaxpr.outvars)
         wants = (ARRAY, *[FACTORED] * num_params, *[ARRAY] * (num_outputs - 1 - num_params))
 
         def one_example(example):
-            return evaluate(self.analysis, wants, [*self.consts, *self.params, *example])
+            return evaluate(self.analysis, wants, [*self.consts, *params, *example])
 
         loss, *outputs = jax.vmap(one_example)(batch)
         return loss, jax.tree.unflatten(self.aux_tree, outputs[num_params:]), outputs[:num_params]

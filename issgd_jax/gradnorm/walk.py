@@ -6,7 +6,6 @@ compute (`evaluate`). What has no rule is computed as it stands: an array is a g
 """
 
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from issgd_jax.gradnorm import factors, rules
-from issgd_jax.gradnorm.factors import Factored, Gradient
+from issgd_jax.gradnorm.factors import Gradient
 from issgd_jax.gradnorm.rules import Size
 
 # How an output is wanted; None where it is not.
@@ -186,8 +185,11 @@ class _Scan:
         analysis.inner[place] = [within]
         sizes = [within.of(atom) for atom in inner.outvars]
         return [
-            self._summed(operands[consts + j], sizes[j], length) if j < carry and summed[j] else
-            self._stacked(sizes[j], length) if j >= carry else None
+            self._summed(operands[consts + j], sizes[j], length)
+            if j < carry and summed[j]
+            else self._stacked(sizes[j], length)
+            if j >= carry
+            else None
             for j in range(len(sizes))
         ]
 
@@ -282,7 +284,10 @@ class _Cond:
     def sizes(self, analysis, place, eqn, operands):
         branches = [Analysis(_open(b), _with_consts(b, [None] * (len(operands) - 1))) for b in eqn.params["branches"]]
         analysis.inner[place] = branches
-        sizes = [[branch.of(atom) for branch in branches for atom in [branch.jaxpr.outvars[j]]] for j in range(len(eqn.outvars))]
+        sizes = [
+            [branch.of(atom) for branch in branches for atom in [branch.jaxpr.outvars[j]]]
+            for j in range(len(eqn.outvars))
+        ]
         return [None if None in terms else tuple(itertools.chain(*terms)) for terms in sizes]
 
     def wants(self, analysis, place, eqn, outs):
@@ -301,7 +306,8 @@ class _Cond:
                 results = branches[b](*operands)
                 return [
                     [x if other == b else _zeros(shapes[other][j]) for other in range(len(branches))]
-                    if outs[j] == FACTORED else x
+                    if outs[j] == FACTORED
+                    else x
                     for j, x in enumerate(results)
                 ]
 
