@@ -287,6 +287,8 @@ def reshape(x: Gradient, shape: tuple[int, ...]) -> Gradient:
 
 def _split_axes(old: tuple[int, ...], new: tuple[int, ...]) -> list[list[int]] | None:
     """For each old axis the new ones that it becomes; None if axes are merged."""
+    if math.prod(old) == 0:
+        return None
     split, place = [], 0
     for length in old:
         mine, product = [], 1

@@ -77,11 +77,11 @@ def value_grad_and_norms(
     per_leaf: bool = False,
     microbatch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Returns `(params, importance_weights, *batch) -> (losses f32[B], gradient, norms f32[B])`: a training step's pass.
+    """Returns `(params, importance_weights, *batch) -> (losses f32[B], gradient, norms f32[B])`, all from one pass.
 
     gradient: of `mean(importance_weights * losses)`, like the parameters. losses, norms: of each example, without its
-    importance weight. One forward and one backward pass give all three. importance_weights: f32[B], always the second
-    argument, whatever argnums. With has_aux the first result is `(losses, aux)`.
+    importance weight. importance_weights: f32[B], always the second argument, whatever argnums. With has_aux the first
+    result is `(losses, aux)`.
 
     Arguments, guarantees and errors are those of `per_example_grad_norms`; ValueError too if importance_weights is not
     of shape [B].

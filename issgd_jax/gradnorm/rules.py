@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -78,7 +78,7 @@ def _groups(eqn: JaxprEqn) -> int:
 
 
 def _conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
-    """Any convolution is a sum of products over its right side's window: out[b, f, s] = Σ lhs[b, c, s + t] rhs[f, c, t].
+    """Any convolution is a sum of products over its right side: out[b, f, s] = Σ_ct lhs[b, c, s + t] rhs[f, c, t].
 
     In a backward pass b are the input channels, f the output channels, s the offsets of the kernel, t the positions of
     the gradient at the output, and c the examples (here one).
@@ -209,15 +209,22 @@ def _keeps_float(eqn: JaxprEqn) -> bool:
     return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (eqn.invars[0], eqn.outvars[0]))
 
 
+def _by_a_scalar(eqn: JaxprEqn) -> bool:
+    return eqn.invars[1].aval.ndim == 0
+
+
 def _always(eqn: JaxprEqn) -> bool:
     return True
 
 
 class Linear(NamedTuple):
-    """A step that maps factors to factors. fits: equation -> bool. apply: `(equation, gradient) -> gradient`."""
+    """A step that maps a gradient, its first operand, to a gradient.
+
+    fits: equation -> bool. apply: `(equation, gradient, *other operands) -> gradient`.
+    """
 
     fits: Callable[[JaxprEqn], bool]
-    apply: Callable[[JaxprEqn, Any], Gradient]
+    apply: Callable[..., Gradient]
 
 
 LINEAR = {
@@ -226,6 +233,8 @@ LINEAR = {
     "squeeze": Linear(_always, _as_reshape),
     "broadcast_in_dim": Linear(_only_reshapes, _as_reshape),
     "reduce_sum": Linear(_only_reshapes, _as_reshape),
+    "mul": Linear(_by_a_scalar, lambda eqn, x, y: factors.scale(x, y)),
+    "div": Linear(_by_a_scalar, lambda eqn, x, y: factors.scale(x, 1 / y)),
     "neg": Linear(_always, lambda eqn, x: factors.scale(x, -1)),
     "convert_element_type": Linear(_keeps_float, lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype)),
     "copy": Linear(_always, lambda eqn, x: x),

@@ -138,7 +138,7 @@ def _apply(analysis: Analysis, place: int, eqn: JaxprEqn, outs: list[Want], oper
     if name in SUMS:
         return [factors.add(*operands)]
     if name in rules.LINEAR:
-        return [rules.LINEAR[name].apply(eqn, operands[0])]
+        return [rules.LINEAR[name].apply(eqn, *operands)]
     return [(rules.SOURCES | rules.TABLES)[name].make(eqn, *operands)]
 
 
@@ -204,7 +204,8 @@ class _Scan:
         return tuple(size._replace(shared=size.shared * length) for size in terms)
 
     def _too_many(self, size):
-        return size.uses * (size.left + size.right) > MAX_STACKED * size.left * size.right
+        """Or none at all, in a loop without iterations."""
+        return min(size) == 0 or size.uses * (size.left + size.right) > MAX_STACKED * size.left * size.right
 
     def _parts(self, eqn):
         return eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["jaxpr"], eqn.params["length"]
