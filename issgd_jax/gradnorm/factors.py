@@ -104,11 +104,6 @@ class Windows:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
 
-    def take(self, image: jax.Array, axis: int, spatial: int, offset: int) -> jax.Array:
-        """The elements that `offset` of one spatial axis meets: a strided slice of a padded image."""
-        start, stride = offset * self.kernel_stride[spatial], self.step_stride[spatial]
-        return lax.slice_in_dim(image, start, start + (self.steps[spatial] - 1) * stride + 1, stride, axis)
-
 
 @_pytree("windows", "offset_axes", "channel_axis", "positions")
 class Patches:
@@ -129,18 +124,25 @@ class Patches:
         return [*self.image.uses(), *self.positions]
 
     def slabs(self, shared: list[int]) -> list[jax.Array]:
-        """One [K, T, I'] for each offset of the first spatial axis: whole patches need not exist at one time."""
+        """One [K, I', T] for each offset of the first spatial axis: whole patches need not exist at one time."""
         num_axes = len(self.offset_axes)
         spatial = [[str(axis)] for axis in range(num_axes)]
-        image = self.image.arrange(shared, self.image.uses(), *spatial, [self.channel_axis])
-        edges = [(low, high, gap - 1) for (low, high), gap in zip(self.windows.padding, self.windows.dilation)]
-        image = lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), (0, 0, 0), *edges, (0, 0, 0)])
-        for axis in range(1, num_axes):  # [K, C, *spatial, *offsets, I]
-            cut = [self.windows.take(image, 2 + axis, axis, offset) for offset in range(self.windows.kernel[axis])]
-            image = jnp.stack(cut, axis=-2)
-        rows = [self.windows.take(image, 2, 0, offset) for offset in range(self.windows.kernel[0])]
-        uses = rows[0].shape[1] * math.prod(self.windows.steps)
-        return [row.reshape(row.shape[0], uses, -1) for row in rows]
+        image = self.image.arrange(shared, [self.channel_axis], self.image.uses(), *spatial)
+        for axis in reversed(range(num_axes)):  # [K, *offsets, I, C, *spatial]
+            cut = self._cut(image, axis)
+            image = jnp.stack(cut, axis=1) if axis else image
+        uses = math.prod(cut[0].shape[-num_axes - 1 :])
+        return [row.reshape(row.shape[0], -1, uses) for row in cut]
+
+    def _cut(self, image: jax.Array, axis: int) -> list[jax.Array]:
+        """The image that each offset of one spatial axis meets: strided slices after padding."""
+        windows, place = self.windows, image.ndim - len(self.offset_axes) + axis
+        (low, high), gap = windows.padding[axis], windows.dilation[axis]
+        edges = [(low, high, gap - 1) if a == place else (0, 0, 0) for a in range(image.ndim)]
+        image = lax.pad(image, jnp.zeros((), image.dtype), edges)
+        stride, reach = windows.step_stride[axis], (windows.steps[axis] - 1) * windows.step_stride[axis] + 1
+        starts = (offset * windows.kernel_stride[axis] for offset in range(windows.kernel[axis]))
+        return [lax.slice_in_dim(image, start, start + reach, stride, place) for start in starts]
 
     def relabel(self, new: Callable[[int], int], leading: tuple[Label, ...] = ()) -> "Patches":
         """See Dense.relabel."""
@@ -344,11 +346,11 @@ def _right(term: Term, x: Factored) -> jax.Array:
     return term.right.arrange(x.axes("k"), term.left.uses(), x.axes("r"))
 
 
-def _slabs(term: Term, x: Factored) -> list[jax.Array]:
-    """The left factor, dense or windows, in parts of its left axes: each [K, T, I']."""
+def _slabs(term: Term, x: Factored) -> tuple[str, list[jax.Array]]:
+    """The left factor, dense or windows, in parts of its left axes, and the order of their axes."""
     if isinstance(term.left, Patches):
-        return term.left.slabs(x.axes("k"))
-    return [term.left.arrange(x.axes("k"), term.left.uses(), x.axes("l"))]
+        return "kit", term.left.slabs(x.axes("k"))
+    return "kti", [term.left.arrange(x.axes("k"), term.left.uses(), x.axes("l"))]
 
 
 def _contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
@@ -368,7 +370,8 @@ def _product(term: Term, x: Factored) -> jax.Array:
     if isinstance(term.left, OneHot):
         rows = jnp.zeros((x.size("k"), x.size("l"), x.size("r")), accumulator(right.dtype))
         return rows.at[jnp.arange(x.size("k"))[:, None], term.left.arrange(x.axes("k"))].add(right.astype(rows.dtype))
-    products = [_contract("kti,ktj->kij", slab, right, term.precision) for slab in _slabs(term, x)]
+    order, slabs = _slabs(term, x)
+    products = [_contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
     return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
 
 
@@ -416,12 +419,12 @@ def _norm_squared(term: Term, x: Factored) -> jax.Array:
         return _one_hot_norm_squared(term, x)
     if term.uses > 1:
         return _inner_product(term, term, x)
-    left = sum(_square_length(slab) for slab in _slabs(term, x))
+    left = sum(_square_length(slab) for slab in _slabs(term, x)[1])
     return jnp.sum(left * _square_length(_right(term, x)))
 
 
 def _square_length(factor: jax.Array) -> jax.Array:
-    """[K, 1, I] -> [K]."""
+    """[K, 1, I] or [K, I, 1] -> [K]."""
     return jnp.sum(jnp.square(factor.astype(accumulator(factor.dtype))), axis=(1, 2))
 
 
@@ -437,12 +440,14 @@ def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
     if isinstance(first.left, OneHot) and isinstance(second.left, OneHot):
         return first.left.arrange(shared)[:, :, None] == second.left.arrange(shared)[:, None, :]
     if isinstance(second.left, OneHot):
-        (rows,) = _slabs(first, x)
+        rows = first.left.arrange(shared, first.left.uses(), x.axes("l"))
         return jnp.take_along_axis(rows, second.left.arrange(shared)[:, None, :], axis=2)
     if isinstance(first.left, OneHot):
         return jnp.swapaxes(_left_products(second, first, x), 1, 2)
-    pairs = zip(_slabs(first, x), _slabs(second, x), strict=True)
-    return sum(_contract("ksi,kti->kst", s, t, first.precision) for s, t in pairs)
+    order, slabs = _slabs(first, x)
+    _, others = _slabs(second, x)
+    equation = f"{order.replace('t', 's')},{order}->kst"
+    return sum(_contract(equation, s, t, first.precision) for s, t in zip(slabs, others, strict=True))
 
 
 def _one_hot_norm_squared(term: Term, x: Factored) -> jax.Array:

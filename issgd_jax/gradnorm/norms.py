@@ -13,7 +13,7 @@ from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
 
 # Gradients of one parameter, where they must be formed, that are held at one time: small enough for a CPU's cache, and
 # enough to keep an accelerator busy.
-CPU_BYTES, ACCELERATOR_BYTES = 2 * 2**20, 256 * 2**20
+CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
 # The same for gradients that no rule covers: the whole pass then goes in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
 
@@ -39,8 +39,8 @@ def per_example_grad_norms(
       has_aux: whether loss_fn returns `(loss, aux)`; then the result is `(norms, aux)`, aux with a leading axis B.
       squared: give the square of the norm.
       per_leaf: give a pytree like the parameters, of f32[B], the norm of each parameter's own gradient.
-      microbatch_size: examples whose activations are held in memory together. By default all, unless gradients that no
-        rule covers would take more than 64 MiB.
+      microbatch_size: examples whose activations are held in memory together, at most. By default all, unless gradients
+        that no rule covers would take more than 64 MiB.
 
     The returned function takes `batch` as pytrees whose leaves share the leading axis B. Sums are kept in float32 or
     better. It may stand under `jit`, `pmap`, `vmap` and `grad`; at a norm of 0 the gradient is taken to be 0.
@@ -148,10 +148,12 @@ def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Arr
 
 
 def _in_microbatches(function: Callable, batch, size: int | None):
-    """`function(batch) -> (outputs with leading axis B, sums)`, called on `size` examples at a time."""
+    """`function(batch) -> (outputs with leading axis B, sums)`, called on at most `size` examples at a time."""
     num_examples = jax.tree.leaves(batch)[0].shape[0]
     if size is None or size >= num_examples:
         return function(batch)
+    # Chunks that leave no rest need no copy of the batch and no second program.
+    size = next((n for n in range(size, size // 2, -1) if num_examples % n == 0), size)
     whole = num_examples - num_examples % size
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
 
