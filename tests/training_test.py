@@ -145,8 +145,8 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
     real = training.per_example_grad_norms
     calls = []
 
-    def sometimes_bad(loss_fn):
-        norms_fn = real(loss_fn)
+    def sometimes_bad(loss_fn, **options):
+        norms_fn = real(loss_fn, **options)
         calls.append(loss_fn)
         if len(calls) > 1:  # the monitor's own
             return norms_fn
@@ -160,6 +160,22 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
     assert np.all(np.isfinite(score)) and history[-1]["scores/rejected"] == 9 * 150
     assert 0 < np.mean(scored_at >= 0) < 1
     assert history[-1]["train/loss"] < history[0]["train/loss"]
+
+
+def test_the_learner_scores_what_it_trains_on(tmp_path):
+    # One round in all, of a quarter of the examples: every other score is the learner's own.
+    few = {"steps": 20, "eval_every": 20, "schedule__steps_per_round": 1000}
+    for refresh in (True, False):
+        workdir = tmp_path / str(refresh)
+        history = issgd_jax.train(smoke(learner__refresh=refresh, **few), workdir)
+        _, scored_at = scores(workdir)
+        assert (np.max(scored_at) == 19) == refresh and np.sum(scored_at == 0) > 0
+        assert history[-1]["scores/rejected"] == 0
+
+
+def test_explain_is_printed_before_training(tmp_path, capsys):
+    issgd_jax.train(smoke(steps=5, eval_every=5, log__explain=True), tmp_path)
+    assert "['Dense_0']['kernel']  64×32   outer" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_metrics(tmp_path):

@@ -5,8 +5,9 @@
 Prints, for two sizes of network and data, medians over pairs of blocks (A B A B ... in one process) of
 
 - `step`: draw, gather, weigh, update, against the same with uniform draws and importance weights of one;
-- `step + take_in`: the same with one round of scores entering the store every 32 steps (the scoring itself is the
-workers');
+- `step + refresh`: the same with the norms of the minibatch computed and entering the store;
+- `step + refresh + take_in`: the same with one round of scores entering the store every 32 steps (the scoring itself is
+the workers');
 - memory on the learner's device that the uniform program does not need, in bytes an example, beside one copy of the
 parameters.
 
@@ -26,6 +27,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from experiments.benchmarks.measuring import median_ratio
 from issgd_jax import learner, losses, models, proposal
 from issgd_jax.metrics import versions
 
@@ -50,72 +52,73 @@ def measure(shape, hidden_sizes, num_examples, batch_size, steps_per_block, num_
         return losses.example_loss(model.apply(params, (image - 128.0) / 64.0), label)
 
     optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
-    step = learner.make_train_step(loss_fn, optimizer, batch_size=batch_size, seed=0)
+    options = {"batch_size": batch_size, "seed": 0}
+    step = learner.make_train_step(loss_fn, optimizer, refresh=False, **options)
+    refreshing = learner.make_train_step(loss_fn, optimizer, **options)
     uniform, weighted = proposal.Uniform(), jax.device_put(proposal.Calibrated())
     scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
-    sampler = learner.init_sampler(weighted, num_examples)
-    sampler = learner.take_in(
-        weighted, sampler, jnp.arange(num_examples), scores, scored_at=jnp.int32(0), step=jnp.int32(1)
+    scored = learner.init_sampler(weighted, num_examples)
+    scored = learner.take_in(
+        weighted, scored, jnp.arange(num_examples), scores, scored_at=jnp.int32(0), step=jnp.int32(1)
     )
     chunk = min(CHUNK_SIZE, num_examples // 4)
     round_ = jnp.arange(chunk), jnp.asarray(scores[:chunk])
-    uniform_table = learner.init_sampler(uniform, num_examples).table
 
-    def new_state():
-        return learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+    def new_state(drawn_from):
+        sampler = jax.tree.map(
+            jnp.copy, learner.init_sampler(uniform, num_examples) if drawn_from is uniform else scored
+        )
+        return learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer), sampler
 
-    def block_uniform(state):
-        for _ in range(steps_per_block):
-            state, _ = step(state, uniform_table, examples)
-        return state
+    def block(step, drawn_from, rounds=False):
+        def run(states):
+            state, sampler = states
+            for i in range(steps_per_block):
+                if rounds and i % STEPS_PER_ROUND == 0:
+                    times = {"scored_at": jnp.int32(i), "step": jnp.int32(i + 1)}
+                    sampler = learner.take_in(drawn_from, sampler, *round_, **times)
+                state, sampler, _ = step(state, sampler, drawn_from, examples)
+            return state, sampler
 
-    def block_weighted(state):
-        for _ in range(steps_per_block):
-            state, _ = step(state, sampler.table, examples)
-        return state
+        return run, new_state(drawn_from)
 
-    def block_with_rounds(state):
-        nonlocal sampler
-        for i in range(steps_per_block):
-            if i % STEPS_PER_ROUND == 0:
-                sampler = learner.take_in(weighted, sampler, *round_, scored_at=jnp.int32(i), step=jnp.int32(i + 1))
-            state, _ = step(state, sampler.table, examples)
-        return state
-
-    seconds = paired_blocks(
-        {"uniform": block_uniform, "step": block_weighted, "rounds": block_with_rounds}, new_state, num_pairs
-    )
-    per_step = {name: 1e6 * statistics.median(times) / steps_per_block for name, times in seconds.items()}
+    blocks = {
+        "uniform": block(step, uniform),
+        "step": block(step, weighted),
+        "step + refresh": block(refreshing, weighted),
+        "step + refresh + take_in": block(refreshing, weighted, rounds=True),
+    }
+    seconds = paired_blocks(blocks, num_pairs)
     return {
-        "step": statistics.median(a / b for a, b in zip(seconds["step"], seconds["uniform"], strict=True)),
-        "step + take_in": statistics.median(a / b for a, b in zip(seconds["rounds"], seconds["uniform"], strict=True)),
-        "uniform_us": per_step["uniform"],
-        "step_us": per_step["step"],
-        "step_take_in_us": per_step["rounds"],
+        **{name: median_ratio(seconds, name, "uniform") for name in blocks if name != "uniform"},
+        **{f"{name}, us": 1e6 * statistics.median(times) / steps_per_block for name, times in seconds.items()},
         "pairs": num_pairs,
         "steps_per_block": steps_per_block,
-        **memory(step, new_state(), sampler, uniform_table, examples, weighted, round_, num_examples),
+        **memory(
+            refreshing, new_state(weighted), new_state(uniform), examples, weighted, uniform, round_, num_examples
+        ),
     }
 
 
-def paired_blocks(blocks, new_state, num_pairs) -> dict[str, list[float]]:
+def paired_blocks(blocks, num_pairs) -> dict[str, list[float]]:
     """Seconds of each block, the blocks in turn, the order rotated, after one warm-up of each."""
     seconds = {name: [] for name in blocks}
-    states = {name: jax.block_until_ready(block(new_state())) for name, block in blocks.items()}
+    states = {name: jax.block_until_ready(run(start)) for name, (run, start) in blocks.items()}
     names = list(blocks)
     for i in tqdm(range(num_pairs), leave=False):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             start = time.perf_counter()
-            states[name] = jax.block_until_ready(blocks[name](states[name]))
+            states[name] = jax.block_until_ready(blocks[name][0](states[name]))
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def memory(step, state, sampler, uniform_table, examples, weighted, round_, num_examples) -> dict:
+def memory(step, weighted_states, uniform_states, examples, weighted, uniform, round_, num_examples) -> dict:
     """Bytes an example: what the sampler holds, what a take_in needs beside it, and how much the highest peak grows."""
+    _, sampler = weighted_states
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
-    in_uniform_step = beside_arguments(step, state, uniform_table, examples)
-    in_step = beside_arguments(step, state, sampler.table, examples)
+    in_uniform_step = beside_arguments(step, *uniform_states, uniform, examples)
+    in_step = beside_arguments(step, *weighted_states, weighted, examples)
     now = jnp.int32(1)
     in_take_in = beside_arguments(learner.take_in, weighted, sampler, *round_, scored_at=now, step=now)
     return {
@@ -131,6 +134,15 @@ def beside_arguments(function, *arguments, **keywords) -> int:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
+def hardware() -> dict:
+    """What the figures were taken on."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
 def main():
     results = {}
     for name, case in CASES.items():
@@ -140,11 +152,7 @@ def main():
             print(f"  {key:<40}{value:10.3f}" if isinstance(value, float) else f"  {key:<40}{value:10d}")
     record = {
         "command": "python -m experiments.benchmarks.learner_step",
-        "hardware": {
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-        },
+        "hardware": hardware(),
         "versions": versions(),
         "results": results,
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 
@@ -22,14 +23,27 @@ class Size(NamedTuple):
     right: int
 
 
-class Source(NamedTuple):
-    """How a primitive makes a factored gradient.
+# What can be known of a gradient before anything runs: the sizes of its terms, or None if it is an array.
+Sizes = tuple[Size, ...] | None
+# How a variable is wanted; None where it is not.
+ARRAY, FACTORED = "array", "factored"
+Want = str | None
 
-    size: equation -> Size, or None where this equation does not fit. make: `(equation, *operands) -> Gradient`.
-    """
 
-    size: Callable[[JaxprEqn], Size | None]
-    make: Callable[..., Gradient]
+class Rule:
+    """What an equation does to factored gradients. `inner`: analyses of the jaxprs within it, see `walk`."""
+
+    def sizes(self, eqn: JaxprEqn, operands: list[Sizes]) -> tuple[list[Sizes], list]:
+        """Of each output, from those of the operands; and `inner`."""
+        raise NotImplementedError
+
+    def wants(self, eqn: JaxprEqn, outs: list[Want], inner: list) -> list[Want]:
+        """How the operands are wanted where an output is wanted factored."""
+        raise NotImplementedError
+
+    def apply(self, eqn: JaxprEqn, outs: list[Want], operands: list, inner: list) -> list[Gradient]:
+        """The outputs, factored where wanted so, or arrays."""
+        raise NotImplementedError
 
 
 # ---- sources
@@ -49,18 +63,16 @@ def _dot_size(eqn: JaxprEqn) -> Size | None:
 def _dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     (lhs_contracted, rhs_contracted), (lhs_shared, rhs_shared) = eqn.params["dimension_numbers"]
     left, right = [None] * lhs.ndim, [None] * rhs.ndim
-    for use, axes in enumerate(zip(lhs_contracted, rhs_contracted)):
-        left[axes[0]] = right[axes[1]] = -1 - use
-    for axis, axes in enumerate(zip(lhs_shared, rhs_shared)):
-        left[axes[0]] = right[axes[1]] = axis
-    free = itertools.count(len(lhs_shared))
-    left = [next(free) if label is None else label for label in left]
-    first_right = next(free)
-    right = [next(free) - 1 if label is None else label for label in right]
+    for use, (axis, other) in enumerate(zip(lhs_contracted, rhs_contracted)):
+        left[axis] = right[other] = -1 - use
+    for label, (axis, other) in enumerate(zip(lhs_shared, rhs_shared)):
+        left[axis] = right[other] = label
+    sides = "k" * len(lhs_shared) + "l" * left.count(None) + "r" * right.count(None)
+    free = itertools.count(len(lhs_shared))  # the output's other axes are those of lhs, then those of rhs
+    left = tuple(next(free) if label is None else label for label in left)
+    right = tuple(next(free) if label is None else label for label in right)
     out = eqn.outvars[0].aval
-    sides = "k" * len(lhs_shared) + "l" * (first_right - len(lhs_shared)) + "r" * (out.ndim - first_right)
-    term = Term(Dense(lhs, tuple(left)), Dense(rhs, tuple(right)), eqn.params["precision"])
-    return Factored((term,), out.shape, sides, out.dtype)
+    return Factored((Term(Dense(lhs, left), Dense(rhs, right), eqn.params["precision"]),), out.shape, sides, out.dtype)
 
 
 def _conv_size(eqn: JaxprEqn) -> Size | None:
@@ -181,28 +193,95 @@ def _update_make(eqn: JaxprEqn, table: Gradient, update, *starts) -> Gradient:
     return _looked_up(indices, sizes, jnp.squeeze(update, axes)[None], axes, eqn)
 
 
-SOURCES = {
-    "dot_general": Source(_dot_size, _dot_make),
-    "conv_general_dilated": Source(_conv_size, _conv_make),
-}
-# Their first operand is a gradient too: the table that they add to.
-TABLES = {
-    "scatter-add": Source(_scatter_size, _scatter_make),
-    "dynamic_update_slice": Source(_update_size, _update_make),
-}
+# ---- the rules
 
 
-# ---- linear steps
+class Source(Rule):
+    """An equation that makes a term from arrays.
+
+    size: equation -> Size, or None where this equation does not fit. make: `(equation, *operands) -> Gradient`.
+    """
+
+    def __init__(self, size: Callable[[JaxprEqn], Size | None], make: Callable[..., Gradient]):
+        self._size, self._make = size, make
+
+    def sizes(self, eqn, operands):
+        size = self._size(eqn)
+        return [None if size is None else (size,)], []
+
+    def wants(self, eqn, outs, inner):
+        return [ARRAY] * len(eqn.invars)
+
+    def apply(self, eqn, outs, operands, inner):
+        return [self._make(eqn, *operands)]
+
+
+class IntoTable(Source):
+    """A source whose first operand is a gradient too, the table that it adds to."""
+
+    def sizes(self, eqn, operands):
+        table, ([mine], inner) = operands[0], super().sizes(eqn, operands)
+        return [None if table is None or mine is None else table + mine], inner
+
+    def wants(self, eqn, outs, inner):
+        return [FACTORED] + [ARRAY] * (len(eqn.invars) - 1)
+
+
+class Linear(Rule):
+    """An equation that maps a gradient, its first operand, to a gradient.
+
+    apply: `(equation, gradient, *other operands) -> gradient`. fits: whether it does so here.
+    """
+
+    def __init__(self, apply: Callable[..., Gradient], fits: Callable[[JaxprEqn], bool] = lambda eqn: True):
+        self._apply, self._fits = apply, fits
+
+    def sizes(self, eqn, operands):
+        return [operands[0] if self._fits(eqn) else None] * len(eqn.outvars), []
+
+    def wants(self, eqn, outs, inner):
+        return [FACTORED] + [ARRAY] * (len(eqn.invars) - 1)
+
+    def apply(self, eqn, outs, operands, inner):
+        return [self._apply(eqn, *operands)]
+
+
+class Sum(Rule):
+    """x + y of two gradients."""
+
+    def sizes(self, eqn, operands):
+        return [None if None in operands else operands[0] + operands[1]], []
+
+    def wants(self, eqn, outs, inner):
+        return [FACTORED, FACTORED]
+
+    def apply(self, eqn, outs, operands, inner):
+        return [factors.add(*operands)]
+
+
+class Broadcast(Linear):
+    """Zeros, where a sum of gradients begins; or a reshape, if nothing is repeated."""
+
+    def sizes(self, eqn, operands):
+        return ([()], []) if self._is_zero(eqn) else super().sizes(eqn, operands)
+
+    def apply(self, eqn, outs, operands, inner):
+        out = eqn.outvars[0].aval
+        return [factors.zero(out.shape, out.dtype)] if self._is_zero(eqn) else super().apply(eqn, outs, operands, inner)
+
+    def _is_zero(self, eqn):
+        return len(eqn.invars) == 1 and isinstance(eqn.invars[0], Literal) and not np.any(eqn.invars[0].val)
 
 
 def _as_reshape(eqn: JaxprEqn, x: Gradient) -> Gradient:
     return factors.reshape(x, eqn.outvars[0].aval.shape)
 
 
-def _only_reshapes(eqn: JaxprEqn) -> bool:
-    old, new = eqn.invars[0].aval, eqn.outvars[0].aval
+def _keeps_order(eqn: JaxprEqn) -> bool:
+    """Whether a broadcast, a sum or a reshape leaves every number where it is."""
     broadcast = eqn.params.get("broadcast_dimensions", ())
-    return old.size == new.size and tuple(sorted(broadcast)) == tuple(broadcast)
+    kept = eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
+    return eqn.invars[0].aval.size == eqn.outvars[0].aval.size and list(broadcast) == sorted(broadcast) and kept
 
 
 def _keeps_float(eqn: JaxprEqn) -> bool:
@@ -213,35 +292,21 @@ def _by_a_scalar(eqn: JaxprEqn) -> bool:
     return eqn.invars[1].aval.ndim == 0
 
 
-def _always(eqn: JaxprEqn) -> bool:
-    return True
-
-
-class Linear(NamedTuple):
-    """A step that maps a gradient, its first operand, to a gradient.
-
-    fits: equation -> bool. apply: `(equation, gradient, *other operands) -> gradient`.
-    """
-
-    fits: Callable[[JaxprEqn], bool]
-    apply: Callable[..., Gradient]
-
-
-LINEAR = {
-    "transpose": Linear(_always, lambda eqn, x: factors.transpose(x, eqn.params["permutation"])),
-    "reshape": Linear(lambda eqn: eqn.params["dimensions"] is None, _as_reshape),
-    "squeeze": Linear(_always, _as_reshape),
-    "broadcast_in_dim": Linear(_only_reshapes, _as_reshape),
-    "reduce_sum": Linear(_only_reshapes, _as_reshape),
-    "mul": Linear(_by_a_scalar, lambda eqn, x, y: factors.scale(x, y)),
-    "div": Linear(_by_a_scalar, lambda eqn, x, y: factors.scale(x, 1 / y)),
-    "neg": Linear(_always, lambda eqn, x: factors.scale(x, -1)),
-    "convert_element_type": Linear(_keeps_float, lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype)),
-    "copy": Linear(_always, lambda eqn, x: x),
+RULES: dict[str, Rule] = {
+    "dot_general": Source(_dot_size, _dot_make),
+    "conv_general_dilated": Source(_conv_size, _conv_make),
+    "scatter-add": IntoTable(_scatter_size, _scatter_make),
+    "dynamic_update_slice": IntoTable(_update_size, _update_make),
+    "add_any": Sum(),
+    "add": Sum(),
+    "transpose": Linear(lambda eqn, x: factors.transpose(x, eqn.params["permutation"])),
+    "reshape": Linear(_as_reshape, _keeps_order),
+    "squeeze": Linear(_as_reshape),
+    "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
+    "reduce_sum": Linear(_as_reshape, _keeps_order),
+    "mul": Linear(lambda eqn, x, y: factors.scale(x, y), _by_a_scalar),
+    "div": Linear(lambda eqn, x, y: factors.scale(x, 1 / y), _by_a_scalar),
+    "neg": Linear(lambda eqn, x: factors.scale(x, -1)),
+    "convert_element_type": Linear(lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),
+    "copy": Linear(lambda eqn, x: x),
 }
-
-
-def is_zero(eqn: JaxprEqn) -> bool:
-    """Whether an equation makes zeros: where a sum of gradients begins."""
-    source = eqn.invars[0] if len(eqn.invars) == 1 else None
-    return eqn.primitive.name == "broadcast_in_dim" and isinstance(source, Literal) and not source.val.any()

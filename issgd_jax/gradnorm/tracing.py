@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.gradnorm.walk import ARRAY, FACTORED, Analysis, evaluate
+from issgd_jax.gradnorm.rules import ARRAY, FACTORED
+from issgd_jax.gradnorm.walk import Analysis, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
