@@ -20,9 +20,9 @@ class Cost(NamedTuple):
         return self.flops + FLOPS_PER_NUMBER * self.numbers
 
     @property
-    def flops_and_bytes(self) -> tuple[int, int]:
+    def bytes(self) -> int:
         """With numbers of four bytes."""
-        return self.flops, 4 * self.numbers
+        return 4 * self.numbers
 
 
 def cost_of_forming(x: Factored) -> Cost:

@@ -13,10 +13,11 @@ from issgd_jax.gradnorm.tracing import trace_loss
 class Row(NamedTuple):
     """One parameter leaf.
 
-    rule: outer (one use: the product of two lengths), gram (inner products of all pairs of uses), patches (windows of a
-      convolution), one-hot (rows of a table), formed (the gradient itself), zero (not used), or two of them together.
-    uses, left, right: T, I and J of the sum of outer products, uses of several terms joined by +; groups, experts and
-      scanned layers, each with such a sum of its own, count in `shared`. None where no rule covers the leaf.
+    rule: outer (one use: the product of two lengths), gram (inner products of all pairs of uses, unless they nearly
+      cancel at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient itself),
+      zero (not used), or two of them together.
+    uses, left, right: T, I and J of the sum of outer products, uses of two or three terms joined by +. shared: groups,
+      experts or scanned layers, each with such a sum of its own. None where no rule covers the leaf.
     flops, bytes: of one example's norm from the factors; formed_flops, formed_bytes: of forming its gradient from the
       same factors and squaring it. Without the forward and backward pass, which both need.
     """
@@ -72,13 +73,18 @@ def _row(name: str, batched) -> Row:
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batched)
     if not isinstance(x, Factored):
         square = cost.Cost(2 * x.size, x.size)
-        return Row(name, x.shape, "formed", None, None, None, None, *square.flops_and_bytes, *square.flops_and_bytes)
+        return Row(name, x.shape, "formed", None, None, None, None, *_amounts(square, square))
     formed = cost.cost_of_forming(x)
     taken = cost.cost_of_gram(x) if cost.by_gram(x) else formed
-    uses = "+".join(str(term.uses) for term in x.terms) or "0"
+    uses = [term.uses for term in x.terms]
+    uses = "+".join(map(str, uses)) if len(uses) <= 3 else str(sum(uses))
     first, second = "lr" if "l" in x.sides.partition("r")[0] else "rl"  # I is the side of the leaf's first axis
     sizes = [x.size(side) for side in (first, second, "k")] if x.terms else [None] * 3
-    return Row(name, x.gradient_shape, cost.rule(x), uses, *sizes, *taken.flops_and_bytes, *formed.flops_and_bytes)
+    return Row(name, x.gradient_shape, cost.rule(x), uses, *sizes, *_amounts(taken, formed))
+
+
+def _amounts(taken: cost.Cost, formed: cost.Cost) -> tuple[int, int, int, int]:
+    return taken.flops, taken.bytes, formed.flops, formed.bytes
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -205,7 +205,7 @@ def zero(shape: tuple[int, ...], dtype) -> Factored:
 
 def accumulator(dtype) -> Any:
     """Sums are kept in float32 or better."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 # ---- linear operations that a gradient passes on its way to its parameter
@@ -242,8 +242,8 @@ def scale(x: Gradient, factor: jax.Array) -> Gradient:
         return x * factor
 
     def scaled(term):
-        array = (term.right.array * factor).astype(term.right.array.dtype)
-        return dataclasses.replace(term, right=Dense(array, term.right.labels))
+        array = term.right.array.astype(jnp.promote_types(term.right.array.dtype, x.dtype))
+        return dataclasses.replace(term, right=Dense((array * factor).astype(array.dtype), term.right.labels))
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
 
@@ -404,23 +404,56 @@ def sum_squares(product: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(product))
 
 
-def gram_norm_squared(x: Factored) -> jax.Array:
-    """Σ_st <left_s, left_t> <right_s, right_t>, over all pairs of uses and terms: nothing of the gradient's size."""
-    total = jnp.float32(0)
+def can_cancel(x: Factored) -> bool:
+    """Whether the inner products of a gradient may cancel: not in a single product, nor where rows are summed first."""
+    return len(x.terms) > 1 or not (isinstance(x.terms[0].left, OneHot) or x.terms[0].uses == 1)
+
+
+def _join(x: Factored) -> Factored:
+    """x with all its dense terms as one, their uses in one row: a layer used n times has n terms, and n² pairs."""
+    if sum(isinstance(term.left, Dense) for term in x.terms) < 2:
+        return x
+    dense = [term for term in x.terms if isinstance(term.left, Dense)]
+    other = [term for term in x.terms if not isinstance(term.left, Dense)]
+
+    def joined(factors, side):
+        lengths = [x.shape[axis] for axis in (*x.axes("k"), *x.axes(side))]
+        rows = [factor.arrange(x.axes("k"), factor.uses(), x.axes(side)) for factor in factors]
+        row = jnp.concatenate(rows, axis=1)
+        shared = len(x.axes("k"))
+        row = row.reshape(*lengths[:shared], row.shape[1], *lengths[shared:])
+        return Dense(row, (*x.axes("k"), -1, *x.axes(side)))
+
+    left = joined([term.left for term in dense], "l")
+    right = joined([term.right for term in dense], "r")
+    return dataclasses.replace(x, terms=(Term(left, right, dense[0].precision), *other))
+
+
+def gram_norm_squared(x: Factored) -> tuple[jax.Array, jax.Array]:
+    """Σ_st <left_s, left_t> <right_s, right_t>, over all pairs of uses and terms: nothing of the gradient's size.
+
+    Also the sum over s = t alone: rounding is relative to this, so that where the first is much smaller, most of its
+    digits are gone.
+    """
+    x = _join(x)
+    total = alone = jnp.float32(0)
     for a, first in enumerate(x.terms):
         for second in x.terms[:a]:
-            total = total + 2 * _inner_product(first, second, x)
-        total = total + _norm_squared(first, x)
-    return jnp.maximum(total, 0)  # rounding may take a sum of squares below
+            total = total + 2 * jnp.sum(_products(first, second, x))
+        norm_squared, diagonal = _norm_squared(first, x)
+        total, alone = total + norm_squared, alone + diagonal
+    return jnp.maximum(total, 0), alone
 
 
-def _norm_squared(term: Term, x: Factored) -> jax.Array:
+def _norm_squared(term: Term, x: Factored) -> tuple[jax.Array, jax.Array]:
     if isinstance(term.left, OneHot):
-        return _one_hot_norm_squared(term, x)
+        return _one_hot_norm_squared(term, x), jnp.sum(jnp.square(_right(term, x).astype(accumulator(x.dtype))))
     if term.uses > 1:
-        return _inner_product(term, term, x)
+        products = _products(term, term, x)
+        return jnp.sum(products), jnp.sum(jnp.trace(products, axis1=1, axis2=2))
     left = sum(_square_length(slab) for slab in _slabs(term, x)[1])
-    return jnp.sum(left * _square_length(_right(term, x)))
+    norm_squared = jnp.sum(left * _square_length(_right(term, x)))
+    return norm_squared, norm_squared
 
 
 def _square_length(factor: jax.Array) -> jax.Array:
@@ -428,10 +461,10 @@ def _square_length(factor: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(factor.astype(accumulator(factor.dtype))), axis=(1, 2))
 
 
-def _inner_product(first: Term, second: Term, x: Factored) -> jax.Array:
-    """<first, second> of two terms as gradients."""
+def _products(first: Term, second: Term, x: Factored) -> jax.Array:
+    """<left_s, left_t> <right_s, right_t> as [K, S, T]."""
     right = _contract("ksj,ktj->kst", _right(first, x), _right(second, x), first.precision)
-    return jnp.sum(_left_products(first, second, x) * right)
+    return _left_products(first, second, x) * right
 
 
 def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:

@@ -1,5 +1,6 @@
 """Per-example gradient norms, alone or together with the gradient of a minibatch, in one pass."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
 # The same for gradients that no rule covers: the whole pass then goes in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
+
+# Of the sum of squares of its parts, what must be left of a gradient for its norm to come from their inner products:
+# these have rounding errors of the parts' size, forming the gradient only of its root.
+LEAST_SHARE = 1 / 32
 
 
 def per_example_grad_norms(
@@ -44,6 +49,8 @@ def per_example_grad_norms(
 
     The returned function takes `batch` as pytrees whose leaves share the leading axis B. Sums are kept in float32 or
     better. It may stand under `jit`, `pmap`, `vmap` and `grad`; at a norm of 0 the gradient is taken to be 0.
+    Where the uses of a parameter nearly cancel, its gradients are formed at run time: an inner product would have lost
+    their digits. Under `vmap` both are computed.
 
     A loss that mixes examples cannot be written so, and that is meant: BatchNorm in training mode makes every output
     depend on every example, so that there is no gradient of one example. Use its running averages, or LayerNorm or
@@ -90,12 +97,13 @@ def value_grad_and_norms(
 
     def value_grad_and_norms(params, importance_weights, *batch):
         loss = trace_loss(loss_fn, (params, *batch), argnums, has_aux)
-        if jnp.shape(importance_weights) != (loss.batch_size,):
+        importance_weights = jnp.asarray(importance_weights)
+        if importance_weights.shape != (loss.batch_size,):
             raise ValueError(
                 f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
-                f"{jnp.shape(importance_weights)}"
+                f"{importance_weights.shape}"
             )
-        coefficients = jnp.asarray(importance_weights) / loss.batch_size
+        coefficients = importance_weights / loss.batch_size
         (losses, aux, squares), gradient = _in_microbatches(
             lambda batch: _one_pass(loss, *batch),
             (loss.batch, coefficients),
@@ -123,12 +131,28 @@ def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examp
     if isinstance(gradient, Factored) and not gradient.terms:
         return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
     of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
-    if isinstance(gradient, Factored) and cost.by_gram(of_one):
-        return jax.vmap(factors.gram_norm_squared)(gradient), _weighted_sum(gradient, coefficients)
-    if isinstance(gradient, Factored):
-        size = max(1, _formed_bytes() // cost.bytes_of_forming(of_one))
+    if not isinstance(gradient, Factored):
+        return _form_all(gradient, coefficients)
+    size = max(1, _formed_bytes() // cost.bytes_of_forming(of_one))
+    if not cost.by_gram(of_one):
         return _in_microbatches(lambda chunk: _form_all(*chunk), (gradient, coefficients), size)
-    return _form_all(gradient, coefficients)
+    return _gram_norms(gradient, of_one, size), _weighted_sum(gradient, coefficients)
+
+
+def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.Array:
+    """Squared norms [B] from pairs of uses; where those cancel, from the gradients themselves."""
+    size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(of_one).bytes))
+    (squares, alone), _ = _in_microbatches(
+        lambda chunk: (jax.vmap(factors.gram_norm_squared)(chunk), ()), gradient, size
+    )
+    if not factors.can_cancel(of_one):
+        return squares
+
+    def formed():
+        chunks = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size)
+        return chunks[0].astype(squares.dtype)
+
+    return lax.cond(jnp.all(squares >= LEAST_SHARE * alone), lambda: squares, formed)
 
 
 def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -195,5 +219,5 @@ def _formed_bytes() -> int:
 
 
 def _check_microbatch_size(microbatch_size: int | None) -> None:
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size must be >= 1, got {microbatch_size}")
+    if microbatch_size is not None and not (isinstance(microbatch_size, numbers.Integral) and microbatch_size >= 1):
+        raise ValueError(f"microbatch_size must be >= 1, and a whole number, got {microbatch_size!r}")

@@ -15,12 +15,13 @@ from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patche
 
 
 class Size(NamedTuple):
-    """Sizes of a term that an equation would make: shared axes, uses, left, right."""
+    """Sizes of a term that an equation would make: shared axes, uses, left, right; and whether left is one-hot."""
 
     shared: int
     uses: int
     left: int
     right: int
+    one_hot: bool = False
 
 
 # What can be known of a gradient before anything runs: the sizes of its terms, or None if it is an array.
@@ -28,6 +29,10 @@ Sizes = tuple[Size, ...] | None
 # How a variable is wanted; None where it is not.
 ARRAY, FACTORED = "array", "factored"
 Want = str | None
+
+
+# Offsets of a convolution's kernel, summed over its axes, up to which its windows are cut out.
+MAX_OFFSETS = 64
 
 
 class Rule:
@@ -57,7 +62,7 @@ def _dot_size(eqn: JaxprEqn) -> Size | None:
     rows = max(1, shared_size * uses)
     size = Size(shared_size, uses, lhs.size // rows, rhs.size // rows)
     # A vector, or one product, is as quickly formed as kept apart.
-    return size if min(size) > 0 and min(size.left, size.right) > 1 else None
+    return size if min(size[:4]) > 0 and min(size.left, size.right) > 1 else None
 
 
 def _dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
@@ -82,7 +87,8 @@ def _conv_size(eqn: JaxprEqn) -> Size | None:
     offsets = [eqn.outvars[0].aval.shape[axis] for axis in numbers.out_spec[2:]]
     images = lhs.shape[numbers.lhs_spec[0]] // eqn.params["batch_group_count"]
     size = Size(groups, contracted * math.prod(spatial), math.prod(offsets) * images, features // groups)
-    return size if min(size) > 0 and max(size.left, size.right) > 1 else None
+    # Each offset is a slice of its own. A gradient with many is one of an image, or of a very long kernel.
+    return size if min(size[:4]) > 0 and 0 < sum(offsets) <= MAX_OFFSETS else None
 
 
 def _groups(eqn: JaxprEqn) -> int:
@@ -96,15 +102,17 @@ def _conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     the gradient at the output, and c the examples (here one).
     """
     numbers, params, groups, out = eqn.params["dimension_numbers"], eqn.params, _groups(eqn), eqn.outvars[0].aval
-    # The feature axis of the output is split into groups and features; `axis_of` counts with both.
-    group_axis = numbers.out_spec[1]
-    axis_of = [axis + (axis > group_axis) for axis in numbers.out_spec]
+    feature_axis, grouped = numbers.out_spec[1], groups > 1
+    # With groups, the feature axis of the output is split into groups and features; `axis_of` counts with both.
+    axis_of = [axis + (grouped and axis > feature_axis) for axis in numbers.out_spec]
     uses, positions = tuple(range(-1, -out.ndim, -1)), [str(axis) for axis in range(out.ndim - 2)]
 
     image = dict(zip(numbers.lhs_spec, [[axis_of[0]], [uses[0]], *([position] for position in positions)]))
-    split = numbers.lhs_spec[0 if params["batch_group_count"] > 1 else 1]
-    image[split] = [group_axis, *image[split]]
-    window = dict(zip(numbers.rhs_spec, [[group_axis, group_axis + 1], *([use] for use in uses)]))
+    window = dict(zip(numbers.rhs_spec, [[feature_axis], *([use] for use in uses)]))
+    if grouped:
+        split = numbers.lhs_spec[0 if params["batch_group_count"] > 1 else 1]
+        image[split] = [feature_axis, *image[split]]
+        window[numbers.rhs_spec[0]] = [feature_axis, feature_axis + 1]
 
     windows = Windows(
         kernel=tuple(out.shape[axis] for axis in numbers.out_spec[2:]),
@@ -116,9 +124,10 @@ def _conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     )
     left = Patches(_grouped(lhs, image, groups), windows, tuple(axis_of[2:]), axis_of[0], uses[1:])
     term = Term(left, _grouped(rhs, window, groups), params["precision"])
-    shape = (*out.shape[:group_axis], groups, out.shape[group_axis] // groups, *out.shape[group_axis + 1 :])
-    sides = "l" * group_axis + "kr" + "l" * (out.ndim - 1 - group_axis)
-    return factors.reshape(Factored((term,), shape, sides, out.dtype), out.shape)
+    before, features, after = out.shape[:feature_axis], out.shape[feature_axis], out.shape[feature_axis + 1 :]
+    middle, sides = ((groups, features // groups), "kr") if grouped else ((features,), "r")
+    sides = "l" * len(before) + sides + "l" * len(after)
+    return factors.reshape(Factored((term,), (*before, *middle, *after), sides, out.dtype), out.shape)
 
 
 def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
@@ -141,7 +150,7 @@ def _scatter_size(eqn: JaxprEqn) -> Size | None:
     if not fits or not looked_up or numbers.operand_batching_dims or min(updates.shape, default=1) == 0:
         return None
     uses = math.prod(indices.shape[:-1])
-    return Size(1, uses, math.prod(table.shape[axis] for axis in looked_up), math.prod(rest))
+    return Size(1, uses, math.prod(table.shape[axis] for axis in looked_up), math.prod(rest), one_hot=True)
 
 
 def _scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
@@ -151,14 +160,19 @@ def _scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
     rest = [updates.shape[axis] for axis in numbers.update_window_dims]
     right = jnp.transpose(updates, (*uses, *numbers.update_window_dims)).reshape(-1, *rest)
     order = [numbers.scatter_dims_to_operand_dims.index(axis) for axis in looked_up]
-    index = indices.reshape(-1, indices.shape[-1])
+    index = _at_least_int32(indices).reshape(-1, indices.shape[-1])
     columns, sizes = [index[:, axis] for axis in order], [shape[axis] for axis in looked_up]
-    inside = [(column >= 0) & (column < size) for column, size in zip(columns, sizes)]
     clipped = tuple(jnp.clip(column, 0, size - 1) for column, size in zip(columns, sizes))
-    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+    if eqn.params["mode"] != lax.GatherScatterMode.CLIP:  # in all other modes, JAX drops what lies outside
+        inside = [column == inner for column, inner in zip(columns, clipped)]
         kept = jnp.all(jnp.stack(inside), axis=0)
         right = jnp.where(kept.reshape(-1, *(1 for _ in rest)), right, 0)
     return factors.add(table, _looked_up(clipped, tuple(sizes), right, looked_up, eqn))
+
+
+def _at_least_int32(indices):
+    """Small integers could not hold the length of the table."""
+    return indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
 
 
 def _looked_up(indices, sizes, right, axes, eqn: JaxprEqn) -> Factored:
@@ -181,7 +195,7 @@ def _update_size(eqn: JaxprEqn) -> Size | None:
     axes = _update_axes(eqn)
     if not axes or any(update.shape[axis] != 1 for axis in axes) or table.size == 0:
         return None
-    return Size(1, 1, table.size // update.size, update.size)
+    return Size(1, 1, table.size // update.size, update.size, one_hot=True)
 
 
 def _update_make(eqn: JaxprEqn, table: Gradient, update, *starts) -> Gradient:
@@ -189,7 +203,7 @@ def _update_make(eqn: JaxprEqn, table: Gradient, update, *starts) -> Gradient:
     if not isinstance(table, Factored) or table.terms:  # it overwrites what is there: a sum only onto zeros
         return lax.dynamic_update_slice(factors.form(table), update, starts)
     sizes = tuple(shape[axis] for axis in axes)
-    indices = tuple(jnp.clip(starts[axis], 0, size - 1)[None] for axis, size in zip(axes, sizes))
+    indices = tuple(jnp.clip(_at_least_int32(starts[axis]), 0, size - 1)[None] for axis, size in zip(axes, sizes))
     return _looked_up(indices, sizes, jnp.squeeze(update, axes)[None], axes, eqn)
 
 
@@ -259,6 +273,26 @@ class Sum(Rule):
         return [factors.add(*operands)]
 
 
+class Scale(Rule):
+    """A gradient times a scalar, on either side."""
+
+    def sizes(self, eqn, operands):
+        gradient = self._gradient(eqn)
+        return [None if gradient is None else operands[gradient]], []
+
+    def wants(self, eqn, outs, inner):
+        return [FACTORED if place == self._gradient(eqn) else ARRAY for place in range(2)]
+
+    def apply(self, eqn, outs, operands, inner):
+        gradient = self._gradient(eqn)
+        return [factors.scale(operands[gradient], operands[1 - gradient])]
+
+    def _gradient(self, eqn) -> int | None:
+        """The place of the operand that is no scalar, if the other is."""
+        scalars = [atom.aval.ndim == 0 for atom in eqn.invars]
+        return None if scalars in ([True, True], [False, False]) else scalars.index(False)
+
+
 class Broadcast(Linear):
     """Zeros, where a sum of gradients begins; or a reshape, if nothing is repeated."""
 
@@ -304,7 +338,7 @@ RULES: dict[str, Rule] = {
     "squeeze": Linear(_as_reshape),
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
     "reduce_sum": Linear(_as_reshape, _keeps_order),
-    "mul": Linear(lambda eqn, x, y: factors.scale(x, y), _by_a_scalar),
+    "mul": Scale(),
     "div": Linear(lambda eqn, x, y: factors.scale(x, 1 / y), _by_a_scalar),
     "neg": Linear(lambda eqn, x: factors.scale(x, -1)),
     "convert_element_type": Linear(lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,10 +59,12 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
 
     Raises: see `per_example_grad_norms`.
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if not positions or not all(-len(args) <= i < len(args) for i in positions):
-        raise ValueError(f"argnums must name some of the {len(args)} arguments of loss_fn, got {argnums}")
-    positions = tuple(i % len(args) for i in positions)
+    positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
+    inside = all(-len(args) <= i < len(args) for i in positions)
+    if not positions or not inside or len({i % len(args) for i in positions}) < len(positions):
+        raise ValueError(f"argnums must name some of the {len(args)} arguments of loss_fn, each once, got {argnums}")
+    positions = tuple(int(i) % len(args) for i in positions)
+    argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
     params = [args[i] for i in positions]
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
     _check_params(params, positions)
@@ -91,12 +94,15 @@ def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
     """The loss with an aux, be it None, checked to be a scalar."""
 
     def checked(*args):
-        loss, aux = loss_fn(*args) if has_aux else (loss_fn(*args), None)
-        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise ValueError(
-                f"loss_fn must return one floating-point scalar for one example, got {jax.tree.map(jnp.shape, loss)} "
-                f"of {jnp.result_type(loss)}"
-            )
+        result = loss_fn(*args)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"loss_fn must return (loss, aux) with has_aux, got {type(result).__name__}")
+        loss, aux = result if has_aux else (result, None)
+        leaf = jax.tree.structure(loss) == jax.tree.structure(0)
+        if not leaf or jnp.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
+            got = f"shape {jnp.shape(loss)} and dtype {_dtype(loss)}" if leaf else f"a {type(loss).__name__}"
+            hint = "; has_aux=True if it is (loss, aux)" if isinstance(loss, tuple) and not has_aux else ""
+            raise ValueError(f"loss_fn must return one floating-point scalar for one example, got {got}{hint}")
         return loss, aux
 
     return checked

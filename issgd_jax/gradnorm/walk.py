@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from issgd_jax.gradnorm import factors, rules
+from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
 
 # Factors of a scan are kept over all its iterations, up to this many times the size of their gradient.
@@ -104,7 +105,7 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
 
 
 class Call(Rule):
-    """jit, closed_call, checkpoint: the jaxpr within, on the equation's operands."""
+    """jit, closed_call, remat2 (jax.checkpoint): the jaxpr within, on the equation's operands."""
 
     def __init__(self, parameter: str):
         self._parameter = parameter
@@ -118,7 +119,8 @@ class Call(Rule):
         return wants[-len(eqn.invars) :]
 
     def apply(self, eqn, outs, operands, inner):
-        if eqn.params.get("differentiated") and eqn.params["prevent_cse"]:
+        prevent_cse = eqn.params.get("differentiated") and eqn.params["prevent_cse"]
+        if any(prevent_cse) if isinstance(prevent_cse, tuple) else prevent_cse:
             # What jax.checkpoint recomputes must not be found equal to what was computed before.
             operands = lax.optimization_barrier(operands)
         return evaluate(inner[0], tuple(outs), [*_consts(eqn.params[self._parameter]), *operands])
@@ -151,7 +153,7 @@ class Scan(Rule):
         init, xs = operands[consts : consts + carry], operands[consts + carry :]
         kept = [j for j in range(carry) if outs[j] != FACTORED]
         taken = [j for j in range(len(outs)) if j not in kept]
-        passed_on: list = []
+        traced: list = []  # what `iteration` learns while it is traced: the structure of its outputs, and their sources
 
         def iteration(state, xs):
             carried = [factors.zero(var.aval.shape, var.aval.dtype) for var in eqn.outvars[:carry]]
@@ -162,14 +164,20 @@ class Scan(Rule):
             leaves, structure = jax.tree.flatten([results[j] for j in taken])
             # An input of the scan that is a factor as it stands need not be stacked again.
             sources = [next((i for i, x in enumerate(xs) if x is leaf), None) for leaf in leaves]
-            passed_on[:] = structure, sources
+            traced[:] = structure, sources
             return [results[j] for j in kept], [leaf for leaf, i in zip(leaves, sources) if i is None]
 
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         state, made = lax.scan(iteration, [init[j] for j in kept], xs, **options)
-        structure, sources = passed_on
+        structure, sources = traced
         made = iter(made)
         stacked = jax.tree.unflatten(structure, [next(made) if i is None else xs[i] for i in sources])
+        # A sum that came out as an array would be stacked whole: it goes back into the carry.
+        arrays = [j for j, x in zip(taken, stacked) if j < carry and not isinstance(x, Factored)]
+        if arrays:
+            outs = [ARRAY if j in arrays else want for j, want in enumerate(outs)]
+            operands = [factors.form(x) if i - consts in arrays else x for i, x in enumerate(operands)]
+            return self.apply(eqn, outs, operands, inner)
         results = dict(zip(kept, state)) | dict(zip(taken, stacked))
         for j in taken:
             if j < carry:
@@ -190,8 +198,9 @@ def _repeated(sizes: Sizes, field: str, length: int) -> Sizes:
     if sizes is None:
         return None
     sizes = tuple(size._replace(**{field: length * getattr(size, field)}) for size in sizes)
-    fits = all(size.uses * (size.left + size.right) <= MAX_STACKED * size.left * size.right for size in sizes)
-    return sizes if fits and length > 0 else None
+    stacked = sum(size.shared * size.uses * (size.right + (1 if size.one_hot else size.left)) for size in sizes)
+    formed = sum(size.shared * size.left * size.right for size in sizes[:1])
+    return sizes if length > 0 and stacked <= MAX_STACKED * formed else None
 
 
 def _accumulates(body: Jaxpr, start: Var, end) -> bool:
@@ -266,7 +275,6 @@ def _consts(jaxpr: Jaxpr | ClosedJaxpr) -> list:
 RULES: dict[str, Rule] = rules.RULES | {
     "jit": Call("jaxpr"),
     "closed_call": Call("call_jaxpr"),
-    "checkpoint": Call("jaxpr"),
     "remat2": Call("jaxpr"),
     "scan": Scan(),
     "cond": Cond(),
