@@ -406,7 +406,7 @@ def sum_squares(product: jax.Array) -> jax.Array:
 
 def can_cancel(x: Factored) -> bool:
     """Whether the inner products of a gradient may cancel: not in a single product, nor where rows are summed first."""
-    return len(x.terms) > 1 or not (isinstance(x.terms[0].left, OneHot) or x.terms[0].uses == 1)
+    return len(x.terms) > 1 or _can_cancel(x.terms[0])
 
 
 def _join(x: Factored) -> Factored:
@@ -432,28 +432,31 @@ def _join(x: Factored) -> Factored:
 def gram_norm_squared(x: Factored) -> tuple[jax.Array, jax.Array]:
     """Σ_st <left_s, left_t> <right_s, right_t>, over all pairs of uses and terms: nothing of the gradient's size.
 
-    Also the sum over s = t alone: rounding is relative to this, so that where the first is much smaller, most of its
-    digits are gone.
+    Also the same sum of absolute values: rounding is relative to this one.
     """
     x = _join(x)
-    total = alone = jnp.float32(0)
+    total = absolute = jnp.float32(0)
     for a, first in enumerate(x.terms):
-        for second in x.terms[:a]:
-            total = total + 2 * jnp.sum(_products(first, second, x))
-        norm_squared, diagonal = _norm_squared(first, x)
-        total, alone = total + norm_squared, alone + diagonal
-    return jnp.maximum(total, 0), alone
+        for b, second in enumerate(x.terms[: a + 1]):
+            if a == b and not _can_cancel(first):
+                norm_squared = _norm_squared(first, x)
+                total, absolute = total + norm_squared, absolute + norm_squared
+            else:
+                products = (1 if a == b else 2) * _products(first, second, x)
+                total, absolute = total + jnp.sum(products), absolute + jnp.sum(jnp.abs(products))
+    return jnp.maximum(total, 0), absolute
 
 
-def _norm_squared(term: Term, x: Factored) -> tuple[jax.Array, jax.Array]:
+def _can_cancel(term: Term) -> bool:
+    return not isinstance(term.left, OneHot) and term.uses > 1
+
+
+def _norm_squared(term: Term, x: Factored) -> jax.Array:
+    """Of a term whose products cannot cancel: one use; or rows of a table, which are summed before they are squared."""
     if isinstance(term.left, OneHot):
-        return _one_hot_norm_squared(term, x), jnp.sum(jnp.square(_right(term, x).astype(accumulator(x.dtype))))
-    if term.uses > 1:
-        products = _products(term, term, x)
-        return jnp.sum(products), jnp.sum(jnp.trace(products, axis1=1, axis2=2))
+        return _one_hot_norm_squared(term, x)
     left = sum(_square_length(slab) for slab in _slabs(term, x)[1])
-    norm_squared = jnp.sum(left * _square_length(_right(term, x)))
-    return norm_squared, norm_squared
+    return jnp.sum(left * _square_length(_right(term, x)))
 
 
 def _square_length(factor: jax.Array) -> jax.Array:
