@@ -143,14 +143,14 @@ def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.A
     """Squared norms [B] from pairs of uses; where those cancel, from the gradients themselves."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(of_one).bytes))
     (squares, absolute), _ = _in_microbatches(
-        lambda chunk: (jax.vmap(factors.gram_norm_squared)(chunk), ()), gradient, size
+        lambda chunk: (jax.vmap(factors.gram_norm_squared)(chunk), None), gradient, size, has_sums=False
     )
     if not factors.can_cancel(of_one):
         return squares
 
     def formed():
-        chunks = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size)
-        return chunks[0].astype(squares.dtype)
+        formed, _ = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size, has_sums=False)
+        return formed.astype(squares.dtype)
 
     return lax.cond(jnp.all(squares >= LEAST_SHARE * absolute), lambda: squares, formed)
 
@@ -171,8 +171,8 @@ def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Arr
     return factors.lay_out(total, factors.multiply_out(total))
 
 
-def _in_microbatches(function: Callable, batch, size: int | None):
-    """`function(batch) -> (outputs with leading axis B, sums)`, called on at most `size` examples at a time."""
+def _in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bool = True):
+    """`function(batch) -> (outputs with leading axis B, sums or None)`, called on at most `size` examples at a time."""
     num_examples = jax.tree.leaves(batch)[0].shape[0]
     if size is None or size >= num_examples:
         return function(batch)
@@ -183,17 +183,17 @@ def _in_microbatches(function: Callable, batch, size: int | None):
 
     def one_chunk(totals, chunk):
         outputs, sums = function(chunk)
-        return jax.tree.map(jnp.add, totals, sums), outputs
+        return jax.tree.map(jnp.add, totals, sums) if has_sums else None, outputs
 
-    _, sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))
-    sums, outputs = lax.scan(one_chunk, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), chunks)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))[1] if has_sums else None
+    sums, outputs = lax.scan(one_chunk, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole == num_examples:
         return outputs, sums
     last_outputs, last_sums = function(jax.tree.map(lambda x: x[whole:], batch))
     return (
         jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, last_outputs),
-        jax.tree.map(jnp.add, sums, last_sums),
+        jax.tree.map(jnp.add, sums, last_sums) if has_sums else None,
     )
 
 
