@@ -99,11 +99,11 @@ def measure(method, model, file, options) -> dict:
 def programs(model, batch_size, num_pairs) -> dict:
     """Of a plain step and our two functions: compiled bytes beside the arguments, time to trace over a gradient's."""
     params, batch, loss_fn = make(model, batch_size)
-    weights = np.ones(len(batch[0]), np.float32)
+    importance_weights = np.ones(len(batch[0]), np.float32)
     gradient = jax.grad(batch_loss(loss_fn)), (params, *batch)
     plain = jax.value_and_grad(batch_loss(loss_fn)), (params, *batch)
     norms = per_example_grad_norms(loss_fn), (params, *batch)
-    all_three = value_grad_and_norms(loss_fn), (params, weights, *batch)
+    all_three = value_grad_and_norms(loss_fn), (params, importance_weights, *batch)
     results = {}
     for name, call in {"plain": plain, "norms": norms, "value_grad_and_norms": all_three}.items():
         seconds = tracing_seconds({"gradient": gradient, name: call}, num_pairs)
