@@ -31,11 +31,11 @@ def architecture(build):
 
 @functools.cache
 def problem(name):
-    """Returns `(loss_fn, params, weights, batch)` in float32."""
+    """Returns `(loss_fn, params, importance_weights, batch)` in float32."""
     rng = np.random.default_rng(0)
     apply, params, *batch = ARCHITECTURES[name](lambda *shape: rng.normal(scale=0.5, size=shape).astype(np.float32))
-    weights = rng.uniform(0.1, 3, B).astype(np.float32)
-    return (lambda p, *example: scalar(apply(p, *example))), params, weights, batch
+    importance_weights = rng.uniform(0.1, 3, B).astype(np.float32)
+    return (lambda p, *example: scalar(apply(p, *example))), params, importance_weights, batch
 
 
 def scalar(y):
@@ -47,29 +47,29 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def loop(loss_fn, params, weights, batch):
+def loop(loss_fn, params, importance_weights, batch):
     """The definition, in float64: one gradient at a time. Returns losses, weighted gradient, leaves' norms, norms."""
     with jax.enable_x64(True):
         params, batch = cast((params, batch), np.float64)
         step = jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK)
-        examples = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(weights))]
+        examples = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(importance_weights))]
         losses, gradients = zip(*(step(params, *example) for example in examples))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *gradients)
-    gradient = jax.tree.map(lambda g: np.tensordot(weights, g, 1) / len(weights), stacked)
+    gradient = jax.tree.map(lambda g: np.tensordot(importance_weights, g, 1) / len(importance_weights), stacked)
     per_leaf = jax.tree.map(lambda g: np.sqrt(np.sum(g**2, tuple(range(1, g.ndim)))), stacked)
     return np.stack(losses), gradient, per_leaf, np.sqrt(sum(n**2 for n in jax.tree.leaves(per_leaf)))
 
 
-def transformed(loss_fn, params, weights, batch, dtype):
+def transformed(loss_fn, params, importance_weights, batch, dtype):
     """What `loop` returns, by one pass with the gradient and one for the norms alone."""
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def both(params, weights, batch):
-        with_gradient = value_grad_and_norms(loss_fn, per_leaf=True)(params, weights, *batch)
+    def both(params, importance_weights, batch):
+        with_gradient = value_grad_and_norms(loss_fn, per_leaf=True)(params, importance_weights, *batch)
         return *with_gradient, per_example_grad_norms(loss_fn)(params, *batch)
 
     with jax.enable_x64(dtype == np.float64):
-        results = jax.device_get(both(*cast((params, weights, batch), dtype)))
+        results = jax.device_get(both(*cast((params, importance_weights, batch), dtype)))
     assert {x.dtype for x in jax.tree.leaves(results)} == {np.dtype(dtype)}
     return results
 

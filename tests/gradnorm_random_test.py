@@ -190,14 +190,17 @@ NESTED = {residual: 1, wrapped: 1, vmap: 2, cond: 1, scan: 2, repeat: 1}
 
 @st.composite
 def problems(draw):
-    """Returns `(loss_fn, params, weights, batch)`."""
+    """Returns `(loss_fn, params, importance_weights, batch)`."""
     net = Network(draw)
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     first, apply = net.parameter(*shape), net.layers(shape, 3, depth=2)
     rng, size = np.random.default_rng(draw(st.integers(0, 99))), draw(st.integers(1, 4))
     params = [rng.normal(size=s).astype(np.float32) for s in net.parameter_shapes]
-    weights, x = rng.uniform(0.1, 3, size).astype(np.float32), rng.normal(size=(size, *shape)).astype(np.float32)
-    return lambda p, x: scalar(apply(p, x * first(p))), params, weights, [x]
+    importance_weights, x = (
+        rng.uniform(0.1, 3, size).astype(np.float32),
+        rng.normal(size=(size, *shape)).astype(np.float32),
+    )
+    return lambda p, x: scalar(apply(p, x * first(p))), params, importance_weights, [x]
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

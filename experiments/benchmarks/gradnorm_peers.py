@@ -71,18 +71,18 @@ def jax_privacy(model, loss_fn, params, batch):
     return with_jax(loss_fn, params, batch, lambda params, *batch: function(params, *batch)[1].grad_norms)
 
 
-def with_jax(loss_fn, params, batch, norms, *weights):
-    """`(plain, method)` compiled; of what norms returns for params, weights and batch, the last are the norms."""
+def with_jax(loss_fn, params, batch, norms, *importance_weights):
+    """`(plain, method)` compiled; norms(params, importance_weights, batch)[-1] are the norms."""
     import jax
 
-    params, weights, batch = jax.device_put((params, weights, batch))
+    params, importance_weights, batch = jax.device_put((params, importance_weights, batch))
     plain, method = jax.jit(jax.value_and_grad(batch_loss(loss_fn))), jax.jit(norms)
 
     def run_plain():
         return jax.block_until_ready(plain(params, *batch))[0]
 
     def run_method():
-        return jax.tree.leaves(jax.block_until_ready(method(params, *weights, *batch)))[-1]
+        return jax.tree.leaves(jax.block_until_ready(method(params, *importance_weights, *batch)))[-1]
 
     return run_plain, run_method
 
@@ -93,18 +93,18 @@ def torch_func(model, loss_fn, params, batch):
     from experiments.benchmarks.gradnorm_torch import example_losses
 
     module, inputs, targets = torch_module(model, params, batch, opacus_gru=True)
-    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    parameters = {name: weight.detach() for name, weight in module.named_parameters()}
 
-    def loss(weights, example, target):
-        logits = torch.func.functional_call(module, weights, (example[None],))
+    def loss(parameters, example, target):
+        logits = torch.func.functional_call(module, parameters, (example[None],))
         return example_losses(logits, target[None])[0]
 
-    def norm(weights, example, target):
-        gradient = torch.func.grad(loss)(weights, example, target)
+    def norm(parameters, example, target):
+        gradient = torch.func.grad(loss)(parameters, example, target)
         return sum(torch.sum(g**2) for g in gradient.values()).sqrt()
 
     norms = torch.func.vmap(norm, in_dims=(None, 0, 0), chunk_size=TORCH_MICROBATCH.get(model))
-    return torch_plain(model, params, batch), lambda: norms(weights, inputs, targets)
+    return torch_plain(model, params, batch), lambda: norms(parameters, inputs, targets)
 
 
 def opacus(model, loss_fn, params, batch, ghost=True):

@@ -208,9 +208,6 @@ def accumulator(dtype) -> Any:
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-# ---- linear operations that a gradient passes on its way to its parameter
-
-
 def add(x: Gradient, y: Gradient) -> Gradient:
     """x + y: the terms of both, where they have the same layout."""
     if isinstance(x, Factored) and isinstance(y, Factored):
@@ -311,9 +308,6 @@ def _split(factor: Dense, split: list[list[int]], shape: tuple[int, ...]) -> Den
     return Dense(factor.array.reshape(lengths), tuple(labels))
 
 
-# ---- leading axes, added by scan or by a batch
-
-
 def sum_leading(x: Gradient) -> Gradient:
     """Σ over a leading axis that every array in x has: it becomes one more axis of uses."""
     if not isinstance(x, Factored):
@@ -338,22 +332,19 @@ def stack_leading(x: Gradient, length: int) -> Gradient:
     return Factored(_relabel(x, lambda axis: axis + 1, (0,)), (length, *x.shape), "k" + x.sides, x.dtype)
 
 
-# ---- the gradient itself
-
-
-def _right(term: Term, x: Factored) -> jax.Array:
+def right_of(term: Term, x: Factored) -> jax.Array:
     """[K, T, J]."""
     return term.right.arrange(x.axes("k"), term.left.uses(), x.axes("r"))
 
 
-def _slabs(term: Term, x: Factored) -> tuple[str, list[jax.Array]]:
+def slabs_of(term: Term, x: Factored) -> tuple[str, list[jax.Array]]:
     """The left factor, dense or windows, in parts of its left axes, and the order of their axes."""
     if isinstance(term.left, Patches):
         return "kit", term.left.slabs(x.axes("k"))
     return "kti", [term.left.arrange(x.axes("k"), term.left.uses(), x.axes("l"))]
 
 
-def _contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
+def contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
     sums = accumulator(jnp.promote_types(x.dtype, y.dtype))
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=sums)
 
@@ -366,12 +357,12 @@ def multiply_out(x: Gradient) -> jax.Array:
 
 
 def _product(term: Term, x: Factored) -> jax.Array:
-    right = _right(term, x)
+    right = right_of(term, x)
     if isinstance(term.left, OneHot):
         rows = jnp.zeros((x.size("k"), x.size("l"), x.size("r")), accumulator(right.dtype))
         return rows.at[jnp.arange(x.size("k"))[:, None], term.left.arrange(x.axes("k"))].add(right.astype(rows.dtype))
-    order, slabs = _slabs(term, x)
-    products = [_contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
+    order, slabs = slabs_of(term, x)
+    products = [contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
     return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
 
 
@@ -396,105 +387,6 @@ def form(x: Gradient) -> jax.Array:
     return lay_out(x, multiply_out(x)).astype(x.dtype) if isinstance(x, Factored) else x
 
 
-# ---- norms
-
-
 def sum_squares(product: jax.Array) -> jax.Array:
     """The squared norm of a gradient that was multiplied out."""
     return jnp.sum(jnp.square(product))
-
-
-def can_cancel(x: Factored) -> bool:
-    """Whether the inner products of a gradient may cancel: not in a single product, nor where rows are summed first."""
-    return len(x.terms) > 1 or _can_cancel(x.terms[0])
-
-
-def _join(x: Factored) -> Factored:
-    """x with all its dense terms as one, their uses in one row: a layer used n times has n terms, and n² pairs."""
-    if sum(isinstance(term.left, Dense) for term in x.terms) < 2:
-        return x
-    dense = [term for term in x.terms if isinstance(term.left, Dense)]
-    other = [term for term in x.terms if not isinstance(term.left, Dense)]
-
-    def joined(factors, side):
-        lengths = [x.shape[axis] for axis in (*x.axes("k"), *x.axes(side))]
-        rows = [factor.arrange(x.axes("k"), factor.uses(), x.axes(side)) for factor in factors]
-        row = jnp.concatenate(rows, axis=1)
-        shared = len(x.axes("k"))
-        row = row.reshape(*lengths[:shared], row.shape[1], *lengths[shared:])
-        return Dense(row, (*x.axes("k"), -1, *x.axes(side)))
-
-    left = joined([term.left for term in dense], "l")
-    right = joined([term.right for term in dense], "r")
-    return dataclasses.replace(x, terms=(Term(left, right, dense[0].precision), *other))
-
-
-def gram_norm_squared(x: Factored) -> tuple[jax.Array, jax.Array]:
-    """Σ_st <left_s, left_t> <right_s, right_t>, over all pairs of uses and terms: nothing of the gradient's size.
-
-    Also the same sum of absolute values: rounding is relative to this one.
-    """
-    x = _join(x)
-    total = absolute = jnp.float32(0)
-    for a, first in enumerate(x.terms):
-        for b, second in enumerate(x.terms[: a + 1]):
-            if a == b and not _can_cancel(first):
-                norm_squared = _norm_squared(first, x)
-                total, absolute = total + norm_squared, absolute + norm_squared
-            else:
-                products = (1 if a == b else 2) * _products(first, second, x)
-                total, absolute = total + jnp.sum(products), absolute + jnp.sum(jnp.abs(products))
-    return jnp.maximum(total, 0), absolute
-
-
-def _can_cancel(term: Term) -> bool:
-    return not isinstance(term.left, OneHot) and term.uses > 1
-
-
-def _norm_squared(term: Term, x: Factored) -> jax.Array:
-    """Of a term whose products cannot cancel: one use; or rows of a table, which are summed before they are squared."""
-    if isinstance(term.left, OneHot):
-        return _one_hot_norm_squared(term, x)
-    left = sum(_square_length(slab) for slab in _slabs(term, x)[1])
-    return jnp.sum(left * _square_length(_right(term, x)))
-
-
-def _square_length(factor: jax.Array) -> jax.Array:
-    """[K, 1, I] or [K, I, 1] -> [K]."""
-    return jnp.sum(jnp.square(factor.astype(accumulator(factor.dtype))), axis=(1, 2))
-
-
-def _products(first: Term, second: Term, x: Factored) -> jax.Array:
-    """<left_s, left_t> <right_s, right_t> as [K, S, T]."""
-    right = _contract("ksj,ktj->kst", _right(first, x), _right(second, x), first.precision)
-    return _left_products(first, second, x) * right
-
-
-def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
-    """<left_s, left_t> as [K, S, T]."""
-    shared = x.axes("k")
-    if isinstance(first.left, OneHot) and isinstance(second.left, OneHot):
-        return first.left.arrange(shared)[:, :, None] == second.left.arrange(shared)[:, None, :]
-    if isinstance(second.left, OneHot):
-        rows = first.left.arrange(shared, first.left.uses(), x.axes("l"))
-        return jnp.take_along_axis(rows, second.left.arrange(shared)[:, None, :], axis=2)
-    if isinstance(first.left, OneHot):
-        return jnp.swapaxes(_left_products(second, first, x), 1, 2)
-    order, slabs = _slabs(first, x)
-    _, others = _slabs(second, x)
-    equation = f"{order.replace('t', 's')},{order}->kst"
-    return sum(_contract(equation, s, t, first.precision) for s, t in zip(slabs, others, strict=True))
-
-
-def _one_hot_norm_squared(term: Term, x: Factored) -> jax.Array:
-    """Uses of the same row are added, each sum is squared; of the size of the uses, not of the table."""
-
-    def norm_squared(index, right):
-        order = jnp.argsort(index)
-        ordered = index[order]
-        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
-        rows = right[order].astype(accumulator(right.dtype))
-        rows = jax.ops.segment_sum(rows, jnp.cumsum(starts), index.size, indices_are_sorted=True)
-        return jnp.sum(jnp.square(rows))
-
-    return jnp.sum(jax.vmap(norm_squared)(term.left.arrange(x.axes("k")), _right(term, x)))

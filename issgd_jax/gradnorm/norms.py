@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from issgd_jax.gradnorm import cost, factors
+from issgd_jax.gradnorm import cost, factors, gram
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
 
@@ -143,9 +143,9 @@ def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.A
     """Squared norms [B] from pairs of uses; where those cancel, from the gradients themselves."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(of_one).bytes))
     (squares, absolute), _ = _in_microbatches(
-        lambda chunk: (jax.vmap(factors.gram_norm_squared)(chunk), None), gradient, size, has_sums=False
+        lambda chunk: (jax.vmap(gram.norm_squared)(chunk), None), gradient, size, has_sums=False
     )
-    if not factors.can_cancel(of_one):
+    if not gram.can_cancel(of_one):
         return squares
 
     def formed():

@@ -101,9 +101,6 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*map(factors.form, arrays.values()))
 
 
-# ---- equations that hold jaxprs: looked into, not treated as walls
-
-
 class Call(Rule):
     """jit, closed_call, remat2 (jax.checkpoint): the jaxpr within, on the equation's operands."""
 
@@ -251,9 +248,6 @@ class Cond(Rule):
 
 def _zeros(shapes):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-# ---- jaxprs within equations: closed over constants, or open
 
 
 def _analyse(jaxpr: Jaxpr | ClosedJaxpr, operands: list[Sizes]) -> Analysis:
