@@ -10,8 +10,9 @@ Everything here is for ONE example, to be mapped by `vmap`; every class is a pyt
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -349,32 +350,34 @@ def contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=sums)
 
 
-def multiply_out(x: Gradient) -> jax.Array:
-    """The gradient as [K, I, J], summed in float32 or better, before it is laid out; an array as it is."""
+def multiply_out(x: Gradient) -> tuple[jax.Array, ...]:
+    """The gradient in parts of its left axes, each [K, I', J], summed in float32 or better; an array as it is."""
     if not isinstance(x, Factored):
-        return x.astype(accumulator(x.dtype))
-    return sum((_product(term, x) for term in x.terms), start=jnp.zeros((), jnp.float32))
+        return (x.astype(accumulator(x.dtype)),)
+    products = [_products(term, x) for term in x.terms]
+    return tuple(functools.reduce(jnp.add, of_all_terms) for of_all_terms in zip(*products, strict=True))
 
 
-def _product(term: Term, x: Factored) -> jax.Array:
+def _products(term: Term, x: Factored) -> list[jax.Array]:
     right = right_of(term, x)
     if isinstance(term.left, OneHot):
         rows = jnp.zeros((x.size("k"), x.size("l"), x.size("r")), accumulator(right.dtype))
-        return rows.at[jnp.arange(x.size("k"))[:, None], term.left.arrange(x.axes("k"))].add(right.astype(rows.dtype))
+        indices = jnp.arange(x.size("k"))[:, None], term.left.arrange(x.axes("k"))
+        return [rows.at[indices].add(right.astype(rows.dtype))]
     order, slabs = slabs_of(term, x)
-    products = [contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
-    return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    return [contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
 
 
-def lay_out(x: Gradient, product: jax.Array) -> jax.Array:
-    """What `multiply_out` gives, with the gradient's own axes."""
+def lay_out(x: Gradient, products: Sequence[jax.Array]) -> jax.Array:
+    """What `multiply_out` gives as one array, with the gradient's own axes."""
     if not isinstance(x, Factored):
-        return product
+        return products[0]
     if not x.terms:
-        return jnp.zeros(x.shape, product.dtype)
+        return jnp.zeros(x.shape)
     left = x.terms[0].left
     in_left = [*left.offset_axes, left.channel_axis] if isinstance(left, Patches) else x.axes("l")
     made = [*x.axes("k"), *in_left, *x.axes("r")]
+    product = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     product = product.reshape([x.shape[axis] for axis in made])
     product = jnp.transpose(product, [made.index(axis) for axis in range(len(made))])
     for operation, argument in x.tail:
@@ -387,6 +390,6 @@ def form(x: Gradient) -> jax.Array:
     return lay_out(x, multiply_out(x)).astype(x.dtype) if isinstance(x, Factored) else x
 
 
-def sum_squares(product: jax.Array) -> jax.Array:
-    """The squared norm of a gradient that was multiplied out."""
-    return jnp.sum(jnp.square(product))
+def sum_squares(products: Sequence[jax.Array]) -> jax.Array:
+    """The squared norm of a gradient that was multiplied out: XLA fuses each part's sum with its product."""
+    return sum(jnp.sum(jnp.square(product)) for product in products)

@@ -159,7 +159,8 @@ def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.A
     products = jax.vmap(factors.multiply_out)(gradient)
     total = None
     if coefficients is not None:
-        total = factors.lay_out(gradient, jnp.tensordot(coefficients.astype(products.dtype), products, 1))
+        sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
+        total = factors.lay_out(gradient, sums)
     return jax.vmap(factors.sum_squares)(products), total
 
 
