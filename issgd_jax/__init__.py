@@ -15,7 +15,11 @@ _HOME = {
     "ScoreStore": "store",
     "Uniform": "proposal",
     "Proportional": "proposal",
+    "Mixture": "proposal",
     "Calibrated": "proposal",
+    "GradientNorm": "scores",
+    "PerExample": "scores",
+    "last_layer": "scores",
     "Draw": "sampling",
     "Table": "sampling",
     "build_table": "sampling",
@@ -27,7 +31,7 @@ _HOME = {
 }
 _MODULES = (
     "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots", "proposal", "sampling",
-    "schedule", "store", "training", "variance", "workers",
+    "schedule", "scores", "store", "training", "variance", "workers",
 )  # fmt: skip
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 

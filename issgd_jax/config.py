@@ -9,13 +9,15 @@ from issgd_jax.errors import InputError
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
 SCHEDULES = ("exact", "relaxed", "free_running")
-PROPOSALS = ("uniform", "proportional", "calibrated")
+DRAWS = ("systematic", "independent", "without_replacement")
+SCORES = ("gradient_norm", "last_layer", "loss")
+PROPOSALS = ("uniform", "proportional", "mixture", "calibrated")
 MAX_ROUNDS_IN_FLIGHT = 16
 
 _LARGEST = 2**31 - 1
 _INTEGERS = {
     "seed": (0, 2**32 - 1),  # what a JAX key takes without x64
-    "steps": (1, _LARGEST),
+    "steps": (1, 2**30 - 1),
     "eval_every": (1, _LARGEST),
     "learner.batch_size": (1, _LARGEST),
     "workers.chunk_size": (1, _LARGEST),
@@ -71,9 +73,14 @@ def default() -> ConfigDict:
                 "lr_schedule": "constant",  # or cosine, linear: decay to 0 at `steps`
                 "momentum": 0.9,  # or the decay of the first moment (b1), where the optimizer has that instead
                 "nesterov": True,
+                "draw": "systematic",  # or independent, without_replacement
                 "refresh": True,  # the norms of each minibatch become its examples' scores; not with uniform
             },
-            "workers": {"chunk_size": 2048},  # examples each worker scores in a round
+            "workers": {
+                "enabled": True,  # False: only the learner's own refresh gives scores
+                "chunk_size": 2048,  # examples each worker scores in a round
+                "score": "gradient_norm",  # or last_layer (its gradient at the logits), loss
+            },
             "devices": {
                 "workers": config_dict.placeholder(int),  # None: all devices but the learner's
                 "host_platform_count": 0,  # k > 0: simulate k devices on the CPU
@@ -85,9 +92,10 @@ def default() -> ConfigDict:
             },
             "proposal": {
                 "name": "calibrated",
-                "smoothing": 1.0,  # proportional: v = score + smoothing
+                "smoothing": 1.0,  # proportional, mixture: v = score + smoothing
+                "relative": False,  # smoothing in units of the mean score
                 "max_staleness": config_dict.placeholder(int),  # proportional: BIASED, drops older scores; None: keep
-                "uniform_fraction": 0.2,  # calibrated: bounds importance weights by 1 / fraction
+                "uniform_fraction": 0.2,  # calibrated, mixture: bounds importance weights by 1 / fraction
                 "half_life": 1.0,  # calibrated: sweeps until an observation counts half
             },
             "monitor": {"examples": 2048},  # examples on which the variance is measured; >= 2
@@ -179,14 +187,16 @@ def validate(config: ConfigDict) -> None:
     for name in ("data.name", "data.train_split", "data.test_split"):
         if not given[name]:
             raise InputError(f"{name} is empty (see --config.{name})")
-    if config.schedule.name == "relaxed" and config.proposal.name != "uniform":
-        _check_relaxed(config)
+    if config.proposal.name != "uniform":
+        _check_scoring(config)
     _check_transformer(config.model.transformer)
     for name, choices in {
         "model.name": [group for group in config.model if group != "name"],
         "learner.lr_schedule": LR_SCHEDULES,
         "schedule.name": SCHEDULES,
         "proposal.name": PROPOSALS,
+        "learner.draw": DRAWS,
+        "workers.score": SCORES,
     }.items():
         if given[name] not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r} (see --config.{name})")
@@ -197,6 +207,22 @@ def _check_transformer(transformer):
         raise InputError(
             f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
             f"and {transformer.num_heads}"
+        )
+
+
+def _check_scoring(config):
+    if config.workers.enabled:
+        if config.schedule.name == "relaxed":
+            _check_relaxed(config)
+    elif not config.learner.refresh:
+        raise InputError(
+            f"workers.enabled and learner.refresh are both False: proposal {config.proposal.name} would never see a "
+            "score; enable one, or use --config.proposal.name=uniform"
+        )
+    elif config.schedule.name == "exact":
+        raise InputError(
+            "schedule.name is exact, which scores all examples before every step, but workers.enabled is False: enable "
+            "them, or use --config.schedule.name=relaxed"
         )
 
 

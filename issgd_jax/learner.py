@@ -10,7 +10,7 @@ import optax
 
 from issgd_jax import sampling
 from issgd_jax.gradnorm import value_grad_and_norms
-from issgd_jax.store import ScoreStore
+from issgd_jax.store import Rejected, ScoreStore
 
 
 class TrainState(NamedTuple):
@@ -24,14 +24,15 @@ class TrainState(NamedTuple):
 class SamplerState(NamedTuple):
     """Everything between a score and a draw.
 
-    store: the score database. proposal_state: what the proposal has learned. table: what is drawn from. rejected:
-    i32[], scores that were NaN, infinite or negative and never entered the store.
+    store: the score database. proposal_state: what the proposal has learned. basis: what it makes of all examples, as
+    of the last round. table: what is drawn from. rejected: scores that were NaN, infinite or negative.
     """
 
     store: ScoreStore
     proposal_state: Any
+    basis: Any
     table: sampling.Table
-    rejected: jax.Array
+    rejected: Rejected
 
 
 class StepMetrics(NamedTuple):
@@ -47,8 +48,9 @@ def init_train_state(params, optimizer: optax.GradientTransformation) -> TrainSt
 
 def init_sampler(proposal, num_examples: int) -> SamplerState:
     """An empty store and its table: every example equally likely."""
-    store, state = ScoreStore.init(num_examples), proposal.init()
-    return SamplerState(store, state, proposal.table(state, store, jnp.int32(0)), jnp.int32(0))
+    store, state, step = ScoreStore.init(num_examples), proposal.init(), jnp.int32(0)
+    basis = proposal.basis(state, store, step)
+    return SamplerState(store, state, basis, proposal.table(basis, store, step), Rejected.none())
 
 
 def make_train_step(
@@ -58,12 +60,16 @@ def make_train_step(
     batch_size: int,
     seed: int,
     refresh: bool = True,
+    score_fn: Callable[..., jax.Array] | None = None,
+    draw: str = "systematic",
 ) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
     """Returns `(state, sampler, proposal, examples) -> (state, sampler, metrics)`, compiled; both states are donated.
 
     loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
       learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
-      scores of its examples. They enter the store and teach the proposal; the table follows with the next round.
+      scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
+      gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
+      what the scores mean. draw: a method of `sampling.draw`.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
@@ -71,13 +77,14 @@ def make_train_step(
 
     def train_step(state: TrainState, sampler: SamplerState, proposal, examples):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        indices, importance_weights = sampling.draw(key, sampler.table, batch_size)
+        indices, importance_weights = sampling.draw(key, sampler.table, batch_size, draw)
         batch = jax.tree.map(lambda x: x[indices], examples)
         losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if refresh:
-            sampler = _write(proposal, sampler, indices, norms, scored_at=state.step)
+            scores = norms if score_fn is None else score_fn(state.params, *batch)
+            sampler = _refresh(proposal, sampler, indices, scores, norms, scored_at=state.step)
         return (
             TrainState(params, opt_state, state.step + 1),
             sampler,
@@ -87,20 +94,44 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames=("state", "sampler"))
 
 
-def _write(proposal, sampler: SamplerState, indices, scores, *, scored_at) -> SamplerState:
-    """Scores enter: the proposal learns from them, the store keeps them."""
-    proposal_state = proposal.observe(sampler.proposal_state, sampler.store, indices, scores, scored_at)
+def _write(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
+    """Scores enter the store; the gradient norms of the same examples, if known, teach the proposal what to expect."""
+    proposal_state = sampler.proposal_state
+    if norms is not None:
+        proposal_state = proposal.observe(proposal_state, sampler.store, indices, norms, scored_at)
     store, rejected = sampler.store.write(indices, scores, scored_at)
-    return SamplerState(store, proposal_state, sampler.table, sampler.rejected + rejected)
+    return sampler._replace(store=store, proposal_state=proposal_state, rejected=sampler.rejected.then(rejected))
+
+
+def _refresh(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
+    """Scores of the step just done enter, and the table gets their v for the next step; O(m)."""
+    sampler = _write(proposal, sampler, indices, scores, norms, scored_at=scored_at)
+    store = sampler.store
+    v = proposal.v(sampler.basis, store.score[indices], store.scored_at[indices], scored_at + 1)
+    return sampler._replace(table=sampler.table.write(indices, v))
+
+
+def _renew(proposal, sampler: SamplerState, step) -> SamplerState:
+    """The v of all examples, made anew of what is now known; O(N)."""
+    basis = proposal.basis(sampler.proposal_state, sampler.store, step)
+    return sampler._replace(basis=basis, table=proposal.table(basis, sampler.store, step))
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
-@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True)
-def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step) -> SamplerState:
+@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True, static_argnames="are_norms")
+def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step, are_norms=True) -> SamplerState:
     """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N), once a round.
 
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
-    `scored_at`; `step` is the learner's own. The sampler given is donated.
+    `scored_at`; `step` is the learner's own. are_norms: whether the scores are gradient norms; others teach the
+    proposal nothing. The sampler given is donated.
     """
-    sampler = _write(proposal, sampler, indices.reshape(-1), scores.reshape(-1), scored_at=scored_at)
-    return sampler._replace(table=proposal.table(sampler.proposal_state, sampler.store, step))
+    indices, scores = indices.reshape(-1), scores.reshape(-1)
+    sampler = _write(proposal, sampler, indices, scores, scores if are_norms else None, scored_at=scored_at)
+    return _renew(proposal, sampler, step)
+
+
+@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True)
+def renew(proposal, sampler: SamplerState, *, step) -> SamplerState:
+    """A round without workers: the table is made anew of what the learner's own minibatches have shown; O(N)."""
+    return _renew(proposal, sampler, step)

@@ -1,22 +1,25 @@
 """Proposals: from what is known of the examples to the unnormalised probabilities drawn from.
 
-A proposal is a value: its numbers may change between calls without recompiling. Three functions make it one:
+A proposal is a value: its numbers may change between calls without recompiling. Five functions make it one:
 
 - `init()` gives its state, a pytree (empty if it learns nothing);
-- `observe(state, store, indices, score, step)` learns from new scores, before they enter the store;
-- `table(state, store, step)` gives the sampling table.
+- `observe(state, store, indices, norm, step)` learns from new gradient norms, while the store has the old scores;
+- `basis(state, store, step)` gives what the v of one example needs to know of all: O(N), once a round;
+- `v(basis, score, scored_at, step)` gives unnormalised probabilities, example by example: of all once a round, and in
+  between of those that were written;
+- `table(basis, store, step)` gives the sampling table of all.
 
 Never-scored examples get the mean of the others' v, so that all have a chance from the first step.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax import sampling
-from issgd_jax.store import ScoreStore
+from issgd_jax.store import NEVER, ScoreStore
 
 # Least v of a scored example, relative to the largest: a stale score of zero must not shut an example out for ever, and
 # float32 must tell it from zero beside any other (see `sampling.draw`).
@@ -26,52 +29,154 @@ TINY = jnp.finfo(jnp.float32).tiny
 MAX_RELATIVE_SCORE = 2.0**24
 
 
-class _Memoryless:
-    """A proposal that learns nothing."""
+class _Proposal:
+    """What proposals have in common."""
 
-    def init(self) -> tuple[()]:
+    def init(self) -> Any:
         return ()
 
-    def observe(self, state, store, indices, score, step):
-        del store, indices, score, step
+    def observe(self, state, store: ScoreStore, indices, norm, step) -> Any:
+        del store, indices, norm, step
         return state
 
+    def table(self, basis, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        return sampling.build_table(self.v(basis, store.score, store.scored_at, step))
+
+
+class Completion(NamedTuple):
+    """Of the v of all scored examples. mean: 1 if none is scored. least: below it, v counts as this much. f32[]."""
+
+    mean: jax.Array
+    least: jax.Array
+
+
+def _completion(v: jax.Array, scored_at: jax.Array) -> Completion:
+    scored = scored_at != NEVER
+    num_scored = jnp.sum(scored)
+    total, largest = jnp.sum(jnp.where(scored, v, 0)), jnp.max(jnp.where(scored, v, 0))
+    mean = jnp.where(num_scored > 0, total / jnp.maximum(num_scored, 1), 1)
+    return Completion(jnp.maximum(mean, MIN_RELATIVE_V * largest), MIN_RELATIVE_V * largest)
+
+
+def _complete(v: jax.Array, scored_at: jax.Array, completion: Completion) -> jax.Array:
+    """Gives never-scored examples the mean v of the scored, and every example a chance."""
+    return jnp.where(scored_at != NEVER, jnp.maximum(v, completion.least), completion.mean)
+
+
+def _uniform_mass(v: jax.Array, uniform_fraction) -> jax.Array:
+    """What is added to each v, so that this share of the draws is uniform."""
+    return uniform_fraction / (1 - uniform_fraction) * jnp.mean(v)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Uniform(_Memoryless):
+class Uniform(_Proposal):
     """Plain SGD: v = 1, and importance weights of exactly 1."""
 
-    def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
-        del state, step
-        return sampling.uniform_table(store.score.shape[0])
+    def basis(self, state, store: ScoreStore, step: jax.Array) -> tuple[()]:
+        del state, store, step
+        return ()
+
+    def v(self, basis, score, scored_at, step) -> jax.Array:
+        del basis, scored_at, step
+        return jnp.ones(score.shape, jnp.float32)
+
+    def table(self, basis, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        del basis, step
+        return sampling.uniform_table(len(store))
+
+
+class ProportionalBasis(NamedTuple):
+    """smoothing: f32[], in units of the score. enough: bool[], whether enough scores are usable. population: f32[]."""
+
+    smoothing: jax.Array
+    completion: Completion
+    enough: jax.Array
+    population: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Proportional(_Memoryless):
+class Proportional(_Proposal):
     """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
 
-    smoothing: the additive constant, >= 0, in units of the score. Too small, and one stale score gives a huge
-      importance weight; too large, and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
+    smoothing: the additive constant, >= 0. Too small, and one stale score gives a huge importance weight; too large,
+      and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
+    relative: whether smoothing counts in units of the mean score, which changes during training, not of the score.
     max_staleness: learner steps; None = no limit. BIASED otherwise, as in the paper: examples whose score is
       older, or missing, are left out of the draw and out of the mean, so that the gradient is that of the usable
       examples only. While fewer than one in ten are usable, all are drawn uniformly.
     """
 
     smoothing: float | jax.Array
+    relative: bool = dataclasses.field(default=False, metadata={"static": True})
     max_staleness: int | jax.Array | None = None
 
-    def table(self, state, store: ScoreStore, step: jax.Array) -> sampling.Table:
+    def basis(self, state, store: ScoreStore, step: jax.Array) -> ProportionalBasis:
         del state
-        v = _complete(store.score + self.smoothing, store.scored)
+        smoothing = jnp.asarray(self.smoothing, jnp.float32)
+        if self.relative:
+            num_scored = jnp.maximum(jnp.sum(store.scored), 1)
+            smoothing = smoothing * jnp.sum(jnp.where(store.scored, store.score, 0)) / num_scored
+        num_usable = jnp.sum(self._usable(store.scored_at, step))
+        enough = 10 * num_usable >= len(store)
+        return ProportionalBasis(
+            smoothing,
+            _completion(store.score + smoothing, store.scored_at),
+            enough,
+            jnp.where(enough, num_usable, len(store)).astype(jnp.float32),
+        )
+
+    def v(self, basis: ProportionalBasis, score, scored_at, step) -> jax.Array:
+        v = _complete(score + basis.smoothing, scored_at, basis.completion)
         if self.max_staleness is None:
-            return sampling.build_table(v)
-        usable = store.scored & (store.staleness(step) <= self.max_staleness)
-        num_usable = jnp.sum(usable)
-        enough = 10 * num_usable >= v.shape[0]
-        population = jnp.where(enough, num_usable, v.shape[0])
-        return sampling.build_table(jnp.where(enough, jnp.where(usable, v, 0), 1), population)
+            return v
+        return jnp.where(basis.enough, jnp.where(self._usable(scored_at, step), v, 0), 1)
+
+    def table(self, basis: ProportionalBasis, store: ScoreStore, step: jax.Array) -> sampling.Table:
+        v = self.v(basis, store.score, store.scored_at, step)
+        return sampling.build_table(v, None if self.max_staleness is None else basis.population)
+
+    def _usable(self, scored_at, step):
+        if self.max_staleness is None:
+            return jnp.ones(scored_at.shape, bool)
+        return (scored_at != NEVER) & (step - scored_at <= self.max_staleness)
+
+
+class MixtureBasis(NamedTuple):
+    """of_proposal: the mixed one's basis. uniform_mass: f32[], added to each of its v."""
+
+    of_proposal: Any
+    uniform_mass: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture(_Proposal):
+    """A share of the draws is uniform, the rest follows another proposal.
+
+    When the table is made, no importance weight exceeds `1 / uniform_fraction`; until the next one, at most by as much
+    as the mean v grows. Examples that the other proposal leaves out are drawn uniformly.
+
+    proposal: any. uniform_fraction: in [0, 1).
+    """
+
+    proposal: Any
+    uniform_fraction: float | jax.Array = 0.2
+
+    def init(self) -> Any:
+        return self.proposal.init()
+
+    def observe(self, state, store: ScoreStore, indices, norm, step) -> Any:
+        return self.proposal.observe(state, store, indices, norm, step)
+
+    def basis(self, state, store: ScoreStore, step: jax.Array) -> MixtureBasis:
+        basis = self.proposal.basis(state, store, step)
+        v = self.proposal.v(basis, store.score, store.scored_at, step)
+        return MixtureBasis(basis, _uniform_mass(v, self.uniform_fraction))
+
+    def v(self, basis: MixtureBasis, score, scored_at, step) -> jax.Array:
+        return self.proposal.v(basis.of_proposal, score, scored_at, step) + basis.uniform_mass
 
 
 class Calibration(NamedTuple):
@@ -94,9 +199,18 @@ OCTAVES_BELOW_SCALE = 28
 SHRINKAGE = 16.0
 
 
+class CalibratedBasis(NamedTuple):
+    """log_rms: f32[40, 12], see `_log_root_mean_squares`. scale, uniform_mass: f32[]."""
+
+    log_rms: jax.Array
+    scale: jax.Array
+    completion: Completion
+    uniform_mass: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Calibrated:
+class Calibrated(_Proposal):
     """Least variance for what is known of an example, its score and staleness: v = sqrt(E[norm^2 | score, staleness]).
 
     Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this
@@ -121,16 +235,16 @@ class Calibrated:
         )
 
     def observe(
-        self, state: Calibration, store: ScoreStore, indices: jax.Array, score: jax.Array, step: jax.Array
+        self, state: Calibration, store: ScoreStore, indices: jax.Array, norm: jax.Array, step: jax.Array
     ) -> Calibration:
-        """Adds the triples of new scores f32[m], measured at `step`, for the examples `indices` i32[m].
+        """Adds the triples of new gradient norms f32[m], measured at `step`, for the examples `indices` i32[m].
 
-        First scores of an example, rejected scores and indices outside [0, N) teach nothing.
+        First norms of an example, bad ones (NaN, infinite, negative) and indices outside [0, N) teach nothing.
         """
-        num_examples = store.score.shape[0]
+        num_examples = len(store)
         inside = (indices >= 0) & (indices < num_examples)
-        valid = inside & jnp.isfinite(score) & (score >= 0)
-        first_mean = jnp.sum(jnp.where(valid, score, 0)) / jnp.maximum(jnp.sum(valid), 1)
+        valid = inside & jnp.isfinite(norm) & (norm >= 0)
+        first_mean = jnp.sum(jnp.where(valid, norm, 0)) / jnp.maximum(jnp.sum(valid), 1)
         scale = jnp.where(state.scale > 0, state.scale, first_mean)
 
         at = jnp.clip(indices, 0, num_examples - 1)
@@ -139,7 +253,7 @@ class Calibrated:
         row = jnp.clip(jnp.floor(_octave(old_score / jnp.maximum(scale, TINY))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
         forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))
-        relative = jnp.where(known, jnp.minimum(score / jnp.maximum(scale, TINY), MAX_RELATIVE_SCORE), 0)
+        relative = jnp.where(known, jnp.minimum(norm / jnp.maximum(scale, TINY), MAX_RELATIVE_SCORE), 0)
         # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
         rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
 
@@ -152,26 +266,35 @@ class Calibrated:
             scale=scale,
         )
 
-    def table(self, state: Calibration, store: ScoreStore, step: jax.Array) -> sampling.Table:
-        staleness = store.staleness(step)
-        relative = store.score / jnp.where(state.scale > 0, state.scale, 1)
-        # A score of this very step is the norm itself: nothing to be learned about.
-        v = jnp.where(staleness > 0, _root_mean_square(state, relative, staleness), relative)
-        v = _complete(v, store.scored)
-        share = self.uniform_fraction
-        return sampling.build_table(v + share / (1 - share) * jnp.mean(v))
+    def basis(self, state: Calibration, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
+        scale = jnp.where(state.scale > 0, state.scale, 1)
+        basis = CalibratedBasis(_log_root_mean_squares(state), scale, Completion(*jnp.zeros(2)), jnp.float32(0))
+        v = _calibrated(basis, store.score, step - store.scored_at)
+        basis = basis._replace(completion=_completion(v, store.scored_at))
+        v = _complete(v, store.scored_at, basis.completion)
+        return basis._replace(uniform_mass=_uniform_mass(v, self.uniform_fraction))
+
+    def v(self, basis: CalibratedBasis, score, scored_at, step) -> jax.Array:
+        v = _calibrated(basis, score, step - scored_at)
+        return _complete(v, scored_at, basis.completion) + basis.uniform_mass
 
 
-def _root_mean_square(state: Calibration, relative_score: jax.Array, staleness: jax.Array) -> jax.Array:
-    """sqrt(E[norm^2 | score, staleness]) in units of the scale, log-linear between centres of score bins: f32[N]."""
+def _log_root_mean_squares(state: Calibration) -> jax.Array:
+    """log2 sqrt(E[norm^2]) of each bin, in units of the scale."""
     centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
     row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), centres**2)
-    log_rms = 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
-    place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
+    return 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
+
+
+def _calibrated(basis: CalibratedBasis, score, staleness) -> jax.Array:
+    """sqrt(E[norm^2 | score, staleness]) in units of the scale, log-linear between centres of score bins."""
+    relative = score / basis.scale
+    place = jnp.clip(_octave(relative) - 0.5, 0, SCORE_BINS - 1)
     row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
     column = _staleness_bin(staleness)
-    low, high = log_rms[row, column], log_rms[row + 1, column]
-    return 2.0 ** (low + (place - row) * (high - low))
+    low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
+    # A score of this very step is the norm itself: nothing to be learned about.
+    return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative)
 
 
 def _shrunk(total, count, prior):
@@ -187,11 +310,3 @@ def _octave(relative_score):
 def _staleness_bin(staleness):
     octave = jnp.log2(jnp.maximum(staleness, 1).astype(jnp.float32))
     return jnp.clip(octave.astype(jnp.int32), 0, STALENESS_BINS - 1)
-
-
-def _complete(v: jax.Array, scored: jax.Array) -> jax.Array:
-    """Gives never-scored examples the mean v of the scored (1 if none are), and every example a chance: f32[N]."""
-    num_scored = jnp.sum(scored)
-    mean = jnp.where(num_scored > 0, jnp.sum(jnp.where(scored, v, 0)) / jnp.maximum(num_scored, 1), 1)
-    least = MIN_RELATIVE_V * jnp.max(jnp.where(scored, v, 0))
-    return jnp.where(scored, jnp.maximum(v, least), mean)

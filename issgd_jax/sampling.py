@@ -1,12 +1,12 @@
 """Weighted minibatches: a blocked inverse CDF on the device, exact at any number of examples.
 
 The unnormalised probabilities v are the leaves of a tree in which every node holds the sum of its 8 children. A draw
-walks down from the root and at each node compares a position with 8 numbers, so that float32 is enough at any N: there
-is no running sum over millions of terms, and an example with v = 0 is never drawn.
+walks down from the root and at each node compares its position with 8 sums, in twice the digits of float32: there is
+no running sum over millions of terms, and an example with v = 0 is never drawn. A changed v changes one node a level.
 """
 
 import dataclasses
-import itertools
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,8 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax import double_float
+from issgd_jax.double_float import Double
+
 # Children of a node: few, so that a draw reads little at each level.
 RADIX = 8
+BITS = RADIX.bit_length() - 1
+# A level of fewer nodes than this multiple of what is written is made anew as a whole.
+DENSE = 16
+# Indices of examples, nodes and padding are i32.
+MAX_EXAMPLES = 2**30
+METHODS = ("systematic", "independent", "without_replacement")
 
 
 class Draw(NamedTuple):
@@ -34,56 +43,114 @@ class Draw(NamedTuple):
 class Table:
     """What a draw needs of the proposal.
 
-    levels: v and its partial sums, leaves first: f32[ceil(N / 8), 8], f32[ceil(N / 64), 8], ..., f32[1, 8]; about
-      4.6 bytes an example. Empty for the uniform proposal, which needs none.
+    sums: v and its partial sums, level by level, leaves first, each level padded with zeros to a multiple of 8; about
+      4.6 bytes an example. None for the uniform proposal, which needs none.
     population: f32[], the number of examples that the mean of v is taken over: N, unless a proposal leaves some out.
     num_examples: N.
     """
 
-    levels: tuple[jax.Array, ...]
+    sums: jax.Array | None
     population: jax.Array
     num_examples: int = dataclasses.field(metadata={"static": True})
 
     @property
     def mean_v(self) -> jax.Array:
         """f32[]: the mean of v."""
-        return jnp.sum(self.levels[-1]) / self.population if self.levels else jnp.float32(1)
+        return jnp.float32(1) if self.sums is None else self.total / self.population
+
+    @property
+    def total(self) -> jax.Array:
+        """f32[]: the sum of v."""
+        return jnp.float32(self.num_examples) if self.sums is None else _sum_children(self.sums[-RADIX:])
 
     def v(self, indices: jax.Array | None = None) -> jax.Array:
         """The unnormalised probabilities drawn from: f32[N], or those of `indices`."""
-        if not self.levels:
+        if self.sums is None:
             return jnp.ones(self.num_examples if indices is None else indices.shape, jnp.float32)
-        flat = self.levels[0].reshape(-1)
-        return flat[: self.num_examples] if indices is None else flat[indices]
+        return self.sums[: self.num_examples] if indices is None else self.sums[indices]
+
+    def write(self, indices: jax.Array, v: jax.Array) -> "Table":
+        """The table with `v` f32[m], finite and >= 0, for the examples `indices` i32[m]; O(m log N).
+
+        Sums are made anew from their children, so that no error grows with the number of writes. Indices outside
+        [0, N) are ignored; where one occurs twice, its v must be the same both times. Examples that the proposal has
+        left out (v = 0 and population < N) stay out until a new table is made. A uniform table stays as it is.
+        """
+        if self.sums is None:
+            return self
+        inside = (indices >= 0) & (indices < self.num_examples)
+        node = jnp.where(inside, indices, 0)
+        left_out = (self.population < self.num_examples) & (self.v(node) == 0)
+        value = jnp.where(left_out, 0, v).astype(jnp.float32)
+        starts, sums = _starts(self.num_examples), self.sums
+        for level, start in enumerate(starts):
+            sums = sums.at[jnp.where(inside, start + node, sums.size)].set(value, mode="drop")
+            end = [*starts, sums.size][level + 1]
+            if end - start <= DENSE * indices.size:  # few sums are left: sooner made anew than looked up
+                above = _with_sums(sums[start:end])
+                return dataclasses.replace(self, sums=jax.lax.dynamic_update_slice(sums, above, (start,)))
+            node = node // RADIX
+            value = _sum_children(_children(sums, start + RADIX * node))
+        return dataclasses.replace(self, sums=sums)
 
 
 def uniform_table(num_examples: int) -> Table:
     """The table of `v = 1` for all: takes no memory."""
-    return Table(levels=(), population=jnp.float32(num_examples), num_examples=num_examples)
+    return Table(sums=None, population=jnp.float32(num_examples), num_examples=num_examples)
 
 
+@jax.jit
 def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
     """The table of the unnormalised probabilities v, f32[N], finite and >= 0; O(N).
 
     If v is zero everywhere there is nothing to prefer, and the table is that of `v = 1`.
+
+    Raises: ValueError if N < 1 or N > 2^30.
     """
     num_examples = v.shape[0]
+    if not 1 <= num_examples <= MAX_EXAMPLES:
+        raise ValueError(f"a table holds between 1 and {MAX_EXAMPLES} examples, got {num_examples}: split the data")
     all_zero = ~jnp.any(v > 0)
-    v = jnp.where(all_zero, 1, v).astype(jnp.float32)
-    levels, sums = [], v
-    while not levels or levels[-1].shape[0] > 1:
-        num_nodes = math.ceil(sums.shape[0] / RADIX)
-        children = jnp.pad(sums, (0, num_nodes * RADIX - sums.shape[0])).reshape(num_nodes, RADIX)
-        levels.append(children)
-        sums = jnp.sum(children, axis=1)
+    sums = _with_sums(jnp.where(all_zero, 1, v).astype(jnp.float32))
     population = num_examples if population is None else jnp.where(all_zero, num_examples, population)
-    population = jnp.asarray(population, jnp.float32)
-    return Table(levels=tuple(levels), population=population, num_examples=num_examples)
+    return Table(sums, jnp.asarray(population, jnp.float32), num_examples)
+
+
+def _with_sums(values: jax.Array) -> jax.Array:
+    """The values of one level, and all levels above it."""
+    levels = []
+    for _ in _starts(values.size):
+        levels.append(jnp.pad(values, (0, -values.size % RADIX)))
+        values = _sum_children(levels[-1].reshape(-1, RADIX))
+    return jnp.concatenate(levels)
+
+
+def _starts(num_examples: int) -> list[int]:
+    """Where each level starts, leaves first; the last is one node's children."""
+    starts, start = [0], RADIX * math.ceil(num_examples / RADIX)
+    while start - starts[-1] > RADIX:
+        size = (start - starts[-1]) // RADIX
+        starts.append(start)
+        start += RADIX * math.ceil(size / RADIX)
+    return starts
+
+
+def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
+    """f32[m, 8] that stand at starts i32[m]."""
+    return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
+
+
+def _sum_children(children: jax.Array) -> jax.Array:
+    """f32[..., 8] -> f32[...]; pair by pair, which XLA vectorizes over nodes."""
+    parts = [children[..., k] for k in range(RADIX)]
+    while len(parts) > 1:
+        parts = [x + y for x, y in zip(parts[0::2], parts[1::2])]
+    return parts[0]
 
 
 def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
     """f32[]: Kish's effective size of a minibatch, `B / E[importance_weight^2]`; B for uniform, less for uneven v."""
-    if not table.levels:
+    if table.sums is None:
         return jnp.float32(batch_size)
     v = table.v()
     positive = v > 0
@@ -91,67 +158,161 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
     return batch_size / (table.mean_v * mean_inverse)
 
 
-def draw(key: jax.Array, table: Table, batch_size: int) -> Draw:
+@functools.partial(jax.jit, static_argnames=("batch_size", "method"))
+def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systematic") -> Draw:
     """Draws a minibatch in proportion to the table's v, with the importance weights that undo the preference.
 
     Guarantees, for a uniformly random key:
-    - unbiased: example n is drawn `batch_size * v_n / sum(v)` times in expectation, so that
-      `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper, Corollary 1);
-    - examples with `v_n = 0` are never drawn; nor are those with less than 2^-24 of the v of the 8 examples (or of the
-      8 subtrees) beside them, which float32 cannot tell from 0: keep v above 2^-16 of its maximum, as the proposals do;
+    - unbiased: `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper,
+      Corollary 1);
+    - examples with `v_n = 0` are never drawn; nor are those with less than 2^-46 of the v of the 8 examples (or of the
+      8 subtrees) beside them;
     - the uniform table gives importance weights of exactly 1.
 
-    Draws are systematic (Madow 1949): one random offset, `batch_size` equally spaced positions, so that a minibatch
-    covers the distribution more evenly than independent draws. Those of the uniform table are stratified: one
-    independent draw from each of `batch_size` equal parts.
+    method:
+    - "systematic" (Madow 1949): one random offset and B equally spaced positions over the examples in a random order.
+      Example n is drawn `B v_n / sum(v)` times, rounded up or down, and on the average exactly so: a minibatch covers
+      the distribution more evenly than independent draws. Of the uniform table: one independent draw from each of B
+      equal parts.
+    - "independent": B draws with replacement, as in the paper.
+    - "without_replacement": B different examples, n among them with probability `min(1, c v_n)`, where c makes the sum
+      of these B; its importance weight is `B / (N min(1, c v_n))`, so that certain examples weigh less than
+      `mean(v) / v_n`. Costs a copy of the table where some example is certain (`B v_n >= sum(v)`). If fewer than B
+      examples have v > 0, the places left over hold example 0 with an importance weight of 0.
 
-    Raises: ValueError if batch_size < 1.
+    Raises: ValueError if batch_size < 1, the method is unknown, or batch_size > N without replacement.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    if not table.levels:
-        return _draw_uniform(key, table.num_examples, batch_size)
-    # Two random words a level. An affine hash of the node turns them into an offset for each node that is uniform,
-    # shared by the draws inside that node, and different between nodes.
-    words = jax.random.bits(key, (len(table.levels), 2))
-    position = (jnp.arange(batch_size) + _unit(words[0, 1])) / batch_size
-    node = jnp.zeros(batch_size, jnp.int32)
-    for depth, children in enumerate(reversed(table.levels)):
-        if depth > 0:
-            # A position keeps few random bits below its parent. The rotation brings fresh ones and keeps equal spacing.
-            multiplier, offset = words[depth]
-            position = _fraction(position + _unit(multiplier * node.astype(jnp.uint32) + offset))
-        branch, position, v = _descend(children[node], position)
-        node = node * RADIX + branch
-    return Draw(node, table.mean_v / v)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "without_replacement" and batch_size > table.num_examples:
+        raise ValueError(
+            f"batch_size is {batch_size}, but there are {table.num_examples} examples to draw without replacement: "
+            "lower it, or draw with replacement"
+        )
+    if table.sums is None:
+        indices = _UNIFORM[method](key, table.num_examples, batch_size)
+        return Draw(indices, jnp.ones(batch_size, jnp.float32))
+    if method == "without_replacement":
+        return _draw_without_replacement(key, table, batch_size)
+    if method == "systematic":
+        indices, v = _draw_systematic(key, table, batch_size, batch_size)
+    else:
+        indices, v = _draw_independent(key, table, batch_size)
+    return Draw(indices, table.mean_v / v)
 
 
-def _descend(values: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Inverse CDF inside B nodes: values f32[B, 8], position f32[B] in [0, 1] -> child, position in it, its value."""
-    # Child by child: sums and selections of B numbers fuse into one loop, where a cumulative sum over an axis does not.
-    children = [values[:, k] for k in range(RADIX)]
-    cumulative = list(itertools.accumulate(children))
-    total = cumulative[-1]
-    # Strictly below the total, so that a child with cumulative > target exists, and its own value is positive.
-    target = jnp.minimum(position * total, jnp.nextafter(total, jnp.float32(0)))
-    branch, before, value = jnp.zeros_like(target, jnp.int32), jnp.zeros_like(target), children[0]
-    for k in range(1, RADIX):
-        passed = cumulative[k - 1] <= target
-        branch = jnp.where(passed, k, branch)
-        before = jnp.where(passed, cumulative[k - 1], before)
-        value = jnp.where(passed, children[k], value)
-    return branch, jnp.clip((target - before) / value, 0, 1), value
+def _draw_systematic(key: jax.Array, table: Table, batch_size: int, count: int | jax.Array):
+    """(indices, v) of `count` <= batch_size draws, equal ones side by side; the places after them repeat the last."""
+    word, *words = jax.random.bits(key, (1 + len(_starts(table.num_examples)), 2))
+    number = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
+    position = double_float.add(_unit(*word), Double(number, jnp.zeros_like(number)))
+    return _descend(jnp.stack(words), table, double_float.multiply(position, table.total / count))
 
 
-def _draw_uniform(key: jax.Array, num_examples: int, batch_size: int) -> Draw:
+def _draw_independent(key: jax.Array, table: Table, batch_size: int):
+    words = jax.random.bits(key, (batch_size + len(_starts(table.num_examples)), 2))
+    return _descend(words[batch_size:], table, double_float.multiply(_unit(*words[:batch_size].T), table.total))
+
+
+def _descend(words: jax.Array, table: Table, position: Double) -> tuple[jax.Array, jax.Array]:
+    """From positions [B] in [0, sum of v) to examples i32[B] and their v f32[B].
+
+    Halves of the children are visited in a random order, another in every node: draws at equal spacing meet new
+    neighbours each time. words: u32[levels, 2], random.
+    """
+    starts = jnp.asarray(_starts(table.num_examples), jnp.int32)
+
+    def descend(depth, state):
+        node, position, total = state
+        multiplier, offset = words[depth]
+        mirrored = (multiplier * node.astype(jnp.uint32) + offset) >> (32 - BITS)
+        first = starts[starts.size - 1 - depth] + RADIX * node
+        parts = [_children(table.sums, first).T]
+        while len(parts[0]) > 2:
+            parts.insert(0, parts[0][0::2] + parts[0][1::2])
+        branch = jnp.zeros_like(node)
+        for bit, values in enumerate(parts):
+            left, right = _at(values, 2 * branch), _at(values, 2 * branch + 1)
+            to_right, position, total = _choose_half(left, right, position, total, (mirrored >> bit) & 1 > 0)
+            branch = 2 * branch + to_right
+        return RADIX * node + branch, position, total
+
+    node = jnp.zeros(position.high.shape, jnp.int32)
+    node, _, value = jax.lax.fori_loop(0, starts.size, descend, (node, position, jnp.full(node.shape, table.total)))
+    return node, value
+
+
+def _at(values: jax.Array, place: jax.Array) -> jax.Array:
+    """values f32[K, B], place i32[B] -> f32[B]."""
+    return functools.reduce(lambda x, k: jnp.where(place == k, values[k], x), range(1, len(values)), values[0])
+
+
+def _choose_half(left, right, position: Double, total, mirrored) -> tuple[jax.Array, Double, jax.Array]:
+    """Whether the position in [0, total) lies in the right one of two halves, its place there, and that half's sum.
+
+    The smaller half always has the end that the position is counted from: its share is then as exact as its sum is,
+    however small it is beside the other.
+    """
+    from_end = double_float.subtract(Double(total, jnp.zeros_like(total)), position)
+    position = jax.tree.map(lambda x, y: jnp.where(mirrored, x, y), from_end, position)
+    smaller = Double(jnp.minimum(left, right), jnp.zeros_like(left))
+    in_smaller = ~double_float.less_equal(smaller, position) & (smaller.high > 0)
+    beyond = double_float.subtract(position, smaller)
+    position = jax.tree.map(lambda x, y: jnp.where(in_smaller, x, y), position, beyond)
+    to_right = in_smaller == (right < left)
+    return to_right, position, jnp.where(to_right, right, left)
+
+
+def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> Draw:
+    """Examples that are certain are set apart, the rest is drawn for the places that are left, until none is certain.
+
+    An example that is certain is drawn at least once, so that none is overlooked.
+    """
+    places = jnp.arange(batch_size)
+
+    def attempt(table, certain, num_certain):
+        count = jnp.maximum(batch_size - num_certain, 1)
+        attempt_key = jax.random.fold_in(key, num_certain)
+        indices, v = _draw_systematic(attempt_key, table, batch_size, count)
+        total = table.total
+        first = jnp.concatenate([jnp.ones(1, bool), indices[1:] != indices[:-1]]) & (places < count)
+        # Nearly certain is certain: rounding could draw it twice.
+        newly = first & (count * v >= total * (1 - 2.0**-20)) & (v > 0) & (num_certain < batch_size)
+        return indices, v, total, newly
+
+    def unfinished(state):
+        return jnp.any(state[-1][-1])
+
+    def set_apart(state):
+        table, certain, num_certain, (indices, _, _, newly) = state
+        place = num_certain + jnp.cumsum(newly) - 1
+        certain = certain.at[jnp.where(newly, place, batch_size)].set(indices, mode="drop")
+        table = table.write(jnp.where(newly, indices, -1), jnp.zeros(batch_size))
+        num_certain = num_certain + jnp.sum(newly, dtype=jnp.int32)
+        return table, certain, num_certain, attempt(table, certain, num_certain)
+
+    certain, num_certain = jnp.zeros(batch_size, jnp.int32), jnp.int32(0)
+    state = table, certain, num_certain, attempt(table, certain, num_certain)
+    _, certain, num_certain, (indices, v, total, _) = jax.lax.while_loop(unfinished, set_apart, state)
+    # Certain ones first, then the others in the order in which they were drawn.
+    is_certain = places < num_certain
+    indices, v = jnp.roll(indices, num_certain), jnp.roll(v, num_certain)
+    indices = jnp.where(is_certain, certain, jnp.where(v > 0, indices, 0))
+    count = (batch_size - num_certain).astype(jnp.float32)
+    of_drawn = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
+    return Draw(indices, jnp.where(is_certain, 1, of_drawn) * batch_size / table.population)
+
+
+def _draw_uniform(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
     """Of the N * B cells of a line, example n owns B and part b owns N: one cell from each part, in whole numbers."""
     starts = np.arange(batch_size, dtype=np.int64) * num_examples
     cell = _random_below(key, num_examples, batch_size)
-    indices = (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
-    return Draw(indices, jnp.ones(batch_size, jnp.float32))
+    return (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
 
 
-def _random_below(key: jax.Array, limit: int, size: int) -> jax.Array:
+def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Array:
     """i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits.
 
     Fewer operations than `jax.random.randint`: a slow uniform draw would flatter importance sampling.
@@ -163,10 +324,22 @@ def _random_below(key: jax.Array, limit: int, size: int) -> jax.Array:
     return (jax.lax.mulhi(high, limit) + carry).astype(jnp.int32)
 
 
-def _unit(word: jax.Array) -> jax.Array:
-    """uint32 -> f32 in [0, 1), from the upper 24 bits."""
-    return (word >> 8).astype(jnp.float32) * 2.0**-24
+def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Every subset of batch_size equally likely (Floyd's algorithm; Bentley and Floyd 1987)."""
+    last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    candidate = _random_below(key, last + 1, batch_size)
+
+    def choose(i, chosen):
+        is_taken = jnp.any(chosen == candidate[i])
+        return chosen.at[i].set(jnp.where(is_taken, last[i], candidate[i]))
+
+    return jax.lax.fori_loop(0, batch_size, choose, jnp.full(batch_size, -1, jnp.int32))
 
 
-def _fraction(x: jax.Array) -> jax.Array:
-    return x - jnp.floor(x)
+_UNIFORM = {"systematic": _draw_uniform, "independent": _random_below, "without_replacement": _draw_subset}
+
+
+def _unit(high: jax.Array, low: jax.Array) -> Double:
+    """Two random words -> uniform in [0, 1), with 48 bits."""
+    high, low = ((word >> 8).astype(jnp.float32) for word in (high, low))
+    return double_float.two_sum(high * 2.0**-24, low * 2.0**-48)

@@ -14,9 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule
+from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule, scores
 from issgd_jax.errors import InputError, NonFiniteLossError
-from issgd_jax.gradnorm import explain, per_example_grad_norms
+from issgd_jax.gradnorm import explain
 from issgd_jax.optimizer import make_optimizer
 from issgd_jax.workers import WorkerPool
 
@@ -48,18 +48,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
         parts = _build(config, problem, optimizer, train_examples, pool)
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
             sampler = _loop(config, parts, writer)
-        if pool:
+        if config.proposal.name != "uniform":
             sampler.store.save(workdir / metrics.SCORES_FILE)
     return writer.rows
 
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What is to be learned. init: key -> params; loss_fn and outcome_fn: of one example, see losses and evaluate."""
+    """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
 
     train_data: data.Dataset
     test_data: data.Dataset
     init: Callable
+    logits_fn: Callable
     loss_fn: Callable
     outcome_fn: Callable
 
@@ -71,7 +72,7 @@ class _Parts:
     train_state: learner.TrainState
     sampler: learner.SamplerState
     proposal: Any
-    pool: WorkerPool | None  # None: sampling is uniform and needs no scores
+    pool: WorkerPool | None  # None: no workers, or sampling is uniform and needs no scores
     schedule: Any
     train_step: Callable
     measure: Callable
@@ -113,7 +114,7 @@ def _make_problem(config: ConfigDict) -> _Problem:
         raise InputError(
             f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
         ) from error
-    return _Problem(train_data, test_data, init, loss_fn, outcome_fn)
+    return _Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
 
 
 def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, pool: WorkerPool | None) -> _Parts:
@@ -131,7 +132,9 @@ def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, poo
             optimizer,
             batch_size=config.learner.batch_size,
             seed=config.seed,
-            refresh=config.learner.refresh and pool is not None,
+            refresh=config.learner.refresh and config.proposal.name != "uniform",
+            score_fn=None if config.workers.score == "gradient_norm" else _score_fn(config, problem),
+            draw=config.learner.draw,
         ),
         measure=_make_measure(config, problem, train_examples),
         train_examples=train_examples,
@@ -176,7 +179,10 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> l
                 while in_flight and parts.schedule.may_enter(in_flight[0], step):
                     round_ = in_flight.popleft()
                     worker_examples += round_.num_examples
-                    sampler = _take_in(parts, sampler, round_, step)
+                    sampler = _take_in(config, parts, sampler, round_, step)
+            elif config.proposal.name != "uniform" and step % config.schedule.steps_per_round == 0:
+                now = jax.device_put(np.int32(step), parts.learner_device)
+                sampler = learner.renew(parts.proposal, sampler, step=now)
             if step % config.eval_every == 0:  # of the very parameters and probabilities that this step draws with
                 write_row(step)
             state, sampler, step_metrics = parts.train_step(state, sampler, parts.proposal, parts.train_examples)
@@ -187,11 +193,12 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> l
     return sampler
 
 
-def _take_in(parts: _Parts, sampler: learner.SamplerState, round_: schedule.Round, step: int) -> learner.SamplerState:
+def _take_in(config, parts: _Parts, sampler: learner.SamplerState, round_: schedule.Round, step: int):
     indices, scores, scored_at, now = jax.device_put(
         (round_.indices, round_.scores, np.int32(round_.step), np.int32(step)), parts.learner_device
     )
-    return learner.take_in(parts.proposal, sampler, indices, scores, scored_at=scored_at, step=now)
+    are_norms = config.workers.score == "gradient_norm"
+    return learner.take_in(parts.proposal, sampler, indices, scores, scored_at=scored_at, step=now, are_norms=are_norms)
 
 
 def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> None:
@@ -213,7 +220,7 @@ def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
     order = np.random.default_rng(config.seed).permutation(num_examples)[:sample_size]
     sample = jax.device_put(np.sort(order).astype(np.int32), device)
     evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
-    measure_variance = evaluate.make_measure_variance(problem.loss_fn, _score_fn(problem))
+    measure_variance = evaluate.make_measure_variance(problem.loss_fn, _gradient_norm(problem))
     describe_scores = jax.jit(lambda sampler, step: _describe_scores(sampler, step, config.learner.batch_size))
 
     def measure(params, sampler, step) -> dict[str, float]:
@@ -243,7 +250,7 @@ def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size:
         "staleness_max": jnp.max(staleness),
         "scored_fraction": num_scored / scored.shape[0],
         "effective_sample_size": sampling.effective_sample_size(sampler.table, batch_size),
-        "rejected": sampler.rejected,
+        "rejected": sampler.rejected.count,
     }
 
 
@@ -262,17 +269,19 @@ def _make_proposal(config: ConfigDict):
     if config.name == "uniform":
         return proposal.Uniform()
     if config.name == "proportional":
-        return proposal.Proportional(config.smoothing, config.max_staleness)
+        return proposal.Proportional(config.smoothing, config.relative, config.max_staleness)
+    if config.name == "mixture":
+        return proposal.Mixture(proposal.Proportional(config.smoothing, config.relative), config.uniform_fraction)
     return proposal.Calibrated(config.uniform_fraction, config.half_life)
 
 
 def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, train_examples) -> WorkerPool | None:
-    if config.proposal.name == "uniform":
+    if config.proposal.name == "uniform" or not config.workers.enabled:
         return None
     shared = roles.workers == (roles.learner,)
     try:
         return WorkerPool(
-            _score_fn(problem),
+            _score_fn(config, problem),
             train_examples if shared else (problem.train_data.images, problem.train_data.labels),
             devices=roles.workers,
             chunk_size=config.workers.chunk_size,
@@ -281,8 +290,16 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, trai
         raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
 
 
-def _score_fn(problem: _Problem) -> Callable:
-    return per_example_grad_norms(problem.loss_fn, microbatch_size=SCORING_MICROBATCH)
+def _gradient_norm(problem: _Problem) -> Callable:
+    return scores.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
+
+
+def _score_fn(config: ConfigDict, problem: _Problem) -> Callable:
+    if config.workers.score == "last_layer":
+        return scores.last_layer(problem.logits_fn, SCORING_MICROBATCH)
+    if config.workers.score == "loss":
+        return scores.loss(problem.loss_fn, SCORING_MICROBATCH)
+    return _gradient_norm(problem)
 
 
 def _explain(problem: _Problem):

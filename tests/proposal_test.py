@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from issgd_jax import sampling
-from issgd_jax.proposal import Calibrated, Proportional, Uniform
+from issgd_jax.proposal import Calibrated, Mixture, Proportional, Uniform
 from issgd_jax.store import ScoreStore
 
-PROPOSALS = [Uniform(), Proportional(1.0), Proportional(0.0), Proportional(1.0, 5), Calibrated(), Calibrated(0.0)]
+PROPOSALS = [
+    Uniform(),
+    Proportional(1.0),
+    Proportional(0.0),
+    Proportional(1.0, max_staleness=5),
+    Calibrated(),
+    Calibrated(0.0),
+]
+PROPOSALS += [Proportional(1.0, relative=True), Mixture(Proportional(1.0), 0.1)]
 
 
 def store_of(score, scored_at=0):
@@ -17,8 +25,13 @@ def store_of(score, scored_at=0):
     return ScoreStore(score, jnp.broadcast_to(jnp.int32(scored_at), score.shape))
 
 
+def table_of(proposal, store, step, state=None):
+    step = jnp.int32(step)
+    return proposal.table(proposal.basis(proposal.init() if state is None else state, store, step), store, step)
+
+
 def v_of(proposal, store, step, state=None):
-    return np.asarray(proposal.table(proposal.init() if state is None else state, store, jnp.int32(step)).v())
+    return np.asarray(table_of(proposal, store, step, state).v())
 
 
 def second_moment(v, norms):
@@ -51,7 +64,7 @@ def test_changing_a_number_does_not_recompile(proposal):
     @jax.jit
     def table(proposal, store, step):
         traces.append(step)
-        return proposal.table(proposal.init(), store, step)
+        return proposal.table(proposal.basis(proposal.init(), store, step), store, step)
 
     changed = jax.tree.map(lambda leaf: leaf + leaf, jax.device_put(proposal))
     table(jax.device_put(proposal), ScoreStore.init(5), jnp.int32(0))
@@ -77,7 +90,7 @@ def test_proportional_without_smoothing_leaves_no_scored_example_out():
 
 def test_max_staleness_leaves_old_scores_out_and_averages_over_the_rest():
     store = ScoreStore(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([10, 9, 2, -1]))
-    table = Proportional(1.0, 5).table((), store, jnp.int32(12))
+    table = table_of(Proportional(1.0, max_staleness=5), store, 12)
     np.testing.assert_array_equal(table.v(), [2, 3, 0, 0])
     # The paper's importance weight: (sum of v / number usable) / v_n.
     np.testing.assert_allclose(table.mean_v, (2 + 3) / 2)
@@ -87,7 +100,7 @@ def test_max_staleness_is_plain_sgd_while_fewer_than_a_tenth_are_usable():
     scored_at = np.full(21, -1)
     scored_at[:2] = 0
     store = ScoreStore(jnp.arange(21.0), jnp.asarray(scored_at, jnp.int32))
-    table = Proportional(1.0, 5).table((), store, jnp.int32(1))
+    table = table_of(Proportional(1.0, max_staleness=5), store, 1)
     np.testing.assert_array_equal(table.v(), np.ones(21))
     np.testing.assert_allclose(table.mean_v, 1)
 
@@ -152,8 +165,37 @@ def test_calibrated_forgets():
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
 def test_the_uniform_fraction_bounds_importance_weights(fraction):
     score = np.concatenate([np.full(999, 1e-12), [1e6]]).astype(np.float32)
-    table = Calibrated(uniform_fraction=fraction).table(Calibrated().init(), store_of(score), jnp.int32(0))
-    assert np.max(table.mean_v / np.asarray(table.v())) <= (1 + 1e-5) / fraction
+    for proposal in (Calibrated(uniform_fraction=fraction), Mixture(Proportional(0.0), fraction)):
+        table = table_of(proposal, store_of(score), 0)
+        assert np.max(table.mean_v / np.asarray(table.v())) <= (1 + 1e-5) / fraction
+
+
+def test_a_mixture_draws_its_share_uniformly():
+    score = lognormal(1000, 2.0)
+    v, alone = (v_of(p, store_of(score), 3) for p in (Mixture(Proportional(0.5), 0.3), Proportional(0.5)))
+    np.testing.assert_allclose(v / v.sum(), 0.3 / 1000 + 0.7 * alone / alone.sum(), rtol=1e-5)
+
+
+def test_a_mixture_learns_what_the_other_learns():
+    score, norms = lognormal(3000), lognormal(3000, seed=1)
+    mixture, alone = Mixture(Calibrated(0.0), 0.2), Calibrated(0.2)
+    found = v_of(mixture, store_of(score), 30, learn(mixture, score, 30, norms))
+    np.testing.assert_allclose(found, v_of(alone, store_of(score), 30, learn(alone, score, 30, norms)), rtol=1e-5)
+
+
+def test_relative_smoothing_follows_the_mean_score():
+    store = ScoreStore(jnp.array([2.0, 4.0, 0.0]), jnp.array([1, 1, -1]))
+    np.testing.assert_allclose(v_of(Proportional(0.5, relative=True), store, 3), [3.5, 5.5, 4.5])
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=repr)
+def test_v_of_one_example_is_that_of_the_table(proposal):
+    """Between rounds what is written gets its v alone: it must not be of another unit than the table's."""
+    store = ScoreStore(jnp.asarray(lognormal(50)), jnp.arange(50, dtype=jnp.int32) % 9 - 1)
+    step, some = jnp.int32(9), jnp.array([3, 0, 49, 18])
+    basis = proposal.basis(proposal.init(), store, step)
+    alone = proposal.v(basis, store.score[some], store.scored_at[some], step)
+    np.testing.assert_allclose(alone, v_of(proposal, store, 9)[some], rtol=1e-5)
 
 
 def test_calibrated_learns_nothing_from_padding_bad_or_first_scores():
@@ -171,7 +213,7 @@ def test_a_scored_example_of_score_zero_is_drawn_beside_the_largest(place):
     """float32 absorbs too small a v beside a large one, and the example is never drawn again: a bias."""
     score = np.zeros(8, np.float32)
     score[place] = 1e6
-    table = Proportional(0.0).table((), store_of(score), jnp.int32(9))
+    table = table_of(Proportional(0.0), store_of(score), 9)
     keys = jax.random.split(jax.random.key(place), 4_000)
     indices = np.asarray(jax.vmap(lambda key: sampling.draw(key, table, 512).indices)(keys)).ravel()
     counts = np.bincount(indices, minlength=8)

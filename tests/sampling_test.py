@@ -11,14 +11,31 @@ from scipy import stats
 from issgd_jax import sampling
 
 NUM_KEYS = 10_000
+SIZES = st.sampled_from([1, 7, 8, 9, 64, 65, 300, 700, 5000])  # few: each is compiled anew
+write = jax.jit(sampling.Table.write)
 
 
 def keys(count=NUM_KEYS, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def draw_many(table, batch_size, count=NUM_KEYS, seed=0):
-    return jax.vmap(lambda key: sampling.draw(key, table, batch_size))(keys(count, seed))
+def draw_many(table, batch_size, count=NUM_KEYS, seed=0, method="systematic"):
+    return jax.jit(jax.vmap(lambda key: sampling.draw(key, table, batch_size, method)))(keys(count, seed))
+
+
+def estimates(drawn, values):
+    return np.mean(np.asarray(drawn.importance_weights) * values[np.asarray(drawn.indices)], axis=1)
+
+
+def inclusion_probabilities(v, batch_size):
+    """min(1, c v), of sum batch_size."""
+    v, certain = v.astype(float), np.zeros(len(v), bool)
+    while True:
+        c = (batch_size - certain.sum()) / v[~certain].sum() if not certain.all() else 0
+        more = ~certain & (c * v >= 1 - 1e-9)
+        if not more.any():
+            return np.where(certain, 1, c * v)
+        certain |= more
 
 
 def lognormal(size, sigma=2.0, seed=0):
@@ -78,9 +95,7 @@ def test_chi_square_of_adversarial_probabilities(case):
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    num_examples=st.integers(1, 300), batch_size=st.integers(1, 64), seed=st.integers(0, 10**6), sigma=st.floats(0, 8)
-)
+@given(num_examples=SIZES, batch_size=st.sampled_from([1, 5, 64]), seed=st.integers(0, 10**6), sigma=st.floats(0, 8))
 def test_unbiased_summed_over_all_examples(num_examples, batch_size, seed, sigma):
     """sum_n q_n * importance_weight_n * f_n = mean(f), whatever f: q_n * importance_weight_n = 1 / N for each n."""
     v = lognormal(num_examples, sigma, seed)
@@ -95,16 +110,110 @@ def test_unbiased_summed_over_all_examples(num_examples, batch_size, seed, sigma
     np.testing.assert_allclose(importance_weights * q[indices], 1 / num_examples, rtol=2e-6)
 
 
+@pytest.mark.parametrize("method", sampling.METHODS)
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
-@pytest.mark.parametrize("case", ["lognormal", "all equal", "uniform table"])
-def test_unbiased_over_ten_thousand_draws(case, batch_size):
-    rng = np.random.default_rng(3)
-    values = rng.normal(1, 1, 101)
-    v = lognormal(101, 1.0) if case == "lognormal" else adversarial("all equal", 101)
-    table = sampling.uniform_table(101) if case == "uniform table" else sampling.build_table(v)
-    drawn = draw_many(table, batch_size)
-    estimates = np.mean(np.asarray(drawn.importance_weights) * values[np.asarray(drawn.indices)], axis=1)
-    assert abs(estimates.mean() - values.mean()) < 3 * estimates.std() / np.sqrt(NUM_KEYS)
+@pytest.mark.parametrize("case", ["lognormal", "all equal", "uniform table", "one huge"])
+def test_unbiased_over_ten_thousand_draws(case, batch_size, method):
+    values = np.random.default_rng(3).normal(1, 1, 101)
+    v = {"lognormal": lognormal(101, 1.0), "one huge": np.r_[np.full(100, 0.1), 50.0].astype(np.float32)}
+    table = sampling.uniform_table(101) if case == "uniform table" else sampling.build_table(v.get(case, np.ones(101)))
+    found = estimates(draw_many(table, batch_size, method=method), values)
+    assert abs(found.mean() - values.mean()) < 3.5 * found.std() / np.sqrt(NUM_KEYS)
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_examples=SIZES, batch_size=st.sampled_from([1, 5, 64]), seed=st.integers(0, 10**6), sigma=st.floats(0, 4))
+def test_systematic_rounds_each_expected_count_up_or_down(num_examples, batch_size, seed, sigma):
+    """Positions that lose their equal spacing on the way down draw an example once too often."""
+    v = lognormal(num_examples, sigma, seed)
+    indices = sampling.draw(jax.random.key(seed), sampling.build_table(v), batch_size).indices
+    counts = np.bincount(np.asarray(indices), minlength=num_examples)
+    expected = batch_size * v.astype(float) / v.sum(dtype=float)
+    assert np.all(counts >= np.floor(expected - 1e-5)) and np.all(counts <= np.ceil(expected + 1e-5))
+
+
+def test_examples_meet_in_new_company_each_time():
+    """In a fixed order, systematic draws of a constant table would give 16 minibatches and no others."""
+    indices = np.sort(
+        np.asarray(draw_many(sampling.build_table(np.ones(64, np.float32)), 4, count=1000).indices), axis=1
+    )
+    assert len(np.unique(indices, axis=0)) > 500  # of 1,000
+
+
+@pytest.mark.parametrize("num_examples", [5, 77, 1000])
+@pytest.mark.parametrize("kind", ["lognormal", "uniform table", "one huge", "half zero"])
+def test_without_replacement_all_differ_and_each_has_its_inclusion_probability(kind, num_examples):
+    batch_size = 5
+    v = lognormal(num_examples, 1.5) if kind == "lognormal" else np.ones(num_examples, np.float32)
+    v = v if kind in ("lognormal", "uniform table") else adversarial(kind, num_examples)
+    table = sampling.uniform_table(num_examples) if kind == "uniform table" else sampling.build_table(v)
+    drawn = draw_many(table, batch_size, method="without_replacement")
+    indices, importance_weights = np.asarray(drawn.indices), np.asarray(drawn.importance_weights)
+    real = np.where(importance_weights > 0, indices, num_examples + np.arange(batch_size))
+    assert np.all(np.diff(np.sort(real, axis=1), axis=1) > 0)
+    num_positive = np.sum(v > 0)
+    assert np.all(np.sum(importance_weights > 0, axis=1) == min(batch_size, num_positive))
+    expected = inclusion_probabilities(v, batch_size) if num_positive > batch_size else (v > 0).astype(float)
+    counts = np.bincount(indices[importance_weights > 0], minlength=num_examples)
+    tolerance = 4.5 * np.sqrt(expected * (1 - expected) / NUM_KEYS) + 1e-5
+    assert np.all(np.abs(counts / NUM_KEYS - expected) < np.maximum(tolerance, 4.5 * np.sqrt(1e-4 / NUM_KEYS)))
+    correct = batch_size / num_examples / np.where(expected > 0, expected, 1)
+    np.testing.assert_allclose(importance_weights, np.where(importance_weights > 0, correct[indices], 0), rtol=1e-5)
+
+
+def test_without_replacement_all_of_them():
+    drawn = sampling.draw(jax.random.key(0), sampling.build_table(lognormal(30)), 30, "without_replacement")
+    assert sorted(np.asarray(drawn.indices)) == list(range(30))
+    np.testing.assert_array_equal(drawn.importance_weights, 1)
+
+
+@pytest.mark.parametrize("kind", ["lognormal", "uniform table"])
+def test_without_replacement_more_than_there_are(kind):
+    table = sampling.build_table(lognormal(7)) if kind == "lognormal" else sampling.uniform_table(7)
+    with pytest.raises(ValueError, match="batch_size is 8, but there are 7 examples"):
+        sampling.draw(jax.random.key(0), table, 8, "without_replacement")
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="method must be one of systematic, independent.*got 'random'"):
+        sampling.draw(jax.random.key(0), sampling.uniform_table(7), 1, "random")
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_examples=SIZES, num_written=st.sampled_from([1, 7, 50]), seed=st.integers(0, 10**6))
+def test_a_written_table_is_the_table_built_anew(num_examples, num_written, seed):
+    """Sums that are not made anew at every level, indices outside that land in padding, duplicates that add up."""
+    rng = np.random.default_rng(seed)
+    v, new = lognormal(num_examples, 3, seed), lognormal(num_examples, 3, seed + 1)
+    new[rng.random(num_examples) < 0.2] = 0
+    indices = rng.integers(-3, num_examples + 20, num_written)
+    inside = indices[(indices >= 0) & (indices < num_examples)]
+    written = write(sampling.build_table(v), jnp.asarray(indices), new[np.clip(indices, 0, num_examples - 1)])
+    v[inside] = new[inside]
+    if v.any():
+        expected = sampling.build_table(v)
+        np.testing.assert_array_equal(written.sums, expected.sums)
+
+
+def test_sums_do_not_drift_with_writes():
+    """A sum that is changed by differences keeps what 10^6 rounded away: afterwards small values would not add up."""
+    v = lognormal(512, 1.0)
+    table = sampling.build_table(v)
+    for value in (1e12, 1e-12, 3e20, v[7]):
+        table = write(table, jnp.array([7]), jnp.float32([value]))
+    np.testing.assert_array_equal(table.sums, sampling.build_table(v).sums)
+
+
+def test_examples_left_out_stay_out_until_a_new_table():
+    """A score written for one would enter it into the sum but not into the population: biased importance weights."""
+    table = sampling.build_table(jnp.array([0.0, 2.0, 4.0]), population=2)
+    written = table.write(jnp.array([0, 1]), jnp.array([5.0, 6.0]))
+    np.testing.assert_array_equal(written.v(), [0, 6, 4])
+    assert written.mean_v == 5
+
+
+def test_a_uniform_table_stays_uniform():
+    assert sampling.uniform_table(9).write(jnp.array([1]), jnp.array([2.0])).sums is None
 
 
 @pytest.mark.parametrize("kind", ["lognormal", "uniform table"])
@@ -122,10 +231,12 @@ def test_every_place_of_a_minibatch_together_draws_in_proportion(kind):
 def test_systematic_draws_spread_better_than_independent_ones():
     v, values = lognormal(400, 1.0), np.random.default_rng(0).normal(0, 1, 400)
     drawn = draw_many(sampling.build_table(v), 40)
-    systematic = np.mean(np.asarray(drawn.importance_weights) * values[np.asarray(drawn.indices)], axis=1).var()
+    systematic = estimates(drawn, values).var()
     q = v / v.sum(dtype=float)
     independent = (np.sum(q * (values / (400 * q)) ** 2) - values.mean() ** 2) / 40
     assert systematic < independent
+    measured = estimates(draw_many(sampling.build_table(v), 40, method="independent"), values).var()
+    np.testing.assert_allclose(measured, independent, rtol=0.06)
 
 
 def test_an_example_that_deserves_k_draws_gets_them():

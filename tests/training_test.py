@@ -54,7 +54,7 @@ def scores(workdir):
 
 
 @pytest.mark.parametrize("schedule", ["exact", "relaxed", "free_running"])
-@pytest.mark.parametrize("proposal", ["proportional", "calibrated"])
+@pytest.mark.parametrize("proposal", ["proportional", "mixture", "calibrated"])
 def test_every_schedule_with_every_proposal(schedule, proposal, tmp_path):
     config = smoke(schedule__name=schedule, proposal__name=proposal, steps=12, eval_every=6)
     history = issgd_jax.train(config, tmp_path)
@@ -143,18 +143,18 @@ def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
 
 
 def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
-    real = training.per_example_grad_norms
+    real = training.scores.GradientNorm
     calls = []
 
-    def sometimes_bad(loss_fn, **options):
-        norms_fn = real(loss_fn, **options)
+    def sometimes_bad(loss_fn, microbatch_size):
+        norms_fn = real(loss_fn, microbatch_size)
         calls.append(loss_fn)
         if len(calls) > 1:  # the monitor's own
             return norms_fn
         bad = jnp.array([jnp.nan, jnp.inf, 1.0, 1.0])
         return lambda params, *batch: norms_fn(params, *batch) * bad[jnp.arange(batch[1].shape[0]) % 4]
 
-    monkeypatch.setattr(training, "per_example_grad_norms", sometimes_bad)
+    monkeypatch.setattr(training.scores, "GradientNorm", sometimes_bad)
     history = issgd_jax.train(smoke(), tmp_path)
     assert len(calls) == 2
     score, scored_at = scores(tmp_path)
@@ -172,6 +172,29 @@ def test_the_learner_scores_what_it_trains_on(tmp_path):
         _, scored_at = scores(workdir)
         assert (np.max(scored_at) == 19) == refresh and np.sum(scored_at == 0) > 0
         assert history[-1]["scores/rejected"] == 0
+
+
+def test_without_workers_the_learner_alone_gives_scores(tmp_path):
+    history = issgd_jax.train(smoke(workers__enabled=False, steps=60, eval_every=20), tmp_path)
+    assert all(row["worker_examples"] == 0 for row in history)
+    fractions = [row["scores/scored_fraction"] for row in history]
+    assert fractions[0] == 0 and fractions == sorted(fractions) and fractions[-1] > 0.5
+    assert history[-1]["variance/gain"] > 1.1
+    np.testing.assert_allclose(np.mean(scores(tmp_path)[1] >= 0), fractions[-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["last_layer", "loss"])
+def test_other_scores_lower_the_variance_too(score, tmp_path):
+    history = issgd_jax.train(smoke(workers__score=score, steps=60, eval_every=60), tmp_path)
+    found, scored_at = scores(tmp_path)
+    assert history[-1]["variance/gain"] > 1.05 and np.all(scored_at >= 0)
+    assert score == "loss" or np.max(found) <= np.sqrt(2)
+
+
+@pytest.mark.parametrize("draw", ["independent", "without_replacement"])
+def test_every_draw_trains(draw, tmp_path):
+    history = issgd_jax.train(smoke(learner__draw=draw), tmp_path)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
 
 
 def test_explain_is_printed_before_training(tmp_path, capsys):
@@ -237,7 +260,7 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ),
         (
             {"proposal__name": "calibrate"},
-            "proposal.name must be one of uniform, proportional, calibrated, got 'calibrate'",
+            "proposal.name must be one of uniform, proportional, mixture, calibrated, got 'calibrate'",
         ),
         ({"schedule__name": "free"}, "schedule.name must be one of exact, relaxed, free_running"),
         ({"learner__optimizer": "sdg"}, "no optimiser 'sdg'; did you mean sgd"),
@@ -289,6 +312,13 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ({"data__name": "mnist:9.9.9"}, "data set 'mnist:9.9.9' cannot be found"),
         ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "train_split has 1 example"),
         ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
+        ({"learner__draw": "madow"}, "learner.draw must be one of systematic, independent, without_replacement"),
+        ({"workers__score": "norm"}, "workers.score must be one of gradient_norm, last_layer, loss"),
+        (
+            {"workers__enabled": False, "learner__refresh": False},
+            "workers.enabled and learner.refresh are both False: proposal calibrated would never see a score",
+        ),
+        ({"workers__enabled": False, "schedule__name": "exact"}, "schedule.name is exact.*workers.enabled is False"),
         ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
     ],
 )

@@ -21,16 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from experiments.benchmarks.environment import CACHE, hardware, installed_versions, make_environment
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
-from experiments.benchmarks.learner_step import beside_arguments, hardware
+from experiments.benchmarks.learner_step import beside_arguments
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax.gradnorm import per_example_grad_norms, value_grad_and_norms
 from issgd_jax.metrics import versions
@@ -131,25 +131,6 @@ def tracing_seconds(calls, num_pairs) -> dict[str, list[float]]:
     return seconds
 
 
-def make_environment(folder) -> None:
-    """Makes the peers' environment where it is missing; one that was left half made is made again."""
-    done = folder / "made"
-    if done.exists() and done.read_text() == repr(REQUIREMENTS):
-        return
-    print(f"making the peers' environment in {folder}: some minutes, once")
-    venv.create(folder, clear=True, with_pip=True)
-    for packages in REQUIREMENTS:
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *packages], check=True)
-    done.write_text(repr(REQUIREMENTS))
-
-
-def peer_versions(folder) -> dict[str, str]:
-    code = "import importlib.metadata, json, sys; print(json.dumps([*map(importlib.metadata.version, sys.argv[1:])]))"
-    command = [folder / "bin" / "python", "-c", code, *PEER_PACKAGES]
-    return dict(zip(PEER_PACKAGES, json.loads(subprocess.run(command, capture_output=True, check=True).stdout)))
-
-
 def table(results) -> str:
     columns = ("plain ms", "ms", "ratio", "plain MB", "MB", "ratio", "error")
     lines = ["  {:<28}".format("") + "".join(f"{column:>10}" for column in columns)]
@@ -177,7 +158,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=60.0, help="fewer pairs, at least 3, once these have gone by")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one method on one model")
     parser.add_argument("--batch_size", type=int, help="default: each model's own")
-    parser.add_argument("--peers_env", type=pathlib.Path, default=pathlib.Path.home() / ".cache/issgd_jax/peers")
+    parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "peers")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     return parser.parse_args()
 
@@ -212,7 +193,7 @@ def run(options) -> dict:
 def main():
     options = parse()
     if options.peers:
-        make_environment(options.peers_env)
+        make_environment(options.peers_env, REQUIREMENTS)
     results = run(options)
     print(table(results))
     record = {
@@ -220,7 +201,7 @@ def main():
         "hardware": hardware(),
         "environment": KEEP_MEMORY,
         "versions": versions(),
-        "peer_versions": peer_versions(options.peers_env) if options.peers else None,
+        "peer_versions": installed_versions(options.peers_env, PEER_PACKAGES) if options.peers else None,
         "results": results,
     }
     options.results.parent.mkdir(exist_ok=True)

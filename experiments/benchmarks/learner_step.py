@@ -15,9 +15,7 @@ Images are random bytes: times do not depend on their values. Writes results/lea
 """
 
 import json
-import os
 import pathlib
-import platform
 import statistics
 import time
 
@@ -27,6 +25,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from experiments.benchmarks.environment import hardware
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax import learner, losses, models, proposal
 from issgd_jax.metrics import versions
@@ -132,15 +131,6 @@ def beside_arguments(function, *arguments, **keywords) -> int:
     """Bytes that a compiled program needs beside its arguments: temporaries, and outputs without a donated place."""
     memory = function.lower(*arguments, **keywords).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def hardware() -> dict:
-    """What the figures were taken on."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
 
 
 def main():

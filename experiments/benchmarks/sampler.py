@@ -1,0 +1,62 @@
+"""The sampler beside its peers: write 1,024 scores, draw 256 examples with their probabilities.
+
+    python -m experiments.benchmarks.sampler [--sizes=573000,1000000] [--pairs=200]
+
+Each peer where it works, in one process and in turn, in an environment of their own, made on first use (a gigabyte).
+Prints microseconds a cycle, medians, and each peer's ratio to ours, the median over pairs; then, for ours, bulk writes
+and whether draws are still exact at sizes where float32 sums are not. Writes results/sampler.json.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from experiments.benchmarks.environment import CACHE, hardware, installed_versions, make_environment
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "sampler.json"
+ROOT = pathlib.Path(__file__).parents[2]
+REQUIREMENTS = (("torch==2.13.0", "cpprb==11.0.0", "flashbax==0.1.3", "jax==0.10.2", "scipy", "numpy"),)
+PACKAGES = ("torch", "cpprb", "flashbax", "jax", "jaxlib", "numpy")
+SIZES = (573_000, 10**6, 10**7, 2**24 + 1, 10**8)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=SIZES)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "sampler_peers")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args()
+    make_environment(options.peers_env, REQUIREMENTS)
+    results = {}
+    for size in options.sizes:
+        worker = [options.peers_env / "bin" / "python", "-m", "experiments.benchmarks.sampler_peers"]
+        done = subprocess.run(
+            [*worker, f"--size={size}", f"--pairs={options.pairs}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        results[f"N = {size:,}"] = result = json.loads(done.stdout.splitlines()[-1])
+        print(f"N = {size:,}")
+        for name, value in result["microseconds"].items():
+            ratio = result["ratio_to_ours"].get(name)
+            print(f"  {name:<28}{value:12,.0f} us" + (f"{ratio:12.1f} x" if ratio else ""))
+        for name, value in result.items():
+            if not isinstance(value, dict):
+                print(f"  {name:<28}{value:12,.4g}")
+    record = {
+        "command": " ".join(["python -m experiments.benchmarks.sampler", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": installed_versions(options.peers_env, PACKAGES),
+        "results": results,
+    }
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
