@@ -28,6 +28,7 @@ _HOME = {
     "WorkerPool": "workers",
     "InputError": "errors",
     "NonFiniteLossError": "errors",
+    "BadScoreError": "errors",
 }
 _MODULES = (
     "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots", "proposal", "sampling",

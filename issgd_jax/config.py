@@ -80,6 +80,7 @@ def default() -> ConfigDict:
                 "enabled": True,  # False: only the learner's own refresh gives scores
                 "chunk_size": 2048,  # examples each worker scores in a round
                 "score": "gradient_norm",  # or last_layer (its gradient at the logits), loss
+                "strict": False,  # True: a score that is NaN, infinite or negative stops the run; else it is left out
             },
             "devices": {
                 "workers": config_dict.placeholder(int),  # None: all devices but the learner's

@@ -4,7 +4,6 @@ Of `high + low`, low is at most half a unit in the last place of high, so that p
 below `2^-46` of the largest number met. Source: Dekker 1971; Knuth, TAOCP 2, section 4.2.2.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,15 +33,6 @@ def add(x: Double, y: Double) -> Double:
 def subtract(x: Double, y: Double) -> Double:
     """x - y."""
     return add(x, Double(-y.high, -y.low))
-
-
-def running_sums(values: Sequence[jax.Array]) -> list[Double]:
-    """values[0], values[0] + values[1], ..."""
-    sums = [Double(values[0], jnp.zeros_like(values[0]))]
-    for value in values[1:]:
-        high, low = two_sum(sums[-1].high, value)
-        sums.append(Double(high, sums[-1].low + low))
-    return [two_sum(*x) for x in sums]
 
 
 def multiply(x: Double, y: jax.Array) -> Double:

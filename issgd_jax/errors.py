@@ -10,3 +10,7 @@ class InputError(Exception):
 
 class NonFiniteLossError(FloatingPointError):
     """The minibatch loss became NaN or infinite: names the step and the last good metrics."""
+
+
+class BadScoreError(FloatingPointError):
+    """With workers.strict, a score was NaN, infinite or negative: names the example."""

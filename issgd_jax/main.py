@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
-from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True
@@ -54,7 +54,7 @@ def run(program=main):
     """Entry point: errors that a person can mend are one line, all others keep their traceback."""
     try:
         app.run(program, flags_parser=parse_flags)
-    except (InputError, NonFiniteLossError) as error:
+    except (InputError, NonFiniteLossError, BadScoreError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule, scores
-from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 from issgd_jax.gradnorm import explain
 from issgd_jax.optimizer import make_optimizer
+from issgd_jax.store import Rejected
 from issgd_jax.workers import WorkerPool
 
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
@@ -30,7 +31,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     Leaves metrics.jsonl, TensorBoard events, config.json and, unless sampling is uniform, scores.npz in workdir.
 
     Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training
-      diverges.
+      diverges; BadScoreError if a score is bad and workers.strict is set.
     """
     config_lib.validate(config)
     roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
@@ -158,6 +159,8 @@ def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> l
             "worker_examples": worker_examples,
         } | measured
         _stop_if_not_finite(measured["train/loss"], "training", step, writer.rows)
+        if config.workers.strict:
+            _stop_if_rejected(jax.device_get(sampler.rejected), step)
         writer.write(row)
         progress.measured(row)
 
@@ -211,6 +214,15 @@ def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> 
         )
 
 
+def _stop_if_rejected(rejected: Rejected, step: int) -> None:
+    if rejected.count > 0:
+        raise BadScoreError(
+            f"{rejected.count} score(s) were NaN, infinite or negative up to step {step}, one of them of training "
+            f"example {rejected.index}: mend its data or its loss, or have such scores left out "
+            "(--config.workers.strict=False)"
+        )
+
+
 def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
     """Returns `(params, sampler, step) -> {metric name: number}`: everything that covers whole splits."""
     (device,) = train_examples[0].devices()
@@ -233,6 +245,7 @@ def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
             "test/loss": test_loss,
             "test/error": test_error,
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
+            "variance/equivalent_batch": roots.gain * config.learner.batch_size,
         }
         if config.proposal.name != "uniform":
             measured |= {f"scores/{name}": value for name, value in describe_scores(sampler, step).items()}

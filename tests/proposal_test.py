@@ -118,7 +118,7 @@ def test_calibrated_with_scores_that_stay_true_is_within_two_percent_of_ideal():
     assert second_moment(v, norms) < 1.02 * norms.mean(dtype=float) ** 2
 
 
-@pytest.mark.parametrize("kind", ["useless", "reversed", "noisy", "zero"])
+@pytest.mark.parametrize("kind", ["useless", "reversed", "noisy", "zero", "ancient", "adversarial"])
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
 def test_calibrated_is_never_worse_than_uniform(kind, fraction):
     score = lognormal(20_000)
@@ -127,15 +127,32 @@ def test_calibrated_is_never_worse_than_uniform(kind, fraction):
         "reversed": 1 / score,
         "noisy": score * lognormal(20_000, 0.7, seed=2),
         "zero": lognormal(20_000, seed=3),
+        "ancient": lognormal(20_000, seed=4),
+        # What seems hardest has lost its gradient, and some of what seems easiest has the largest.
+        "adversarial": np.where(score > 2, 1e-3, np.where(score < 0.1, 30.0, 1.0)).astype(np.float32),
     }[kind]
+    staleness = 10**6 if kind == "ancient" else 50
     if kind == "zero":
         score = np.zeros_like(score)
     proposal = Calibrated(uniform_fraction=fraction)
-    v = v_of(proposal, store_of(score), 50, learn(proposal, score, 50, norms))
+    v = v_of(proposal, store_of(score), staleness, learn(proposal, score, staleness, norms))
     uniform = second_moment(np.ones_like(norms), norms)
     assert second_moment(v, norms) < 1.01 * uniform
     if kind in ("reversed", "noisy"):  # here the score tells something, and it must be used
         assert second_moment(v, norms) < 0.8 * uniform
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.7, 1.5])
+def test_calibrated_is_as_good_as_the_best_smoothing_in_hindsight(noise, spread):
+    """Norms are scores times noise; the default, its uniform share included, against every additive constant."""
+    score = lognormal(20_000, spread)
+    norms = score * lognormal(20_000, noise, seed=2) if noise else score
+    proposal = Calibrated()
+    v = v_of(proposal, store_of(score), 50, learn(proposal, score, 50, norms))
+    constants = np.array([0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100]) * score.mean()
+    best = min(second_moment(score + constant, norms) for constant in constants)
+    assert second_moment(v, norms) < 1.055 * best
 
 
 def test_calibrated_trusts_young_scores_more_than_old_ones():

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 import issgd_jax
 from experiments.configs import digits
-from issgd_jax import InputError, NonFiniteLossError, ScoreStore, metrics, training
+from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore, metrics, training
 
 REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples"}
 REQUIRED |= {f"{split}/{kind}" for split in ("train", "test") for kind in ("loss", "error")}
-REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain")}
+REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain", "equivalent_batch")}
 SCORES = {
     f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")
 }
@@ -161,6 +161,9 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
     assert np.all(np.isfinite(score)) and history[-1]["scores/rejected"] == 9 * 150
     assert 0 < np.mean(scored_at >= 0) < 1
     assert history[-1]["train/loss"] < history[0]["train/loss"]
+    calls.clear()
+    with pytest.raises(BadScoreError, match=r"score\(s\) were NaN, infinite or negative up to step 20, .* example \d+"):
+        issgd_jax.train(smoke(workers__strict=True), tmp_path, overwrite=True)
 
 
 def test_the_learner_scores_what_it_trains_on(tmp_path):
@@ -172,6 +175,11 @@ def test_the_learner_scores_what_it_trains_on(tmp_path):
         _, scored_at = scores(workdir)
         assert (np.max(scored_at) == 19) == refresh and np.sum(scored_at == 0) > 0
         assert history[-1]["scores/rejected"] == 0
+
+
+def test_the_equivalent_batch_is_the_gain_in_examples(tmp_path):
+    row = issgd_jax.train(smoke(), tmp_path)[-1]
+    np.testing.assert_allclose(row["variance/equivalent_batch"], 32 * row["variance/gain"], rtol=1e-6)
 
 
 def test_without_workers_the_learner_alone_gives_scores(tmp_path):
