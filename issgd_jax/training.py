@@ -245,11 +245,12 @@ def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
             "test/loss": test_loss,
             "test/error": test_error,
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
-            "variance/equivalent_batch": roots.gain * config.learner.batch_size,
         }
         if config.proposal.name != "uniform":
             measured |= {f"scores/{name}": value for name, value in describe_scores(sampler, step).items()}
-        return {name: value.item() for name, value in jax.device_get(measured).items()}
+        row = {name: value.item() for name, value in jax.device_get(measured).items()}
+        # Uniform minibatches of so many examples would be as steady.
+        return row | {"variance/equivalent_batch": config.learner.batch_size * row["variance/gain"]}
 
     return measure
 

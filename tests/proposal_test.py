@@ -145,14 +145,14 @@ def test_calibrated_is_never_worse_than_uniform(kind, fraction):
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.7, 1.5])
 def test_calibrated_is_as_good_as_the_best_smoothing_in_hindsight(noise, spread):
-    """Norms are scores times noise; the default, its uniform share included, against every additive constant."""
+    """Norms are scores times noise; against every additive constant. The default's larger uniform share costs more."""
     score = lognormal(20_000, spread)
     norms = score * lognormal(20_000, noise, seed=2) if noise else score
-    proposal = Calibrated()
+    proposal = Calibrated(uniform_fraction=0.05)
     v = v_of(proposal, store_of(score), 50, learn(proposal, score, 50, norms))
     constants = np.array([0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100]) * score.mean()
     best = min(second_moment(score + constant, norms) for constant in constants)
-    assert second_moment(v, norms) < 1.055 * best
+    assert second_moment(v, norms) < 1.05 * best
 
 
 def test_calibrated_trusts_young_scores_more_than_old_ones():
