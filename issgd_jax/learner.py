@@ -10,7 +10,7 @@ import optax
 
 from issgd_jax import sampling
 from issgd_jax.gradnorm import value_grad_and_norms
-from issgd_jax.store import Rejected, ScoreStore
+from issgd_jax.store import NOBODY, Rejected, ScoreStore
 
 
 class TrainState(NamedTuple):
@@ -84,7 +84,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if refresh:
             scores = norms if score_fn is None else score_fn(state.params, *batch)
-            sampler = _refresh(proposal, sampler, indices, scores, norms, scored_at=state.step)
+            sampler = _refresh(
+                proposal, sampler, _after(indices, importance_weights), scores, norms, scored_at=state.step
+            )
         return (
             TrainState(params, opt_state, state.step + 1),
             sampler,
@@ -94,12 +96,23 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames=("state", "sampler"))
 
 
+def _after(indices: jax.Array, read: Any) -> jax.Array:
+    """The indices of a write that is to come after what was read from the same arrays, as data that it needs.
+
+    Without that, XLA does not know the order, and copies the arrays, O(N), instead of writing in place.
+    """
+    leaves = jax.tree.leaves(read)
+    num_nan = sum(jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in leaves)
+    return jnp.where(num_nan > sum(x.size for x in leaves), NOBODY, indices)  # never more than all
+
+
 def _write(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
     """Scores enter the store; the gradient norms of the same examples, if known, teach the proposal what to expect."""
-    proposal_state = sampler.proposal_state
+    proposal_state, store = sampler.proposal_state, sampler.store
     if norms is not None:
-        proposal_state = proposal.observe(proposal_state, sampler.store, indices, norms, scored_at)
-    store, rejected = sampler.store.write(indices, scores, scored_at)
+        proposal_state = proposal.observe(proposal_state, store, indices, norms, scored_at)
+        indices = _after(indices, proposal_state)
+    store, rejected = store.write(indices, scores, scored_at)
     return sampler._replace(store=store, proposal_state=proposal_state, rejected=sampler.rejected.then(rejected))
 
 
