@@ -220,8 +220,7 @@ class Calibrated(_Proposal):
     its row (all stalenesses), and a row with little data on its score. Between the centres of score bins, v is
     interpolated.
 
-    uniform_fraction: share of draws that are uniform, in [0, 1); with a share above 0 no importance weight exceeds
-      `1 / uniform_fraction`.
+    uniform_fraction: share of draws that are uniform, in [0, 1); above 0 it bounds importance weights, see `Mixture`.
     half_life: sweeps over the data after which an observation counts half.
     """
 

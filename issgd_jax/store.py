@@ -49,7 +49,7 @@ class ScoreStore:
     """The last known gradient norm of every example and the age of the parameters that gave it: 8 bytes an example.
 
     score: f32[N], the paper's probability weight; finite and >= 0, and 0 where never scored.
-    scored_at: i32[N], learner step of those parameters; -1 = never scored.
+    scored_at: i32[N], learner step of those parameters, below 2^30; -1 = never scored.
     """
 
     score: jax.Array
