@@ -1,27 +1,15 @@
-"""Weighted minibatches: a blocked inverse CDF on the device, exact at any number of examples.
-
-The unnormalised probabilities v are the leaves of a tree in which every node holds the sum of its 8 children. A draw
-walks down from the root by halves, and keeps its position in twice the digits of float32: there is no running sum over
-millions of terms, and an example with v = 0 is never drawn. A changed v changes one node a level.
-"""
+"""Weighted minibatches: a blocked inverse CDF on the device, exact at any number of examples."""
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax import double_float
-from issgd_jax.double_float import Double
+from issgd_jax import sum_tree
 
-# Children of a node: few, so that a draw reads little at each level.
-RADIX = 8
-BITS = RADIX.bit_length() - 1
-# A level of fewer nodes than this multiple of what is written is made anew as a whole.
-DENSE = 16
 # Indices of examples, nodes and padding are i32.
 MAX_EXAMPLES = 2**30
 METHODS = ("systematic", "independent", "without_replacement")
@@ -43,8 +31,7 @@ class Draw(NamedTuple):
 class Table:
     """What a draw needs of the proposal.
 
-    sums: v and its partial sums, level by level, leaves first, each level padded with zeros to a multiple of 8; about
-      4.6 bytes an example. None for the uniform proposal, which needs none.
+    sums: the `sum_tree` of v, 4.3 bytes an example; None for the uniform proposal, which needs none.
     population: f32[], the number of examples that the mean of v is taken over: N, unless a proposal leaves some out.
     num_examples: N.
     """
@@ -61,7 +48,7 @@ class Table:
     @property
     def total(self) -> jax.Array:
         """f32[]: the sum of v."""
-        return jnp.float32(self.num_examples) if self.sums is None else _sum_children(self.sums[-RADIX:])
+        return jnp.float32(self.num_examples) if self.sums is None else sum_tree.total(self.sums)
 
     def v(self, indices: jax.Array | None = None) -> jax.Array:
         """The unnormalised probabilities drawn from: f32[N], or those of `indices`."""
@@ -78,19 +65,9 @@ class Table:
         """
         if self.sums is None:
             return self
-        inside = (indices >= 0) & (indices < self.num_examples)
-        node = jnp.where(inside, indices, 0)
-        left_out = (self.population < self.num_examples) & (self.v(node) == 0)
-        value = jnp.where(left_out, 0, v).astype(jnp.float32)
-        starts, sums = _starts(self.num_examples), self.sums
-        for level, start in enumerate(starts):
-            sums = sums.at[jnp.where(inside, start + node, sums.size)].set(value, mode="drop")
-            end = [*starts, sums.size][level + 1]
-            if end - start <= DENSE * indices.size:  # few sums are left: sooner made anew than looked up
-                above = _with_sums(sums[start:end])
-                return dataclasses.replace(self, sums=jax.lax.dynamic_update_slice(sums, above, (start,)))
-            node = node // RADIX
-            value = _sum_children(_children(sums, start + RADIX * node))
+        sums = sum_tree.write(
+            self.sums, indices, v, num_leaves=self.num_examples, keep_zeros=self.population < self.num_examples
+        )
         return dataclasses.replace(self, sums=sums)
 
 
@@ -111,41 +88,9 @@ def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
     if not 1 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"a table holds between 1 and {MAX_EXAMPLES} examples, got {num_examples}: split the data")
     all_zero = ~jnp.any(v > 0)
-    sums = _with_sums(jnp.where(all_zero, 1, v).astype(jnp.float32))
+    sums = sum_tree.build(jnp.where(all_zero, 1, v).astype(jnp.float32))
     population = num_examples if population is None else jnp.where(all_zero, num_examples, population)
     return Table(sums, jnp.asarray(population, jnp.float32), num_examples)
-
-
-def _with_sums(values: jax.Array) -> jax.Array:
-    """The values of one level, and all levels above it."""
-    levels = []
-    for _ in _starts(values.size):
-        levels.append(jnp.pad(values, (0, -values.size % RADIX)))
-        values = _sum_children(levels[-1].reshape(-1, RADIX))
-    return jnp.concatenate(levels)
-
-
-def _starts(num_examples: int) -> list[int]:
-    """Where each level starts, leaves first; the last is one node's children."""
-    starts, start = [0], RADIX * math.ceil(num_examples / RADIX)
-    while start - starts[-1] > RADIX:
-        size = (start - starts[-1]) // RADIX
-        starts.append(start)
-        start += RADIX * math.ceil(size / RADIX)
-    return starts
-
-
-def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
-    """f32[m, 8] that stand at starts i32[m]."""
-    return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
-
-
-def _sum_children(children: jax.Array) -> jax.Array:
-    """f32[..., 8] -> f32[...]; pair by pair, which XLA vectorizes over nodes."""
-    parts = [children[..., k] for k in range(RADIX)]
-    while len(parts) > 1:
-        parts = [x + y for x, y in zip(parts[0::2], parts[1::2])]
-    return parts[0]
 
 
 def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
@@ -196,73 +141,9 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
         return Draw(indices, jnp.ones(batch_size, jnp.float32))
     if method == "without_replacement":
         return _draw_without_replacement(key, table, batch_size)
-    if method == "systematic":
-        indices, v = _draw_systematic(key, table, batch_size, batch_size)
-    else:
-        indices, v = _draw_independent(key, table, batch_size)
+    count = batch_size if method == "systematic" else None
+    indices, v = sum_tree.draw(key, table.sums, num_leaves=table.num_examples, batch_size=batch_size, count=count)
     return Draw(indices, table.mean_v / v)
-
-
-def _draw_systematic(key: jax.Array, table: Table, batch_size: int, count: int | jax.Array):
-    """(indices, v) of `count` <= batch_size draws, equal ones side by side; the places after them repeat the last."""
-    word, *words = jax.random.bits(key, (1 + len(_starts(table.num_examples)), 2))
-    number = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
-    position = double_float.add(_unit(*word), Double(number, jnp.zeros_like(number)))
-    return _descend(jnp.stack(words), table, double_float.multiply(position, table.total / count))
-
-
-def _draw_independent(key: jax.Array, table: Table, batch_size: int):
-    words = jax.random.bits(key, (batch_size + len(_starts(table.num_examples)), 2))
-    return _descend(words[batch_size:], table, double_float.multiply(_unit(*words[:batch_size].T), table.total))
-
-
-def _descend(words: jax.Array, table: Table, position: Double) -> tuple[jax.Array, jax.Array]:
-    """From positions [B] in [0, sum of v) to examples i32[B] and their v f32[B].
-
-    Halves of the children are visited in a random order, another in every node: draws at equal spacing meet new
-    neighbours each time. words: u32[levels, 2], random.
-    """
-    starts = jnp.asarray(_starts(table.num_examples), jnp.int32)
-
-    def descend(depth, state):
-        node, position, total = state
-        multiplier, offset = words[depth]
-        mirrored = (multiplier * node.astype(jnp.uint32) + offset) >> (32 - BITS)
-        first = starts[starts.size - 1 - depth] + RADIX * node
-        parts = [_children(table.sums, first).T]
-        while len(parts[0]) > 2:
-            parts.insert(0, parts[0][0::2] + parts[0][1::2])
-        branch = jnp.zeros_like(node)
-        for bit, values in enumerate(parts):
-            left, right = _at(values, 2 * branch), _at(values, 2 * branch + 1)
-            to_right, position, total = _choose_half(left, right, position, total, (mirrored >> bit) & 1 > 0)
-            branch = 2 * branch + to_right
-        return RADIX * node + branch, position, total
-
-    node = jnp.zeros(position.high.shape, jnp.int32)
-    node, _, value = jax.lax.fori_loop(0, starts.size, descend, (node, position, jnp.full(node.shape, table.total)))
-    return node, value
-
-
-def _at(values: jax.Array, place: jax.Array) -> jax.Array:
-    """values f32[K, B], place i32[B] -> f32[B]."""
-    return functools.reduce(lambda x, k: jnp.where(place == k, values[k], x), range(1, len(values)), values[0])
-
-
-def _choose_half(left, right, position: Double, total, mirrored) -> tuple[jax.Array, Double, jax.Array]:
-    """Whether the position in [0, total) lies in the right one of two halves, its place there, and that half's sum.
-
-    The smaller half always has the end that the position is counted from: its share is then as exact as its sum is,
-    however small it is beside the other.
-    """
-    from_end = double_float.subtract(Double(total, jnp.zeros_like(total)), position)
-    position = jax.tree.map(lambda x, y: jnp.where(mirrored, x, y), from_end, position)
-    smaller = Double(jnp.minimum(left, right), jnp.zeros_like(left))
-    in_smaller = ~double_float.less_equal(smaller, position) & (smaller.high > 0)
-    beyond = double_float.subtract(position, smaller)
-    position = jax.tree.map(lambda x, y: jnp.where(in_smaller, x, y), position, beyond)
-    to_right = in_smaller == (right < left)
-    return to_right, position, jnp.where(to_right, right, left)
 
 
 def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> Draw:
@@ -275,7 +156,9 @@ def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> 
     def attempt(table, num_certain):
         count = jnp.maximum(batch_size - num_certain, 1)
         attempt_key = jax.random.fold_in(key, num_certain)
-        indices, v = _draw_systematic(attempt_key, table, batch_size, count)
+        indices, v = sum_tree.draw(
+            attempt_key, table.sums, num_leaves=table.num_examples, batch_size=batch_size, count=count
+        )
         total = table.total
         first = jnp.concatenate([jnp.ones(1, bool), indices[1:] != indices[:-1]]) & (places < count)
         # Nearly certain is certain: rounding could draw it twice.
@@ -337,9 +220,3 @@ def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Arra
 
 
 _UNIFORM = {"systematic": _draw_uniform, "independent": _random_below, "without_replacement": _draw_subset}
-
-
-def _unit(high: jax.Array, low: jax.Array) -> Double:
-    """Two random words -> uniform in [0, 1), with 48 bits."""
-    high, low = ((word >> 8).astype(jnp.float32) for word in (high, low))
-    return double_float.two_sum(high * 2.0**-24, low * 2.0**-48)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax import kernels
 from issgd_jax.errors import InputError
 
 NEVER = -1  # scored_at of an example that has no score yet
@@ -79,23 +80,12 @@ class ScoreStore:
         as it was. Indices outside [0, N) are padding and ignored. A measurement with older parameters never replaces
         one with newer, in whatever order rounds arrive. Of an index that occurs twice, the last valid score is kept.
         """
-        num_examples = len(self)
-        inside = (indices >= 0) & (indices < num_examples)
-        valid = jnp.isfinite(score) & (score >= 0)
-        newer = step >= self.scored_at[jnp.where(inside, indices, 0)]
-        target = jnp.where(inside & valid & newer, indices, num_examples)
-        # A scatter may take duplicates in any order. So each first leaves its place in scored_at, where the largest
-        # wins; only the winners then write.
-        place = MAX_STEP + jnp.arange(indices.shape[0], dtype=jnp.int32)
-        contest = self.scored_at.at[target].max(place, mode="drop")
-        won = contest[jnp.where(inside, indices, 0)] == place
-        target = jnp.where(won, target, num_examples)
-        store = ScoreStore(
-            score=self.score.at[target].set(score.astype(jnp.float32), mode="drop"),
-            scored_at=contest.at[target].set(jnp.asarray(step, jnp.int32), mode="drop"),
-        )
-        bad = inside & ~valid
-        return store, Rejected(jnp.sum(bad, dtype=jnp.int32), jnp.max(jnp.where(bad, indices, NOBODY), initial=NOBODY))
+        arrays = self.score, self.scored_at
+        args = *arrays, indices, score.astype(jnp.float32), jnp.asarray(step, jnp.int32)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        results = *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), number, number
+        *arrays, count, index = kernels.on_cpu("write_scores", plain_write, results, *args, aliases={0: 0, 1: 1})
+        return ScoreStore(*arrays), Rejected(count, index)
 
     def check(self, indices, score) -> None:
         """The strict mode, on the host, for the arguments of `write`.
@@ -212,6 +202,28 @@ class ScoreStore:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
         return store
+
+
+def plain_write(score, scored_at, indices, new_score, step):
+    """`ScoreStore.write` in plain JAX: (score, scored_at, count and index of those rejected)."""
+    num_examples = score.size
+    inside = (indices >= 0) & (indices < num_examples)
+    valid = jnp.isfinite(new_score) & (new_score >= 0)
+    newer = step >= scored_at[jnp.where(inside, indices, 0)]
+    target = jnp.where(inside & valid & newer, indices, num_examples)
+    # A scatter may take duplicates in any order. So each first leaves its place in scored_at, where the largest
+    # wins; only the winners then write.
+    place = MAX_STEP + jnp.arange(indices.size, dtype=jnp.int32)
+    contest = scored_at.at[target].max(place, mode="drop")
+    won = contest[jnp.where(inside, indices, 0)] == place
+    target = jnp.where(won, target, num_examples)
+    bad = inside & ~valid
+    return (
+        score.at[target].set(new_score, mode="drop"),
+        contest.at[target].set(step, mode="drop"),
+        jnp.sum(bad, dtype=jnp.int32),
+        jnp.max(jnp.where(bad, indices, NOBODY), initial=NOBODY),
+    )
 
 
 def _some(values, limit: int = 5) -> str:

@@ -11,8 +11,8 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # A module may import only modules that stand above it.
 ORDER = (
-    "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "store", "double_float",
-    "sampling", "proposal",
+    "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
+    "double_float", "sum_tree", "sampling", "proposal",
     "variance", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.

@@ -27,15 +27,16 @@ def ours(score, rounds):
     """Scores enter the store, their v the table; a draw gives indices and importance weights."""
     num_examples = len(score)
 
-    def cycle(store, table, indices, score, step):
+    def cycle(store, table, indices, score, step, key):
         store, _ = store.write(indices, score, step)
         table = table.write(indices, store.score[indices])
-        drawn = sampling.draw(jax.random.fold_in(jax.random.key(0), step), table, DRAWN)
-        return store, table, drawn
+        return store, table, sampling.draw(key, table, DRAWN)
 
     cycle = jax.jit(cycle, donate_argnums=(0, 1))
     state = ScoreStore(jnp.array(score), jnp.zeros(num_examples, jnp.int32)), sampling.build_table(jnp.array(score))
-    rounds = itertools.cycle([(jnp.asarray(i), jnp.asarray(s), jnp.int32(k)) for k, (i, s) in enumerate(rounds)])
+    rounds = itertools.cycle(
+        [(jnp.asarray(i), jnp.asarray(s), jnp.int32(k), jax.random.key(k)) for k, (i, s) in enumerate(rounds)]
+    )
 
     def run():
         nonlocal state

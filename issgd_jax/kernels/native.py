@@ -1,0 +1,82 @@
+"""Compiles sampler.cc, keeps what was made, and registers its functions with XLA."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+
+SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
+FUNCTIONS = ("write_scores", "write_tree", "draw_leaves")
+# Without -march: what was compiled on one machine runs on others that share a home folder.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+
+
+def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[int, int] | None = None, **attributes):
+    """`plain(*args, **attributes)`, on a CPU by the kernel's function, which gives the same.
+
+    results: pytree of jax.ShapeDtypeStruct, the shapes of what plain returns. aliases: {place in args: place in
+    results} of arrays that are written in place. attributes: static numbers, of numpy types.
+    """
+    if not available():
+        return plain(*args, **attributes)
+
+    def kernel(*args):
+        leaves, structure = jax.tree.flatten(results)
+        call = jax.ffi.ffi_call(_target(function), leaves, vmap_method="sequential", input_output_aliases=aliases)
+        return jax.tree.unflatten(structure, call(*args, **attributes))
+
+    return jax.lax.platform_dependent(*args, cpu=kernel, default=functools.partial(plain, **attributes))
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be used; compiles them, some seconds, where that was not yet done on this machine."""
+    if os.environ.get("ISSGD_JAX_KERNELS") == "0":
+        return False
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logging.getLogger("issgd_jax").warning(
+            "the sampler's CPU kernels cannot be made, plain JAX does their work some times slower; they need a C++17 "
+            "compiler ($CXX, c++, g++ or clang++): %s",
+            reason,
+        )
+        return False
+    for function in FUNCTIONS:
+        jax.ffi.register_ffi_target(_target(function), jax.ffi.pycapsule(getattr(library, function)), platform="cpu")
+    return True
+
+
+def _target(function: str) -> str:
+    return f"issgd_jax_{function}"
+
+
+def _compiled() -> pathlib.Path:
+    """The shared library, made anew if source, flags, jaxlib or the kind of machine are new."""
+    made_of = (SOURCE.read_text(), *FLAGS, jaxlib.__version__, platform.system(), platform.machine())
+    name = f"sampler-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "issgd_jax"
+    if (cache / name).exists():
+        return cache / name
+    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise OSError("none was found")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = pathlib.Path(folder) / name
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, cache / name)  # at once: another process may be at the same
+    return cache / name
