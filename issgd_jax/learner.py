@@ -119,8 +119,7 @@ def _write(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at
 def _refresh(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
     """Scores of the step just done enter, and the table gets their v for the next step; O(m)."""
     sampler = _write(proposal, sampler, indices, scores, norms, scored_at=scored_at)
-    store = sampler.store
-    v = proposal.v(sampler.basis, store.score[indices], store.scored_at[indices], scored_at + 1)
+    v = proposal.v(sampler.basis, *sampler.store.at(indices), scored_at + 1)
     return sampler._replace(table=sampler.table.write(indices, v))
 
 

@@ -87,6 +87,14 @@ class ScoreStore:
         *arrays, count, index = kernels.on_cpu("write_scores", plain_write, results, *args, aliases={0: 0, 1: 1})
         return ScoreStore(*arrays), Rejected(count, index)
 
+    def at(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(score, scored_at) of the examples `indices`, all in [0, N)."""
+        # Without the defaults of `score[indices]`, which allow for others and take ten times as long on a CPU.
+        return jax.tree.map(
+            lambda x: x.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False),
+            (self.score, self.scored_at),
+        )
+
     def check(self, indices, score) -> None:
         """The strict mode, on the host, for the arguments of `write`.
 

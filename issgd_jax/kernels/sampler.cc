@@ -18,10 +18,8 @@ constexpr int64_t kRadix = 16;
 constexpr int kBits = 4;
 // Memory that will be written is asked for so many examples ahead.
 constexpr int64_t kAhead = 32;
-// Draws that go down abreast: each step of one waits for its last, but not for the others'.
-constexpr int kAbreast = 8;
-// A product with it takes the place of a branch that no processor could predict.
-constexpr double kZeroOrOne[] = {0, 1};
+// Draws that go down together.
+constexpr int kAbreast = 16;
 
 static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, ffi::Result<F32> score_result,
                               ffi::Result<S32> scored_at_result, ffi::Result<S32> num_rejected,
@@ -64,22 +62,28 @@ static std::vector<int64_t> Starts(int64_t num_leaves) {
   return starts;
 }
 
+// Four numbers at once; GCC and Clang know such types on every processor.
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+static float Sum(const float* children) {
+  const Four* x = reinterpret_cast<const Four*>(children);
+  const Four sum = (x[0] + x[2]) + (x[1] + x[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 // sums[bit][i]: of the children whose number ends in the bit + 1 bits of i.
 struct Node {
   float sums[kBits][kRadix];
   void Load(const float* children) {
-    for (int k = 0; k < 16; ++k) sums[3][k] = children[k];
-    for (int k = 0; k < 8; ++k) sums[2][k] = sums[3][k] + sums[3][k + 8];
-    for (int k = 0; k < 4; ++k) sums[1][k] = sums[2][k] + sums[2][k + 4];
+    const Four* x = reinterpret_cast<const Four*>(children);
+    Four* of[kBits];
+    for (int bit = 0; bit < kBits; ++bit) of[bit] = reinterpret_cast<Four*>(sums[bit]);
+    for (int k = 0; k < 4; ++k) of[3][k] = x[k];
+    for (int k = 0; k < 2; ++k) of[2][k] = x[k] + x[k + 2];
+    of[1][0] = of[2][0] + of[2][1];
     for (int k = 0; k < 2; ++k) sums[0][k] = sums[1][k] + sums[1][k + 2];
   }
 };
-
-static float Sum(const float* children) {
-  Node node;
-  node.Load(children);
-  return node.sums[0][0] + node.sums[0][1];
-}
 
 static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64_t num_leaves,
                             ffi::Result<F32> result) {
@@ -136,6 +140,46 @@ static uint32_t RandomWord(const uint32_t* key, uint32_t i) {
 // In [0, 1), with 48 bits.
 static double Uniform(uint32_t high, uint32_t low) { return (high >> 8) * 0x1p-24 + (low >> 8) * 0x1p-48; }
 
+// Draws that go down abreast, without a branch: no processor could predict it, and compilers vectorize what has none.
+struct Rank {
+  double position[kAbreast];
+  float sum[kAbreast];
+  int32_t node[kAbreast];
+
+  // From nodes, of whose sums `sum` is one each, to one of the children of each.
+  void Descend(const float* level, uint32_t multiplier, uint32_t offset, const float* below) {
+    Node nodes[kAbreast];
+    uint32_t mirrored[kAbreast];
+    int32_t branch[kAbreast] = {};
+    for (int j = 0; j < kAbreast; ++j) {
+      mirrored[j] = (multiplier * static_cast<uint32_t>(node[j]) + offset) >> (32 - kBits);
+      nodes[j].Load(level + kRadix * static_cast<int64_t>(node[j]));
+    }
+    for (int bit = 0; bit < kBits; ++bit) {
+      float left[kAbreast], right[kAbreast];
+      for (int j = 0; j < kAbreast; ++j) {
+        left[j] = nodes[j].sums[bit][branch[j]];
+        right[j] = nodes[j].sums[bit][branch[j] + (1 << bit)];
+      }
+      for (int j = 0; j < kAbreast; ++j) {
+        const float is_mirrored = static_cast<float>(static_cast<int32_t>((mirrored[j] >> bit) & 1));
+        const double place = std::fabs(static_cast<double>(is_mirrored * sum[j]) - position[j]);
+        // The smaller half has the end that the place is counted from.
+        const float smaller = left[j] < right[j] ? left[j] : right[j];
+        const int32_t in_smaller = (place < static_cast<double>(smaller)) & (smaller > 0);
+        const int32_t to_right = in_smaller == (right[j] < left[j]);
+        position[j] = place - (in_smaller ? 0.0 : static_cast<double>(smaller));
+        branch[j] |= to_right << bit;
+        sum[j] = to_right ? right[j] : left[j];
+      }
+    }
+    for (int j = 0; j < kAbreast; ++j) {
+      node[j] = static_cast<int32_t>(kRadix) * node[j] + branch[j];
+      if (below != nullptr) __builtin_prefetch(below + kRadix * static_cast<int64_t>(node[j]));
+    }
+  }
+};
+
 static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leaves, bool equally_spaced,
                              ffi::Result<S32> leaves, ffi::Result<F32> values) {
   const uint32_t* key = key_data.typed_data();
@@ -145,53 +189,28 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
   const uint32_t num_positions = equally_spaced ? 1 : static_cast<uint32_t>(batch_size);
   const float total = Sum(tree.typed_data() + starts[num_levels - 1]);
   const float spacing = equally_spaced ? total / static_cast<float>(*count.typed_data()) : total;
-  const double first_position = Uniform(RandomWord(key, 0), RandomWord(key, 1));
-  std::vector<double> position(batch_size);
-  int32_t* node = leaves->typed_data();
-  float* sum = values->typed_data();
-  for (int64_t i = 0; i < batch_size; ++i) {
-    const uint32_t word = 2 * static_cast<uint32_t>(i);
-    position[i] = spacing * (equally_spaced ? first_position + std::min<int64_t>(i, *count.typed_data() - 1)
-                                            : Uniform(RandomWord(key, word), RandomWord(key, word + 1)));
-    node[i] = 0;
-    sum[i] = total;
+  std::vector<uint32_t> words(2 * (num_positions + num_levels));
+  for (uint32_t i = 0; i < words.size(); ++i) words[i] = RandomWord(key, i);
+  const uint32_t* orders = &words[2 * num_positions];  // another one on each level
+  // Places after the last repeat it, so that all go down in full ranks.
+  const int64_t num_ranks = (batch_size + kAbreast - 1) / kAbreast;
+  std::vector<Rank> ranks(num_ranks);
+  for (int64_t i = 0; i < num_ranks * kAbreast; ++i) {
+    Rank& rank = ranks[i / kAbreast];
+    const int64_t place = std::min<int64_t>(i, (equally_spaced ? *count.typed_data() : batch_size) - 1);
+    const uint32_t* word = &words[equally_spaced ? 0 : 2 * place];
+    rank.position[i % kAbreast] = spacing * (Uniform(word[0], word[1]) + (equally_spaced ? place : 0));
+    rank.node[i % kAbreast] = 0;
+    rank.sum[i % kAbreast] = total;
   }
   for (int depth = 0; depth < num_levels; ++depth) {
     const float* level = tree.typed_data() + starts[num_levels - 1 - depth];
-    const uint32_t multiplier = RandomWord(key, 2 * (num_positions + depth));
-    const uint32_t offset = RandomWord(key, 2 * (num_positions + depth) + 1);
-    for (int64_t first = 0; first < batch_size; first += kAbreast) {
-      const int abreast = static_cast<int>(std::min<int64_t>(kAbreast, batch_size - first));
-      Node nodes[kAbreast];
-      uint32_t mirrored[kAbreast];
-      int32_t branch[kAbreast];
-      for (int j = 0; j < abreast; ++j) {
-        const uint32_t parent = node[first + j];
-        mirrored[j] = (multiplier * parent + offset) >> (32 - kBits);
-        branch[j] = 0;
-        nodes[j].Load(level + kRadix * static_cast<int64_t>(parent));
-      }
-      for (int bit = 0; bit < kBits; ++bit) {
-        for (int j = 0; j < abreast; ++j) {
-          const float left = nodes[j].sums[bit][branch[j]], right = nodes[j].sums[bit][branch[j] + (1 << bit)];
-          const double from_start = position[first + j];
-          const double place = std::abs(kZeroOrOne[(mirrored[j] >> bit) & 1] * sum[first + j] - from_start);
-          // The smaller half has the end that the place is counted from.
-          const double smaller = std::min(left, right);
-          const int in_smaller = (place < smaller) & (smaller > 0);
-          position[first + j] = place - kZeroOrOne[1 - in_smaller] * smaller;
-          branch[j] |= (in_smaller == (right < left)) << bit;
-          sum[first + j] = nodes[j].sums[bit][branch[j]];
-        }
-      }
-      for (int j = 0; j < abreast; ++j) {
-        node[first + j] = static_cast<int32_t>(kRadix * node[first + j] + branch[j]);
-        if (depth + 1 < num_levels) {
-          __builtin_prefetch(tree.typed_data() + starts[num_levels - 2 - depth] +
-                             kRadix * static_cast<int64_t>(node[first + j]));
-        }
-      }
-    }
+    const float* below = depth + 1 < num_levels ? tree.typed_data() + starts[num_levels - 2 - depth] : nullptr;
+    for (Rank& rank : ranks) rank.Descend(level, orders[2 * depth], orders[2 * depth + 1], below);
+  }
+  for (int64_t i = 0; i < batch_size; ++i) {
+    leaves->typed_data()[i] = ranks[i / kAbreast].node[i % kAbreast];
+    values->typed_data()[i] = ranks[i / kAbreast].sum[i % kAbreast];
   }
   return ffi::Error::Success();
 }
