@@ -12,6 +12,7 @@ SCHEDULES = ("exact", "relaxed", "free_running")
 DRAWS = ("systematic", "independent", "without_replacement")
 SCORES = ("gradient_norm", "last_layer", "loss")
 PROPOSALS = ("uniform", "proportional", "mixture", "calibrated")
+WHEN = ("on", "off", "auto")
 MAX_ROUNDS_IN_FLIGHT = 16
 
 _LARGEST = 2**31 - 1
@@ -42,6 +43,7 @@ _REALS = {
     "proposal.smoothing": (">= 0 and <= 1e+15", lambda x: 0 <= x <= 1e15),
     "proposal.uniform_fraction": (">= 0 and <= 0.999", lambda x: 0 <= x <= 0.999),
     "proposal.half_life": _POSITIVE,
+    "proposal.cost": (">= 0 and <= 1e+30", lambda x: 0 <= x <= 1e30),
     "model.mlp.init_stddev": _POSITIVE,
 }
 
@@ -93,6 +95,8 @@ def default() -> ConfigDict:
             },
             "proposal": {
                 "name": "calibrated",
+                "when": "on",  # or off; auto: while the gradient is steadied by more than steps are slowed
+                "cost": config_dict.placeholder(float),  # auto: of a step, in uniform steps; None: measured
                 "smoothing": 1.0,  # proportional, mixture: v = score + smoothing
                 "relative": False,  # smoothing in units of the mean score
                 "max_staleness": config_dict.placeholder(int),  # proportional: BIASED, drops older scores; None: keep
@@ -196,6 +200,7 @@ def validate(config: ConfigDict) -> None:
         "learner.lr_schedule": LR_SCHEDULES,
         "schedule.name": SCHEDULES,
         "proposal.name": PROPOSALS,
+        "proposal.when": WHEN,
         "learner.draw": DRAWS,
         "workers.score": SCORES,
     }.items():

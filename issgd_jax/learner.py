@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from issgd_jax import sampling
+from issgd_jax import sampling, variance
 from issgd_jax.gradnorm import value_grad_and_norms
 from issgd_jax.store import NOBODY, Rejected, ScoreStore
 
@@ -36,9 +36,11 @@ class SamplerState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss."""
+    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss. moments: what
+    it tells of the gradient's variance; None unless asked for."""
 
     loss: jax.Array
+    moments: variance.Moments | None
 
 
 def init_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -62,38 +64,44 @@ def make_train_step(
     refresh: bool = True,
     score_fn: Callable[..., jax.Array] | None = None,
     draw: str = "systematic",
+    moments: bool = False,
 ) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
-    """Returns `(state, sampler, proposal, examples) -> (state, sampler, metrics)`, compiled; both states are donated.
+    """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
+    states are donated. uniform: whether this step's draw is uniform; refreshes go on.
 
     loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
       learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
       scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
       gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
-      what the scores mean. draw: a method of `sampling.draw`.
+      what the scores mean. draw: a method of `sampling.draw`. moments: whether the metrics have them.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
     """
 
-    def train_step(state: TrainState, sampler: SamplerState, proposal, examples):
+    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        indices, importance_weights = sampling.draw(key, sampler.table, batch_size, draw)
+        table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
+        indices, importance_weights = sampling.draw(key, table, batch_size, draw)
         batch = jax.tree.map(lambda x: x[indices], examples)
         losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        found = None
+        if moments:
+            found = variance.minibatch_moments(norms, importance_weights, optax.tree.norm(gradient))
         if refresh:
             scores = norms if score_fn is None else score_fn(state.params, *batch)
             sampler = _refresh(
-                proposal, sampler, _after(indices, importance_weights), scores, norms, scored_at=state.step
+                proposal, sampler, _after(indices, (importance_weights, found)), scores, norms, scored_at=state.step
             )
         return (
             TrainState(params, opt_state, state.step + 1),
             sampler,
-            StepMetrics(jnp.mean(importance_weights * losses)),
+            StepMetrics(jnp.mean(importance_weights * losses), found),
         )
 
-    return jax.jit(train_step, donate_argnames=("state", "sampler"))
+    return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
 
 
 def _after(indices: jax.Array, read: Any) -> jax.Array:

@@ -1,12 +1,8 @@
-"""Wires the parts and runs the loop; the only file that reads the config."""
+"""Wires the parts of a run; the only file that reads the config."""
 
-import collections
 import dataclasses
-import math
 import pathlib
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, losses, metrics, models, proposal, sampling, schedule, scores
-from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
+from issgd_jax import data, devices, evaluate, learner, loop, losses, metrics, models, proposal, sampling, schedule
+from issgd_jax import payoff as payoff_lib
+from issgd_jax import scores as scores_lib
+from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
 from issgd_jax.optimizer import make_optimizer
-from issgd_jax.store import Rejected
 from issgd_jax.workers import WorkerPool
 
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
@@ -34,6 +31,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
       diverges; BadScoreError if a score is bad and workers.strict is set.
     """
     config_lib.validate(config)
+    if config.proposal.when == "off":
+        config = config.copy_and_resolve_references()
+        config.proposal.name = "uniform"
     roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
         problem = _make_problem(config)
@@ -47,8 +47,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
         workers = [device.device_kind for device in roles.workers] if pool else []
         metrics.write_config(workdir, config.to_dict(), {"learner": [roles.learner.device_kind], "workers": workers})
         parts = _build(config, problem, optimizer, train_examples, pool)
+        plan = loop.Plan(
+            steps=config.steps,
+            eval_every=config.eval_every,
+            window=config.schedule.steps_per_round,
+            strict=config.workers.strict,
+            progress=metrics.Progress(config.steps, shown=config.log.progress, description=config.proposal.name),
+        )
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
-            sampler = _loop(config, parts, writer)
+            sampler = loop.run(parts, plan, writer)
         if config.proposal.name != "uniform":
             sampler.store.save(workdir / metrics.SCORES_FILE)
     return writer.rows
@@ -64,21 +71,6 @@ class _Problem:
     logits_fn: Callable
     loss_fn: Callable
     outcome_fn: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """What the loop needs; arrays are on the learner's device."""
-
-    train_state: learner.TrainState
-    sampler: learner.SamplerState
-    proposal: Any
-    pool: WorkerPool | None  # None: no workers, or sampling is uniform and needs no scores
-    schedule: Any
-    train_step: Callable
-    measure: Callable
-    train_examples: tuple[jax.Array, jax.Array]
-    learner_device: jax.Device
 
 
 def _make_problem(config: ConfigDict) -> _Problem:
@@ -118,16 +110,18 @@ def _make_problem(config: ConfigDict) -> _Problem:
     return _Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
 
 
-def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, pool: WorkerPool | None) -> _Parts:
+def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, pool: WorkerPool | None) -> loop.Parts:
     (device,) = train_examples[0].devices()
     chosen = jax.device_put(_make_proposal(config.proposal), device)
     params = jax.jit(problem.init)(jax.random.key(config.seed))
-    return _Parts(
+    payoff = _make_payoff(config, len(problem.train_data), pool)
+    return loop.Parts(
         train_state=jax.device_put(learner.init_train_state(params, optimizer), device),
         sampler=learner.init_sampler(chosen, len(problem.train_data)),
         proposal=chosen,
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
+        payoff=payoff,
         train_step=learner.make_train_step(
             problem.loss_fn,
             optimizer,
@@ -136,91 +130,24 @@ def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, poo
             refresh=config.learner.refresh and config.proposal.name != "uniform",
             score_fn=None if config.workers.score == "gradient_norm" else _score_fn(config, problem),
             draw=config.learner.draw,
+            moments=payoff is not None,
         ),
         measure=_make_measure(config, problem, train_examples),
         train_examples=train_examples,
         learner_device=device,
+        batch_size=config.learner.batch_size,
+        are_norms=config.workers.score == "gradient_norm",
     )
 
 
-def _loop(config: ConfigDict, parts: _Parts, writer: metrics.MetricsWriter) -> learner.SamplerState:
-    """One thread for all devices: dispatch, never wait; the loss is read one step late."""
-    state, sampler, pool = parts.train_state, parts.sampler, parts.pool
-    in_flight: collections.deque[schedule.Round] = collections.deque()
-    worker_examples, pending = 0, None
-    started = time.monotonic()
-
-    def write_row(step):
-        measured = parts.measure(state.params, sampler, jax.device_put(np.int32(step), parts.learner_device))
-        row = {
-            "step": step,
-            "wall_seconds": time.monotonic() - started,
-            "learner_examples": step * config.learner.batch_size,
-            "worker_examples": worker_examples,
-        } | measured
-        _stop_if_not_finite(measured["train/loss"], "training", step, writer.rows)
-        if config.workers.strict:
-            _stop_if_rejected(jax.device_get(sampler.rejected), step)
-        writer.write(row)
-        progress.measured(row)
-
-    def read(pending):
-        if pending is not None:
-            step, step_metrics = pending
-            loss = float(jax.device_get(step_metrics.loss))
-            _stop_if_not_finite(loss, "minibatch", step, writer.rows)
-            progress.step(loss)
-
-    with (
-        jax.transfer_guard("disallow"),  # a hidden copy to or from the host would make every device wait
-        metrics.Progress(config.steps, shown=config.log.progress, description=config.proposal.name) as progress,
-    ):
-        for step in range(config.steps):
-            if pool:
-                num_rounds = parts.schedule.rounds_to_start(step, len(in_flight))
-                in_flight.extend(pool.score_next(state.params, step, num_rounds))
-                while in_flight and parts.schedule.may_enter(in_flight[0], step):
-                    round_ = in_flight.popleft()
-                    worker_examples += round_.num_examples
-                    sampler = _take_in(config, parts, sampler, round_, step)
-            elif config.proposal.name != "uniform" and step % config.schedule.steps_per_round == 0:
-                now = jax.device_put(np.int32(step), parts.learner_device)
-                sampler = learner.renew(parts.proposal, sampler, step=now)
-            if step % config.eval_every == 0:  # of the very parameters and probabilities that this step draws with
-                write_row(step)
-            state, sampler, step_metrics = parts.train_step(state, sampler, parts.proposal, parts.train_examples)
-            read(pending)
-            pending = (step, step_metrics)
-        read(pending)
-        write_row(config.steps)
-    return sampler
-
-
-def _take_in(config, parts: _Parts, sampler: learner.SamplerState, round_: schedule.Round, step: int):
-    indices, scores, scored_at, now = jax.device_put(
-        (round_.indices, round_.scores, np.int32(round_.step), np.int32(step)), parts.learner_device
-    )
-    are_norms = config.workers.score == "gradient_norm"
-    return learner.take_in(parts.proposal, sampler, indices, scores, scored_at=scored_at, step=now, are_norms=are_norms)
-
-
-def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> None:
-    if not math.isfinite(loss):
-        last = ", ".join(f"{k} {v:.6g}" for k, v in rows[-1].items() if v is not None) if rows else "none"
-        raise NonFiniteLossError(
-            f"the {kind} loss is {loss} at step {step}; last good metrics: {last}. Lower "
-            f"--config.learner.learning_rate, or bound the importance weights (--config.proposal.name=calibrated with "
-            f"uniform_fraction, or more smoothing)"
-        )
-
-
-def _stop_if_rejected(rejected: Rejected, step: int) -> None:
-    if rejected.count > 0:
-        raise BadScoreError(
-            f"{rejected.count} score(s) were NaN, infinite or negative up to step {step}, one of them of training "
-            f"example {rejected.index}: mend its data or its loss, or have such scores left out "
-            "(--config.workers.strict=False)"
-        )
+def _make_payoff(config: ConfigDict, num_examples: int, pool: WorkerPool | None) -> payoff_lib.Payoff | None:
+    if config.proposal.when != "auto" or config.proposal.name == "uniform":
+        return None
+    steps_per_round = config.schedule.steps_per_round
+    rounds = pool.rounds_per_sweep if pool else -(-num_examples // (config.learner.batch_size * steps_per_round))
+    # The last round of the first sweep takes its delay to enter.
+    trial = rounds + -(-config.schedule.score_delay // steps_per_round) + payoff_lib.REMEMBERED
+    return payoff_lib.Payoff(config.learner.batch_size, steps_per_round, trial, config.proposal.cost)
 
 
 def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
@@ -305,14 +232,14 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, trai
 
 
 def _gradient_norm(problem: _Problem) -> Callable:
-    return scores.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
+    return scores_lib.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
 
 
 def _score_fn(config: ConfigDict, problem: _Problem) -> Callable:
     if config.workers.score == "last_layer":
-        return scores.last_layer(problem.logits_fn, SCORING_MICROBATCH)
+        return scores_lib.last_layer(problem.logits_fn, SCORING_MICROBATCH)
     if config.workers.score == "loss":
-        return scores.loss(problem.loss_fn, SCORING_MICROBATCH)
+        return scores_lib.loss(problem.loss_fn, SCORING_MICROBATCH)
     return _gradient_norm(problem)
 
 

@@ -23,6 +23,24 @@ class Variance(NamedTuple):
     gain: jax.Array
 
 
+class Moments(NamedTuple):
+    """What a minibatch tells of the variance for nothing, f32[] each.
+
+    uniform, proposed: mean square of an example's importance-weighted gradient with uniform draws and with those of the
+    proposal, both without bias. gradient: squared norm of the minibatch's gradient.
+    """
+
+    uniform: jax.Array
+    proposed: jax.Array
+    gradient: jax.Array
+
+
+def minibatch_moments(norms: jax.Array, importance_weights: jax.Array, gradient_norm: jax.Array) -> Moments:
+    """Of a minibatch drawn by the proposal: norms and importance_weights f32[B], norm f32[] of its mean gradient."""
+    squares = importance_weights * norms**2
+    return Moments(jnp.mean(squares), jnp.mean(importance_weights * squares), gradient_norm**2)
+
+
 def measure(
     norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int
 ) -> Variance:

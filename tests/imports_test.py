@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 ORDER = (
     "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
     "double_float", "sum_tree", "sampling", "proposal",
-    "variance", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "training", "main",
+    "variance", "payoff", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "loop",
+    "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
 STRANGERS = {
@@ -21,6 +22,7 @@ STRANGERS = {
     "workers": {"store", "proposal", "sampling", "config"},
     "store": {"workers", "learner", "proposal", "config"},
     "plots": {"training"},
+    "loop": {"config"},
 }
 ONLY_IMPORTER = {"flax": {"models"}, "ml_collections": {"config", "main", "training"}}
 

@@ -1,5 +1,6 @@
 """Whole runs on real digits: schedules, reproducibility, devices, bad numbers and bad input."""
 
+import itertools
 import json
 import re
 
@@ -97,6 +98,38 @@ def test_uniform_has_no_workers_and_no_scores(tmp_path):
     assert not (tmp_path / "scores.npz").exists()
 
 
+def test_off_is_uniform(tmp_path):
+    off, uniform = (
+        without_time(issgd_jax.train(smoke(**which), tmp_path / name))
+        for name, which in (("off", {"proposal__when": "off"}), ("uniform", {"proposal__name": "uniform"}))
+    )
+    assert off == uniform
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_auto_stays_while_it_pays_and_leaves_and_returns_where_it_does_not(workers, tmp_path):
+    """With a given cost, bit by bit the run without auto where that pays."""
+    choices = {"steps": 160, "eval_every": 4, "workers__enabled": workers}
+    always = without_time(issgd_jax.train(smoke(**choices), tmp_path / "on"))
+    choices["proposal__when"] = "auto"
+    paying = without_time(issgd_jax.train(smoke(proposal__cost=0.0, **choices), tmp_path / "paying"))
+    assert all(row["payoff/active"] == 1 for row in paying)
+    assert [{k: v for k, v in row.items() if not k.startswith("payoff/")} for row in paying] == always
+    dear = [issgd_jax.train(smoke(proposal__cost=1e9, **choices), tmp_path / name) for name in "ab"]
+    assert without_time(dear[0]) == without_time(dear[1])
+    active = np.array([row["payoff/active"] for row in dear[0][:-1]])
+    assert active[0] == 1 and {(1, 0), (0, 1)} <= set(itertools.pairwise(active))
+    scored = np.array([row["worker_examples"] for row in dear[0]])
+    idle = (active == 0) & np.r_[False, (active == 0)[:-1]]  # one round may still be on its way
+    assert np.all(np.diff(scored)[idle] == 0) and (scored[-1] > 0) == workers
+
+
+def test_auto_measures_its_cost(tmp_path):
+    history = issgd_jax.train(smoke(steps=80, eval_every=40, proposal__when="auto"), tmp_path)
+    assert history[0]["payoff/cost"] is None and history[0]["payoff/active"] == 0
+    assert history[-1]["payoff/cost"] > 0 and history[-1]["worker_examples"] > 0
+
+
 def test_importance_sampling_lowers_the_variance(tmp_path):
     history = issgd_jax.train(smoke(steps=120, eval_every=20), tmp_path)
     assert all(row["variance/ideal"] <= row["variance/actual"] * 1.05 for row in history)
@@ -143,7 +176,7 @@ def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
 
 
 def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
-    real = training.scores.GradientNorm
+    real = training.scores_lib.GradientNorm
     calls = []
 
     def sometimes_bad(loss_fn, microbatch_size):
@@ -154,7 +187,7 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
         bad = jnp.array([jnp.nan, jnp.inf, 1.0, 1.0])
         return lambda params, *batch: norms_fn(params, *batch) * bad[jnp.arange(batch[1].shape[0]) % 4]
 
-    monkeypatch.setattr(training.scores, "GradientNorm", sometimes_bad)
+    monkeypatch.setattr(training.scores_lib, "GradientNorm", sometimes_bad)
     history = issgd_jax.train(smoke(), tmp_path)
     assert len(calls) == 2
     score, scored_at = scores(tmp_path)

@@ -1,0 +1,96 @@
+"""Whether importance sampling pays: it steadies the gradient, and it takes time.
+
+A minibatch of B drawn by importance is as steady as a uniform one of gain · B. So it pays as long as its step, with all
+scoring, takes less than gain times as long as a uniform step (the argument of Katharopoulos and Fleuret 2018).
+"""
+
+import dataclasses
+import statistics
+from typing import NamedTuple
+
+from issgd_jax.variance import Moments
+
+# Windows of each kind that are timed before the cost is known: the first few compile.
+IDLE_WINDOWS, ACTIVE_WINDOWS = 3, 5
+# The last windows whose medians are gain and cost.
+REMEMBERED = 5
+# Uniform for so many times the length of a trial, doubled after each trial that does not pay, at most to the second.
+FIRST_IDLE, LONGEST_IDLE = 1, 16
+
+
+class State(NamedTuple):
+    """active: whether examples are scored and drawn by the proposal; else neither.
+
+    left: windows until the next judgement. idle: the length of the next idle time, in trials. moments: sums over the
+    present window. gains: of the last active windows since it became active. active_seconds, idle_seconds: a step's, of
+    the last windows of each kind.
+    """
+
+    active: bool
+    left: int
+    idle: int = FIRST_IDLE
+    moments: Moments = Moments(0.0, 0.0, 0.0)
+    gains: tuple[float, ...] = ()
+    active_seconds: tuple[float, ...] = ()
+    idle_seconds: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Payoff:
+    """Tries importance sampling, goes on while it pays, and else draws uniformly until the next trial.
+
+    batch_size: B. steps: of a window, after each of which may be judged. trial: windows in which every example can be
+    scored. cost: what a step with importance sampling and scoring takes, in uniform steps; None: measured, so that the
+    run depends on the machine's speed.
+    """
+
+    batch_size: int
+    steps: int
+    trial: int
+    cost: float | None = None
+
+    def init(self) -> State:
+        """Without a known cost the first windows are uniform, for their time."""
+        if self.cost is None:
+            return State(active=False, left=IDLE_WINDOWS)
+        return State(active=True, left=self.trial)
+
+    def observe(self, state: State, moments: Moments) -> State:
+        """Adds the moments of one minibatch, plain numbers."""
+        return state._replace(moments=Moments(*(old + new for old, new in zip(state.moments, moments))))
+
+    def end_window(self, state: State, seconds: float) -> State:
+        """The next window's state. seconds: a step of the window that is over, measurements left out."""
+        kind = "active_seconds" if state.active else "idle_seconds"
+        state = state._replace(**{kind: (*getattr(state, kind), seconds)[-REMEMBERED:]}, left=max(state.left - 1, 0))
+        if state.active:
+            state = state._replace(gains=(*state.gains, self._window_gain(state.moments))[-REMEMBERED:])
+        state = state._replace(moments=Moments(0.0, 0.0, 0.0))
+        if state.left > 0:
+            return state
+        if not state.active:
+            return state._replace(active=True, left=max(self.trial, ACTIVE_WINDOWS), gains=())
+        if self.gain(state) > self.measured_cost(state):
+            return state._replace(idle=FIRST_IDLE)
+        longer = min(2 * state.idle, LONGEST_IDLE)
+        return state._replace(active=False, left=state.idle * max(self.trial, ACTIVE_WINDOWS), idle=longer)
+
+    def gain(self, state: State) -> float:
+        """Variance of a uniform minibatch over that of one drawn by the proposal, as last seen; NaN before."""
+        return statistics.median(state.gains) if state.gains else float("nan")
+
+    def measured_cost(self, state: State) -> float:
+        """What a step with importance sampling takes, in uniform steps; NaN before both were timed."""
+        if self.cost is not None:
+            return self.cost
+        if len(state.active_seconds) < ACTIVE_WINDOWS:
+            return float("nan")
+        return statistics.median(state.active_seconds) / statistics.median(state.idle_seconds)
+
+    def _window_gain(self, moments: Moments) -> float:
+        uniform, proposed, gradient = (moment / self.steps for moment in moments)
+        # ||E g||^2: the square of a minibatch's gradient is too large by the minibatch's own variance.
+        mean_square = max(0.0, (self.batch_size * gradient - proposed) / max(1, self.batch_size - 1))
+        if min(uniform, proposed) <= mean_square:  # too few observations to tell a variance from zero
+            return uniform / proposed if proposed > 0 else 1.0
+        return (uniform - mean_square) / (proposed - mean_square)
