@@ -25,7 +25,7 @@ def simulate(judge, gains, *, uniform_seconds=1.0, cost=1.0):
         for step in range(STEPS):
             # Norms shrink by orders of magnitude while training: only ratios within a window may count.
             state = judge.observe(
-                state, moments_of(gain if state.active else 1.0, 10.0 ** -(len(active) + step / STEPS))
+                state, moments_of(gain if state.active else 1.0, 10.0 ** -(len(active) % 30 + step / STEPS))
             )
         state = judge.end_window(state, uniform_seconds * (cost if state.active else 1.0))
     return np.array(active), state
