@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # A module may import only modules that stand above it.
 ORDER = (
     "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "store", "double_float",
-    "sampling", "proposal",
+    "sampling", "proposal", "calibrated",
     "variance", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
