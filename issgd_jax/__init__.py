@@ -16,7 +16,7 @@ _HOME = {
     "Uniform": "proposal",
     "Proportional": "proposal",
     "Mixture": "proposal",
-    "Calibrated": "proposal",
+    "Calibrated": "calibrated",
     "GradientNorm": "scores",
     "PerExample": "scores",
     "last_layer": "scores",
@@ -31,8 +31,8 @@ _HOME = {
     "BadScoreError": "errors",
 }
 _MODULES = (
-    "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots", "proposal", "sampling",
-    "schedule", "scores", "store", "training", "variance", "workers",
+    "calibrated", "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots",
+    "proposal", "sampling", "schedule", "scores", "store", "training", "variance", "workers",
 )  # fmt: skip
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 

@@ -100,7 +100,7 @@ def default() -> ConfigDict:
                 "smoothing": 1.0,  # proportional, mixture: v = score + smoothing
                 "relative": False,  # smoothing in units of the mean score
                 "max_staleness": config_dict.placeholder(int),  # proportional: BIASED, drops older scores; None: keep
-                "uniform_fraction": 0.2,  # calibrated, mixture: bounds importance weights by 1 / fraction
+                "uniform_fraction": config_dict.placeholder(float),  # calibrated, mixture; None: learned on line
                 "half_life": 1.0,  # calibrated: sweeps until an observation counts half
             },
             "monitor": {"examples": 2048},  # examples on which the variance is measured; >= 2

@@ -93,7 +93,13 @@ def make_train_step(
         if refresh:
             scores = norms if score_fn is None else score_fn(state.params, *batch)
             sampler = _refresh(
-                proposal, sampler, _after(indices, (importance_weights, found)), scores, norms, scored_at=state.step
+                proposal,
+                sampler,
+                _after(indices, (importance_weights, found)),
+                scores,
+                norms,
+                importance_weights,
+                scored_at=state.step,
             )
         return (
             TrainState(params, opt_state, state.step + 1),
@@ -114,19 +120,21 @@ def _after(indices: jax.Array, read: Any) -> jax.Array:
     return jnp.where(num_nan > sum(x.size for x in leaves), NOBODY, indices)  # never more than all
 
 
-def _write(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
+def _write(proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at) -> SamplerState:
     """Scores enter the store; the gradient norms of the same examples, if known, teach the proposal what to expect."""
     proposal_state, store = sampler.proposal_state, sampler.store
     if norms is not None:
-        proposal_state = proposal.observe(proposal_state, store, indices, norms, scored_at)
+        proposal_state = proposal.observe(
+            proposal_state, sampler.basis, store, indices, norms, scored_at, importance_weights
+        )
         indices = _after(indices, proposal_state)
     store, rejected = store.write(indices, scores, scored_at)
     return sampler._replace(store=store, proposal_state=proposal_state, rejected=sampler.rejected.then(rejected))
 
 
-def _refresh(proposal, sampler: SamplerState, indices, scores, norms, *, scored_at) -> SamplerState:
+def _refresh(proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at) -> SamplerState:
     """Scores of the step just done enter, and the table gets their v for the next step; O(m)."""
-    sampler = _write(proposal, sampler, indices, scores, norms, scored_at=scored_at)
+    sampler = _write(proposal, sampler, indices, scores, norms, importance_weights, scored_at=scored_at)
     v = proposal.v(sampler.basis, *sampler.store.at(indices), scored_at + 1)
     return sampler._replace(table=sampler.table.write(indices, v))
 
@@ -147,7 +155,7 @@ def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step
     proposal nothing. The sampler given is donated.
     """
     indices, scores = indices.reshape(-1), scores.reshape(-1)
-    sampler = _write(proposal, sampler, indices, scores, scores if are_norms else None, scored_at=scored_at)
+    sampler = _write(proposal, sampler, indices, scores, scores if are_norms else None, 1.0, scored_at=scored_at)
     return _renew(proposal, sampler, step)
 
 

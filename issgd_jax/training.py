@@ -13,6 +13,7 @@ from issgd_jax import config as config_lib
 from issgd_jax import data, devices, evaluate, learner, loop, losses, metrics, models, proposal, sampling, schedule
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
+from issgd_jax.calibrated import Calibrated
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
 from issgd_jax.optimizer import make_optimizer
@@ -213,7 +214,7 @@ def _make_proposal(config: ConfigDict):
         return proposal.Proportional(config.smoothing, config.relative, config.max_staleness)
     if config.name == "mixture":
         return proposal.Mixture(proposal.Proportional(config.smoothing, config.relative), config.uniform_fraction)
-    return proposal.Calibrated(config.uniform_fraction, config.half_life)
+    return proposal.Mixture(Calibrated(config.half_life), config.uniform_fraction)
 
 
 def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, train_examples) -> WorkerPool | None:

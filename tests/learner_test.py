@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from issgd_jax import learner, sampling
-from issgd_jax.proposal import Calibrated, Mixture, Proportional, Uniform
+from issgd_jax.calibrated import Calibrated
+from issgd_jax.proposal import Mixture, Proportional, Uniform
 
 NUM_EXAMPLES, BATCH_SIZE = 23, 4
 
@@ -35,7 +36,7 @@ def tables():
     store = learner.init_sampler(Uniform(), NUM_EXAMPLES).store
     scores = np.random.default_rng(5).lognormal(0, 2, 15).astype(np.float32)
     store, _ = store.write(jnp.arange(15), scores, jnp.int32(3))
-    for proposal in (Uniform(), Proportional(0.1), Proportional(0.0), Calibrated(), Calibrated(0.0)):
+    for proposal in (Uniform(), Proportional(0.1), Proportional(0.0), Calibrated(), Mixture(Calibrated())):
         basis = proposal.basis(proposal.init(), store, jnp.int32(9))
         yield repr(proposal), proposal.table(basis, store, jnp.int32(9))
 
@@ -109,7 +110,7 @@ def test_uniform_is_plain_sgd():
 @pytest.mark.parametrize("refresh", [True, False])
 def test_both_states_are_donated(refresh):
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
     state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES)
     step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=refresh)
     step(state, sampler, proposal, examples)
@@ -118,7 +119,7 @@ def test_both_states_are_donated(refresh):
 
 def test_a_step_refreshes_the_scores_of_its_own_minibatch():
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
     norms = np.linalg.norm(
         np.concatenate([np.reshape(g, (NUM_EXAMPLES, -1)) for g in jax.tree.leaves(per_example(params, examples))], 1),
         axis=1,
@@ -135,7 +136,7 @@ def test_a_step_refreshes_the_scores_of_its_own_minibatch():
     scored_at[drawn] = 5  # of the parameters before the update
     np.testing.assert_array_equal(sampler.store.scored_at, scored_at)
     np.testing.assert_allclose(sampler.store.score, np.where(scored_at == 5, norms, 2.0), rtol=1e-5)
-    taught = np.asarray(sampler.proposal_state.counts) - before.counts
+    taught = np.asarray(sampler.proposal_state.of_proposal.counts) - before.of_proposal.counts
     assert np.sum(taught) == pytest.approx(BATCH_SIZE, rel=1e-5)
     v = np.asarray(sampler.table.v())
     refreshed = scored_at == 5
@@ -148,7 +149,9 @@ def test_a_step_refreshes_the_scores_of_its_own_minibatch():
 
 
 @pytest.mark.parametrize("draw", sampling.METHODS)
-@pytest.mark.parametrize("proposal", [Calibrated(), Proportional(0.1), Mixture(Proportional(0.0), 0.2)], ids=repr)
+@pytest.mark.parametrize(
+    "proposal", [Mixture(Calibrated()), Proportional(0.1), Mixture(Proportional(0.0), 0.2)], ids=repr
+)
 def test_unbiased_through_refreshes_and_renewals(proposal, draw):
     """The table changes under the draws; each step's gradient must be that of the very v it was drawn with.
 
@@ -176,7 +179,7 @@ def test_unbiased_through_refreshes_and_renewals(proposal, draw):
 
 def test_without_refresh_the_sampler_stays_as_it_was():
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
     sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
     before = jax.tree.map(np.array, sampler)
     step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=False)
@@ -186,7 +189,7 @@ def test_without_refresh_the_sampler_stays_as_it_was():
 
 def test_scores_that_are_no_numbers_never_enter_by_refresh():
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Calibrated()
+    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
     step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=0)
     broken = params | {"b": jnp.float32(jnp.nan)}
     _, sampler, _ = step(
@@ -206,7 +209,7 @@ def test_a_round_enters_whatever_its_shape_and_is_drawn_from():
     assert sampler.rejected.count == 1 and sampler.rejected.index == 4
 
 
-@pytest.mark.parametrize("proposal", [Proportional(1.0), Calibrated()], ids=repr)
+@pytest.mark.parametrize("proposal", [Proportional(1.0), Mixture(Calibrated())], ids=repr)
 def test_the_sampler_takes_at_most_sixteen_bytes_an_example(proposal):
     num_examples = 573_000
     sampler = learner.init_sampler(proposal, num_examples)
@@ -217,7 +220,7 @@ def test_the_sampler_takes_at_most_sixteen_bytes_an_example(proposal):
 
 
 @pytest.mark.parametrize("draw", ["systematic", "independent"])
-@pytest.mark.parametrize("proposal", [Proportional(1.0), Calibrated()], ids=repr)
+@pytest.mark.parametrize("proposal", [Proportional(1.0), Mixture(Calibrated())], ids=repr)
 def test_a_step_copies_neither_store_nor_table(proposal, draw):
     """Where XLA does not know that all reading comes before the writing, it copies the arrays: O(N) a step."""
     num_examples, params = 573_000, {"w": jnp.zeros(3), "b": jnp.float32(0)}

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from experiments.benchmarks.environment import hardware
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax import learner, losses, models, proposal
+from issgd_jax.calibrated import Calibrated
 from issgd_jax.metrics import versions
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "learner_step.json"
@@ -54,7 +55,7 @@ def measure(shape, hidden_sizes, num_examples, batch_size, steps_per_block, num_
     options = {"batch_size": batch_size, "seed": 0}
     step = learner.make_train_step(loss_fn, optimizer, refresh=False, **options)
     refreshing = learner.make_train_step(loss_fn, optimizer, **options)
-    uniform, weighted = proposal.Uniform(), jax.device_put(proposal.Calibrated())
+    uniform, weighted = proposal.Uniform(), jax.device_put(proposal.Mixture(Calibrated()))
     scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
     scored = learner.init_sampler(weighted, num_examples)
     scored = learner.take_in(
