@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from issgd_jax.proposal import Completion, Proposal, complete, completion_of
-from issgd_jax.store import ScoreStore
+from issgd_jax.store import NEVER, ScoreStore
 
 TINY = jnp.finfo(jnp.float32).tiny
 # Norms beyond this multiple of the first mean count as this: their squares must not overflow.
@@ -91,9 +91,9 @@ class Calibrated(Proposal):
         first_mean = jnp.sum(jnp.where(valid, norm, 0)) / jnp.maximum(jnp.sum(valid), 1)
         scale = jnp.where(state.scale > 0, state.scale, first_mean)
 
-        at = jnp.clip(indices, 0, num_examples - 1)
-        old_score, staleness = store.score[at], step - store.scored_at[at]
-        known = valid & store.scored[at] & (staleness > 0)
+        old_score, scored_at = store.at(jnp.clip(indices, 0, num_examples - 1))
+        staleness = step - scored_at
+        known = valid & (scored_at != NEVER) & (staleness > 0)
         row = jnp.clip(jnp.floor(_octave(old_score / jnp.maximum(scale, TINY))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
         forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))

@@ -194,11 +194,12 @@ class Mixture(Proposal):
             return state
         num_examples = len(store)
         at = jnp.clip(indices, 0, num_examples - 1)
-        valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (store.scored_at[at] < step)
+        score, scored_at = store.at(at)
+        valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (scored_at < step)
         weight = jnp.where(valid, importance_weights, 0)
         scale = jnp.maximum(state.scale, jnp.max(jnp.where(valid, norm, 0)))
         square = (jnp.where(valid, norm, 0) / jnp.where(scale > 0, scale, 1)) ** 2
-        v = self.proposal.v(basis.of_proposal, store.score[at], store.scored_at[at], step)
+        v = self.proposal.v(basis.of_proposal, score, scored_at, step)
         ratio = [_mixed(basis.mean, basis.mean, f) / _mixed(v, basis.mean, f) for f in FRACTIONS]
         forget = 0.5 ** (jnp.sum(weight) / num_examples) * (state.scale / jnp.where(scale > 0, scale, 1)) ** 2
         new = jnp.sum(weight * square * jnp.stack(ratio), axis=1)

@@ -106,7 +106,11 @@ def both_stores(indices, first, second, *, num_examples):
     for step, scores in ((5, first), (3, second), (7, second[::-1])):
         written, rejected = written.write(indices, scores, step)
         *plain, count, index = store.plain_write(*plain, indices, scores, step)
-    return (written.score, written.scored_at, *rejected), (*plain, count, index)
+    inside = jnp.clip(indices, 0, num_examples - 1)
+    return (
+        (written.score, written.scored_at, *rejected, *written.at(inside)),
+        (*plain, count, index, *store.plain_read(*plain, inside)),
+    )
 
 
 @needs_kernels

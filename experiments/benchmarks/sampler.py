@@ -1,6 +1,6 @@
 """The sampler beside its peers: write 1,024 scores, draw 256 examples with their probabilities.
 
-    python -m experiments.benchmarks.sampler [--sizes=573000,1000000] [--pairs=200]
+    python -m experiments.benchmarks.sampler [--sizes=573000,1000000] [--pairs=50]
 
 Each peer where it works, in one process and in turn, in an environment of their own, made on first use (a gigabyte).
 Prints microseconds a cycle, medians, and each peer's ratio to ours, the median over pairs; then, for ours, bulk writes
@@ -25,7 +25,7 @@ SIZES = (573_000, 10**6, 10**7, 2**24 + 1, 10**8)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=SIZES)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "sampler_peers")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()

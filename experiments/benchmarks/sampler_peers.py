@@ -7,6 +7,7 @@ scores, and the probability of each is known.
 import argparse
 import itertools
 import json
+import math
 import statistics
 
 import jax
@@ -20,8 +21,7 @@ from issgd_jax.store import ScoreStore
 
 WRITTEN, DRAWN, BULK = 1024, 256, 100_000
 TORCH_LIMIT = 2**24
-SLOW = 1e-2  # seconds: above it fewer pairs do
-REPEATS = 20  # cycles timed together: a method runs as in a loop of its own, not in caches that another has left
+BLOCK = 2e-2  # seconds of cycles timed together: each method as in a loop of its own, not in caches others have left
 
 
 def ours(score, rounds):
@@ -130,24 +130,23 @@ def cycles(num_examples, num_pairs) -> dict:
         (rng.integers(0, num_examples, WRITTEN, np.int32), rng.lognormal(0, 1, WRITTEN).astype(np.float32))
         for _ in range(16)
     ]
-    made = {name: _repeated(make(score, rounds)) for name, make in methods(num_examples).items()}
-    first = paired_seconds(made, 3)
-    slow = {name for name in made if statistics.median(first[name]) > REPEATS * SLOW}
-    seconds = paired_seconds({name: run for name, run in made.items() if name not in slow}, num_pairs)
-    ratios = {name: median_ratio(seconds, name, "ours") for name in seconds}
-    for name in slow:
-        beside = paired_seconds({"ours": made["ours"], name: made[name]}, 5)
-        seconds[name], ratios[name] = beside[name], median_ratio(beside, name, "ours")
+    made = {name: make(score, rounds) for name, make in methods(num_examples).items()}
+    first = {name: statistics.median(times) for name, times in paired_seconds(made, 5).items()}
+    cycles_of = {name: math.ceil(BLOCK / seconds) for name, seconds in first.items()}
+    blocks = {name: _repeated(run, cycles_of[name]) for name, run in made.items()}
+    seconds = paired_seconds(blocks, num_pairs, max_seconds=120)
+    seconds = {name: [time / cycles_of[name] for time in times] for name, times in seconds.items()}
     return {
-        "microseconds": {name: 1e6 * statistics.median(times) / REPEATS for name, times in seconds.items()},
-        "ratio_to_ours": {name: ratio for name, ratio in ratios.items() if name != "ours"},
-        "pairs": {name: len(times) for name, times in seconds.items()},
+        "microseconds": {name: 1e6 * statistics.median(times) for name, times in seconds.items()},
+        "ratio_to_ours": {name: median_ratio(seconds, name, "ours") for name in seconds if name != "ours"},
+        "pairs": len(seconds["ours"]),
+        "cycles_in_a_block": cycles_of,
     }
 
 
-def _repeated(run):
+def _repeated(run, times):
     def run_repeatedly():
-        for _ in range(REPEATS):
+        for _ in range(times):
             run()
 
     return run_repeatedly

@@ -17,7 +17,7 @@ import jax
 import jaxlib
 
 SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
-FUNCTIONS = ("write_scores", "write_tree", "draw_leaves")
+FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves")
 # Without -march: what was compiled on one machine runs on others that share a home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 

@@ -1,5 +1,5 @@
 // The sampler's inner loops for the CPU, called by XLA. Each function gives what the plain JAX beside its caller gives:
-// `store.py` for write_scores, `sum_tree.py`, which also explains the tree, for the others.
+// `store.py` for the scores, `sum_tree.py`, which also explains the tree, for the others.
 
 #include <algorithm>
 #include <cmath>
@@ -17,9 +17,24 @@ using Bool = ffi::Buffer<ffi::PRED>;
 constexpr int64_t kRadix = 16;
 constexpr int kBits = 4;
 // Memory that will be written is asked for so many examples ahead.
-constexpr int64_t kAhead = 32;
+constexpr size_t kAhead = 32;
 // Draws that go down together.
 constexpr int kAbreast = 16;
+
+static ffi::Error ReadScores(F32 score, S32 scored_at, S32 indices, ffi::Result<F32> score_result,
+                             ffi::Result<S32> scored_at_result) {
+  const int64_t last = score.element_count() - 1;
+  const size_t count = indices.element_count();
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t ahead = std::clamp<int64_t>(indices.typed_data()[std::min(i + kAhead, count - 1)], 0, last);
+    __builtin_prefetch(score.typed_data() + ahead);
+    __builtin_prefetch(scored_at.typed_data() + ahead);
+    const int64_t index = std::clamp<int64_t>(indices.typed_data()[i], 0, last);
+    score_result->typed_data()[i] = score.typed_data()[index];
+    scored_at_result->typed_data()[i] = scored_at.typed_data()[index];
+  }
+  return ffi::Error::Success();
+}
 
 static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, ffi::Result<F32> score_result,
                               ffi::Result<S32> scored_at_result, ffi::Result<S32> num_rejected,
@@ -27,10 +42,11 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
   float* score = score_result->typed_data();
   int32_t* scored_at = scored_at_result->typed_data();
   const int32_t* index = indices.typed_data();
-  const int64_t num_examples = score_result->element_count(), count = indices.element_count();
+  const int64_t num_examples = score_result->element_count();
+  const size_t count = indices.element_count();
   const int32_t now = *step.typed_data();
   int32_t rejected = 0, largest = -1;
-  for (int64_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     const int64_t ahead = index[std::min(i + kAhead, count - 1)];
     if (ahead >= 0 && ahead < num_examples) {
       __builtin_prefetch(score + ahead, 1);
@@ -71,30 +87,35 @@ static float Sum(const float* children) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-// sums[bit][i]: of the children whose number ends in the bit + 1 bits of i.
 struct Node {
-  float sums[kBits][kRadix];
-  void Load(const float* children) {
-    const Four* x = reinterpret_cast<const Four*>(children);
-    Four* of[kBits];
-    for (int bit = 0; bit < kBits; ++bit) of[bit] = reinterpret_cast<Four*>(sums[bit]);
-    for (int k = 0; k < 4; ++k) of[3][k] = x[k];
-    for (int k = 0; k < 2; ++k) of[2][k] = x[k] + x[k + 2];
-    of[1][0] = of[2][0] + of[2][1];
-    for (int k = 0; k < 2; ++k) sums[0][k] = sums[1][k] + sums[1][k + 2];
+  const float* children;
+  float sums[kRadix];  // 2 from the third on, then 4, then 8
+
+  void Load(const float* from) {
+    children = from;
+    const Four* x = reinterpret_cast<const Four*>(from);
+    Four* of = reinterpret_cast<Four*>(sums);
+    of[2] = x[0] + x[2];
+    of[3] = x[1] + x[3];
+    of[1] = of[2] + of[3];
+    sums[2] = sums[4] + sums[6];
+    sums[3] = sums[5] + sums[7];
   }
+
+  // The sums of the children whose number ends in the bit + 1 bits of i.
+  const float* Sums(int bit) const { return bit + 1 < kBits ? sums + (2 << bit) : children; }
 };
 
 static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64_t num_leaves,
                             ffi::Result<F32> result) {
   float* sums = result->typed_data();
   const int32_t* index = indices.typed_data();
-  const int64_t count = indices.element_count();
+  const size_t count = indices.element_count();
   const bool keep = *keep_zeros.typed_data();
   const auto starts = Starts(num_leaves);
   std::vector<int32_t> nodes;
   nodes.reserve(count);
-  for (int64_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     const int64_t ahead = index[std::min(i + kAhead, count - 1)];
     if (ahead >= 0 && ahead < num_leaves) {
       __builtin_prefetch(sums + ahead, 1);
@@ -112,9 +133,10 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
       for (int64_t node = 0; node < num_nodes; ++node) parents[node] = Sum(children + kRadix * node);
       nodes.resize(num_nodes);  // from here on all, whatever they are
     } else {
-      for (int32_t& node : nodes) {
-        parents[node] = Sum(children + kRadix * node);
-        node /= kRadix;
+      for (size_t i = 0; i < nodes.size(); ++i) {
+        __builtin_prefetch(children + kRadix * nodes[std::min(i + kAhead, nodes.size() - 1)]);
+        parents[nodes[i]] = Sum(children + kRadix * nodes[i]);
+        nodes[i] /= kRadix;
       }
     }
   }
@@ -158,8 +180,8 @@ struct Rank {
     for (int bit = 0; bit < kBits; ++bit) {
       float left[kAbreast], right[kAbreast];
       for (int j = 0; j < kAbreast; ++j) {
-        left[j] = nodes[j].sums[bit][branch[j]];
-        right[j] = nodes[j].sums[bit][branch[j] + (1 << bit)];
+        left[j] = nodes[j].Sums(bit)[branch[j]];
+        right[j] = nodes[j].Sums(bit)[branch[j] + (1 << bit)];
       }
       for (int j = 0; j < kAbreast; ++j) {
         const float is_mirrored = static_cast<float>(static_cast<int32_t>((mirrored[j] >> bit) & 1));
@@ -214,6 +236,10 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
   }
   return ffi::Error::Success();
 }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    read_scores, ReadScores,
+    ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>().Ret<S32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(write_scores, WriteScores,
                               ffi::Ffi::Bind()
