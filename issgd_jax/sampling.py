@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from issgd_jax import sum_tree
+from issgd_jax import sum_tree, uniform
 
 # Indices of examples, nodes and padding are i32.
 MAX_EXAMPLES = 2**30
@@ -137,7 +136,7 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
             "lower it, or draw with replacement"
         )
     if table.sums is None:
-        indices = _UNIFORM[method](key, table.num_examples, batch_size)
+        indices = uniform.draw(key, table.num_examples, batch_size, method)
         return Draw(indices, jnp.ones(batch_size, jnp.float32))
     if method == "without_replacement":
         return _draw_without_replacement(key, table, batch_size)
@@ -186,37 +185,3 @@ def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> 
     count = (batch_size - num_certain).astype(jnp.float32)
     of_drawn = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
     return Draw(indices, jnp.where(is_certain, 1, of_drawn) * batch_size / table.population)
-
-
-def _draw_uniform(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Of the N * B cells of a line, example n owns B and part b owns N: one cell from each part, in whole numbers."""
-    starts = np.arange(batch_size, dtype=np.int64) * num_examples
-    cell = _random_below(key, num_examples, batch_size)
-    return (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
-
-
-def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Array:
-    """i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits.
-
-    Fewer operations than `jax.random.randint`: a slow uniform draw would flatter importance sampling.
-    """
-    high, low = jax.random.bits(key, (2, size))
-    limit = jnp.full(size, limit, jnp.uint32)
-    middle = high * limit
-    carry = (middle + jax.lax.mulhi(low, limit) < middle).astype(jnp.uint32)
-    return (jax.lax.mulhi(high, limit) + carry).astype(jnp.int32)
-
-
-def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Every subset of batch_size equally likely (Floyd's algorithm; Bentley and Floyd 1987)."""
-    last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-    candidate = _random_below(key, last + 1, batch_size)
-
-    def choose(i, chosen):
-        is_taken = jnp.any(chosen == candidate[i])
-        return chosen.at[i].set(jnp.where(is_taken, last[i], candidate[i]))
-
-    return jax.lax.fori_loop(0, batch_size, choose, jnp.full(batch_size, -1, jnp.int32))
-
-
-_UNIFORM = {"systematic": _draw_uniform, "independent": _random_below, "without_replacement": _draw_subset}

@@ -202,6 +202,11 @@ class ScoreStore:
                 f"{path} holds score {score.dtype}{score.shape} and scored_at {scored_at.dtype}{scored_at.shape}: "
                 "expected f32[N] and i32[N]"
             )
+        outside = (scored_at < NEVER) | (scored_at >= MAX_STEP)
+        if np.any(outside):
+            raise InputError(
+                f"{path}: scored_at must be -1 (never) or a step in [0, {MAX_STEP}), got {_some(scored_at[outside])}"
+            )
         store = cls(score=jnp.asarray(score), scored_at=jnp.asarray(scored_at))
         try:
             store.check(np.arange(len(score)), score)

@@ -59,8 +59,8 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
     plain = functools.partial(plain_draw, impl=jax.random.key_impl(key), batch_size=batch_size)
     args = jax.random.key_data(key), sums, jnp.asarray(count, jnp.int32)
     attributes = {"num_leaves": np.int64(num_leaves), "equally_spaced": np.bool_(equally_spaced)}
-    if jax.random.key_impl(key) != "threefry2x32" or not jax.config.jax_threefry_partitionable:
-        return plain(*args, **attributes)  # the kernel makes the random words of JAX's default generator only
+    if not kernels.has_words_of(key):
+        return plain(*args, **attributes)
     return kernels.on_cpu("draw_leaves", plain, results, *args, **attributes)
 
 

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # A module may import only modules that stand above it.
 ORDER = (
     "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
-    "double_float", "sum_tree", "sampling", "proposal", "calibrated",
+    "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
     "variance", "payoff", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "loop",
     "training", "main",
 )  # fmt: skip

@@ -179,6 +179,15 @@ def test_a_file_that_is_no_store(tmp_path, kind):
         ScoreStore.load(path)
 
 
+@pytest.mark.parametrize("step", [-2, 2**30])
+def test_steps_that_no_run_has_are_refused(step, tmp_path):
+    """Beyond them the places of doubles in a write would win against a real step."""
+    path = tmp_path / "scores.npz"
+    np.savez(path, score=np.ones(3, np.float32), scored_at=np.array([0, step, -1], np.int32))
+    with pytest.raises(InputError, match=f"got {step}"):
+        ScoreStore.load(path)
+
+
 def test_more_examples_than_memory_says_the_bytes_needed():
     with pytest.raises(InputError, match="1,000,000,000,000 examples needs 8,000,000,000,000 bytes"):
         ScoreStore.init(10**12)

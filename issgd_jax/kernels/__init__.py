@@ -5,6 +5,6 @@ made when first needed, with the machine's C++ compiler, and kept in the user's 
 ISSGD_JAX_KERNELS=0, and on other devices, plain JAX does the same.
 """
 
-from issgd_jax.kernels.native import available, on_cpu
+from issgd_jax.kernels.native import available, has_words_of, on_cpu
 
-__all__ = ["available", "on_cpu"]
+__all__ = ["available", "has_words_of", "on_cpu"]

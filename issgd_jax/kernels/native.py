@@ -17,7 +17,7 @@ import jax
 import jaxlib
 
 SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
-FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves")
+FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform")
 # Without -march: what was compiled on one machine runs on others that share a home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 
@@ -37,6 +37,11 @@ def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[in
         return jax.tree.unflatten(structure, call(*args, **attributes))
 
     return jax.lax.platform_dependent(*args, cpu=kernel, default=functools.partial(plain, **attributes))
+
+
+def has_words_of(key: jax.Array) -> bool:
+    """Whether kernels can make this key's random words: those of JAX's default generator."""
+    return jax.random.key_impl(key) == "threefry2x32" and jax.config.jax_threefry_partitionable
 
 
 @functools.cache

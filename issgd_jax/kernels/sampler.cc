@@ -1,5 +1,5 @@
 // The sampler's inner loops for the CPU, called by XLA. Each function gives what the plain JAX beside its caller gives:
-// `store.py` for the scores, `sum_tree.py`, which also explains the tree, for the others.
+// `store.py` for the scores, `uniform.py` for the uniform draw, `sum_tree.py`, which also explains the tree, for the rest.
 
 #include <algorithm>
 #include <cmath>
@@ -159,6 +159,17 @@ static uint32_t RandomWord(const uint32_t* key, uint32_t i) {
   return x ^ y;
 }
 
+static ffi::Error DrawUniform(U32 key_data, int64_t num_examples, bool in_parts, ffi::Result<S32> result) {
+  const uint32_t batch_size = static_cast<uint32_t>(result->element_count());
+  const uint64_t limit = num_examples;
+  for (uint32_t i = 0; i < batch_size; ++i) {
+    const uint64_t high = RandomWord(key_data.typed_data(), i), low = RandomWord(key_data.typed_data(), batch_size + i);
+    const uint64_t cell = (high * limit + (low * limit >> 32)) >> 32;
+    result->typed_data()[i] = static_cast<int32_t>(in_parts ? (i * limit + cell) / batch_size : cell);
+  }
+  return ffi::Error::Success();
+}
+
 // In [0, 1), with 48 bits.
 static double Uniform(uint32_t high, uint32_t low) { return (high >> 8) * 0x1p-24 + (low >> 8) * 0x1p-48; }
 
@@ -256,6 +267,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(write_scores, WriteScores,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     write_tree, WriteTree,
     ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Arg<Bool>().Attr<int64_t>("num_leaves").Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    draw_uniform, DrawUniform,
+    ffi::Ffi::Bind().Arg<U32>().Attr<int64_t>("num_examples").Attr<bool>("in_parts").Ret<S32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_leaves, DrawLeaves,
                               ffi::Ffi::Bind()

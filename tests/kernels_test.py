@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from issgd_jax import kernels, store, sum_tree
+from issgd_jax import kernels, store, sum_tree, uniform
 
 SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled anew
 WRITTEN = 64
@@ -73,6 +73,26 @@ def test_under_another_generator_the_draw_is_made_of_its_words():
     key, sums = jax.random.key(3, impl="rbg"), sum_tree.build(leaves(300, "lognormal"))
     for fast, plain in zip(*both_draws(key, sums, jnp.int32(WRITTEN), equally_spaced=True, num_leaves=300)):
         np.testing.assert_array_equal(fast, plain)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=30)
+@given(
+    num_examples=st.sampled_from([1, 7, 1437, 2**24 + 1, 2**30]),
+    method=st.sampled_from(["systematic", "independent"]),
+    batch_size=st.sampled_from([1, 100]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_kernel_draws_the_uniform_minibatch_of_plain_jax(num_examples, method, batch_size, seed):
+    key = jax.random.key(seed)
+    plain = uniform.plain_draw(
+        jax.random.key_data(key),
+        num_examples=num_examples,
+        in_parts=method == "systematic",
+        impl=jax.random.key_impl(key),
+        batch_size=batch_size,
+    )
+    np.testing.assert_array_equal(uniform.draw(key, num_examples, batch_size, method), plain)
 
 
 @functools.partial(jax.jit, static_argnames="num_leaves")
