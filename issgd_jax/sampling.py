@@ -110,7 +110,7 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
     - unbiased: `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper,
       Corollary 1);
     - examples with `v_n = 0` are never drawn; the probability of one whose share of the sum of v is s is exact to a
-      factor of 1 +- (2^-20 + 2^-47 / s), so that shares below 2^-47 may be missed;
+      factor of 1 +- (2^-19 + 2^-47 / s), so that shares below 2^-47 may be missed;
     - the uniform table gives importance weights of exactly 1.
 
     method:

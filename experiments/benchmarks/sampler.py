@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.sampler [--sizes=573000,1000000] [--pairs=50]
 
-Each peer where it works, in one process and in turn, in an environment of their own, made on first use (a gigabyte).
+Each peer where it works, in one process and in turn, all with huge pages, which NumPy asks for by itself and others do
+not, in an environment of their own, made on first use (a gigabyte).
 Prints microseconds a cycle, medians, and each peer's ratio to ours, the median over pairs; then, for ours, bulk writes
 and whether draws are still exact at sizes where float32 sums are not. Writes results/sampler.json.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -36,6 +38,7 @@ def main():
         done = subprocess.run(
             [*worker, f"--size={size}", f"--pairs={options.pairs}"],
             cwd=ROOT,
+            env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
