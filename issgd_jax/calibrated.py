@@ -6,12 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.proposal import Completion, Proposal, complete, completion_of
+from issgd_jax.proposal import MAX_RELATIVE_SCORE, TINY, Completion, Proposal, complete, completion_of
 from issgd_jax.store import NEVER, ScoreStore
-
-TINY = jnp.finfo(jnp.float32).tiny
-# Norms beyond this multiple of the first mean count as this: their squares must not overflow.
-MAX_RELATIVE_SCORE = 2.0**24
 
 
 class Calibration(NamedTuple):

@@ -26,6 +26,8 @@ from issgd_jax.store import NEVER, ScoreStore
 # float32 must tell it from zero beside any other (see `sampling.draw`).
 MIN_RELATIVE_V = 2.0**-16
 TINY = jnp.finfo(jnp.float32).tiny
+# Norms beyond this multiple of their unit count as this: their squares must not overflow.
+MAX_RELATIVE_SCORE = 2.0**24
 # Uniform shares that a mixture chooses from: half is close to plain SGD; the least costs scores that stay true 1 %.
 # The largest comes first: it is taken until there is evidence.
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -141,12 +143,12 @@ class Proportional(Proposal):
 
 
 class MixtureState(NamedTuple):
-    """of_proposal: the mixed one's state. second_moments: f32[6], averaged sums, of each of FRACTIONS, in units of
-    scale^2. scale: f32[], the largest norm so far; 0 before."""
+    """of_proposal: the mixed one's state. second_moments: f32[6], averaged sums, of each of FRACTIONS, in units of the
+    level^2 of their time. level: f32[], root mean square of the norms of the last sweep; 0 before."""
 
     of_proposal: Any
     second_moments: jax.Array
-    scale: jax.Array
+    level: jax.Array
 
 
 class MixtureBasis(NamedTuple):
@@ -197,13 +199,20 @@ class Mixture(Proposal):
         score, scored_at = store.at(at)
         valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (scored_at < step)
         weight = jnp.where(valid, importance_weights, 0)
-        scale = jnp.maximum(state.scale, jnp.max(jnp.where(valid, norm, 0)))
-        square = (jnp.where(valid, norm, 0) / jnp.where(scale > 0, scale, 1)) ** 2
+        count = jnp.sum(weight)
+        forget = 0.5 ** (count / num_examples)
+        # Norms fall by orders of magnitude while training: in units of the present level, so that old ones do not rule.
+        norm = jnp.where(valid, norm, 0)
+        known = state.level > TINY
+        unit = jnp.maximum(jnp.where(known, state.level, jnp.max(norm)), TINY)
+        square = jnp.minimum(norm / unit, MAX_RELATIVE_SCORE) ** 2
+        kept = jnp.where(known, forget, 0)
+        change = kept + (1 - kept) * jnp.sum(weight * square) / jnp.maximum(count, TINY)
         v = self.proposal.v(basis.of_proposal, score, scored_at, step)
         ratio = [_mixed(basis.mean, basis.mean, f) / _mixed(v, basis.mean, f) for f in FRACTIONS]
-        forget = 0.5 ** (jnp.sum(weight) / num_examples) * (state.scale / jnp.where(scale > 0, scale, 1)) ** 2
-        new = jnp.sum(weight * square * jnp.stack(ratio), axis=1)
-        return MixtureState(of_proposal, forget * state.second_moments + new, scale)
+        new = jnp.sum(weight * square * jnp.stack(ratio), axis=1) / jnp.maximum(change, TINY)
+        level = jnp.where(count > 0, unit * jnp.sqrt(change), state.level)
+        return MixtureState(of_proposal, forget * state.second_moments + new, level)
 
     def basis(self, state: MixtureState, store: ScoreStore, step: jax.Array) -> MixtureBasis:
         basis = self.proposal.basis(state.of_proposal, store, step)

@@ -196,7 +196,7 @@ def test_a_mixture_learns_nothing_from_padding_bad_scores_or_what_came_late():
     basis = mixture.basis(mixture.init(), store, step)
     norm = jnp.array([jnp.nan, jnp.inf, 5.0, 7.0, 7.0])
     state = mixture.observe(mixture.init(), basis, store, jnp.array([0, 1, 2, 3, -1]), norm, step)
-    assert np.all(state.second_moments == 0) and state.scale == 0
+    assert np.all(state.second_moments == 0) and state.level == 0
 
 
 def test_a_mixture_lets_the_other_learn():
