@@ -6,24 +6,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.proposal import MAX_RELATIVE_SCORE, TINY, Completion, Proposal, complete, completion_of
+from issgd_jax.proposal import TINY, Completion, Proposal, complete, completion_of, new_level, relative
 from issgd_jax.store import NEVER, ScoreStore
 
 
 class Calibration(NamedTuple):
     """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
 
-    squares: f32[40, 12], sums of the new norm squared, in units of scale^2.
+    squares: f32[40, 12], sums of the new norm squared, in units of the level^2 of their time.
     counts: f32[40, 12], how many.
-    scale: f32[], the mean of the first scores seen: the unit of the score bins; 0 before.
+    level: f32[], see `new_level`: the unit of the score bins; 0 before.
     """
 
     squares: jax.Array
     counts: jax.Array
-    scale: jax.Array
+    level: jax.Array
 
 
-# Octaves of score, from 2^-28 to 2^12 of the first mean; octaves of staleness, from 1 to 2^11 steps and more.
+# Octaves of score, from 2^-28 to 2^12 of the level; octaves of staleness, from 1 to 2^11 steps and more.
 SCORE_BINS, STALENESS_BINS = 40, 12
 OCTAVES_BELOW_SCALE = 28
 # Pseudo-counts: how many re-scorings a cell (or a row) needs to outweigh its row (or the belief about it).
@@ -33,10 +33,10 @@ DOUBT = 1 / 8
 
 
 class CalibratedBasis(NamedTuple):
-    """log_rms: f32[40, 12], see `_log_root_mean_squares`. scale: f32[]."""
+    """log_rms: f32[40, 12], see `_log_root_mean_squares`. level: f32[]."""
 
     log_rms: jax.Array
-    scale: jax.Array
+    level: jax.Array
     completion: Completion
 
 
@@ -62,7 +62,7 @@ class Calibrated(Proposal):
     def init(self) -> Calibration:
         bins = (SCORE_BINS, STALENESS_BINS)
         return Calibration(
-            squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), scale=jnp.float32(0)
+            squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), level=jnp.float32(0)
         )
 
     def observe(
@@ -78,22 +78,21 @@ class Calibrated(Proposal):
         """Adds the triples of new gradient norms f32[m], measured at `step`, for the examples `indices` i32[m].
 
         First norms of an example, bad ones (NaN, infinite, negative) and indices outside [0, N) teach nothing.
-        Inside a bin all examples have the same v, so that the draw does not bias its mean: no weights are needed.
+        Inside a bin all examples have the same v, so that the draw does not bias its mean: the weights are the level's.
         """
-        del basis, importance_weights
+        del basis
         num_examples = len(store)
         inside = (indices >= 0) & (indices < num_examples)
         valid = inside & jnp.isfinite(norm) & (norm >= 0)
-        first_mean = jnp.sum(jnp.where(valid, norm, 0)) / jnp.maximum(jnp.sum(valid), 1)
-        scale = jnp.where(state.scale > 0, state.scale, first_mean)
-
+        norm = jnp.where(valid, norm, 0)
+        level = new_level(state.level, norm, jnp.where(valid, importance_weights, 0), num_examples)
         old_score, scored_at = store.at(jnp.clip(indices, 0, num_examples - 1))
         staleness = step - scored_at
         known = valid & (scored_at != NEVER) & (staleness > 0)
-        row = jnp.clip(jnp.floor(_octave(old_score / jnp.maximum(scale, TINY))), 0, SCORE_BINS - 1).astype(jnp.int32)
+        row = jnp.clip(jnp.floor(_octave(relative(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
         forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))
-        relative = jnp.where(known, jnp.minimum(norm / jnp.maximum(scale, TINY), MAX_RELATIVE_SCORE), 0)
+        square = relative(norm, level) ** 2
         # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
         rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
 
@@ -101,14 +100,14 @@ class Calibrated(Proposal):
             return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
 
         return Calibration(
-            squares=forget * state.squares + binned(relative**2),
+            squares=forget * state.squares + binned(jnp.where(known, square, 0)),
             counts=forget * state.counts + binned(known.astype(jnp.float32)),
-            scale=scale,
+            level=level,
         )
 
     def basis(self, state: Calibration, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
-        scale = jnp.where(state.scale > 0, state.scale, 1)
-        basis = CalibratedBasis(_log_root_mean_squares(state), scale, Completion(*jnp.zeros(2)))
+        level = jnp.where(state.level > 0, state.level, 1)
+        basis = CalibratedBasis(_log_root_mean_squares(state), level, Completion(*jnp.zeros(2)))
         v = _calibrated(basis, store.score, step - store.scored_at)
         return basis._replace(completion=completion_of(v, store.scored_at))
 
@@ -118,7 +117,7 @@ class Calibrated(Proposal):
 
 
 def _log_root_mean_squares(state: Calibration) -> jax.Array:
-    """log2 sqrt(E[norm^2]) of each bin, in units of the scale."""
+    """log2 sqrt(E[norm^2]) of each bin, in units of the level."""
     centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
     total = jnp.sum(state.counts)
     of_any = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
@@ -128,14 +127,14 @@ def _log_root_mean_squares(state: Calibration) -> jax.Array:
 
 
 def _calibrated(basis: CalibratedBasis, score, staleness) -> jax.Array:
-    """sqrt(E[norm^2 | score, staleness]) in units of the scale, log-linear between centres of score bins."""
-    relative = score / basis.scale
-    place = jnp.clip(_octave(relative) - 0.5, 0, SCORE_BINS - 1)
+    """sqrt(E[norm^2 | score, staleness]) in units of the level, log-linear between centres of score bins."""
+    relative_score = score / basis.level
+    place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
     row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
     column = _staleness_bin(staleness)
     low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
     # A score of this very step is the norm itself: nothing to be learned about.
-    return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative)
+    return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative_score)
 
 
 def _shrunk(total, count, prior):

@@ -96,7 +96,7 @@ def test_what_is_old_is_forgotten():
         state = proposal.observe(state, (), store_of(score), jnp.arange(5000), jnp.asarray(score), jnp.int32(20))
     np.testing.assert_allclose(np.sum(state.counts), 5000 * 2, rtol=0.02)  # 1 + 1/2 + 1/4 + ...
     middle = (score > 0.5) & (score < 2)
-    v = state.scale * v_of(proposal, store_of(score), 20, state)  # v is in units of the scale
+    v = state.level * v_of(proposal, store_of(score), 20, state)  # v is in units of the level
     np.testing.assert_allclose(v[middle], score[middle], rtol=0.35)
 
 
@@ -106,7 +106,7 @@ def test_padding_bad_and_first_scores_teach_nothing():
     norm = jnp.array([jnp.nan, jnp.inf, 5.0, 7.0, 7.0])
     state = proposal.observe(proposal.init(), (), store, jnp.array([0, 1, 2, 3, -1]), norm, jnp.int32(9))
     assert np.all(np.asarray(state.counts) == 0) and np.all(np.isfinite(state.squares))
-    assert state.scale == 5  # the unit comes from the first good score
+    assert state.level == 5  # the unit comes from the first good score
 
 
 @BOTH
