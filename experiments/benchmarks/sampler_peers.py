@@ -42,7 +42,7 @@ def ours(score, rounds):
     def run():
         nonlocal state
         *state, drawn = cycle(*state, *next(rounds))
-        jax.block_until_ready(drawn)
+        drawn.importance_weights.block_until_ready()
 
     return run
 
@@ -109,8 +109,8 @@ def flashbax(score, rounds):
 
     def run():
         nonlocal tree
-        tree, drawn = cycle(tree, *next(rounds))
-        jax.block_until_ready(drawn)
+        tree, (_, probabilities) = cycle(tree, *next(rounds))
+        probabilities.block_until_ready()
 
     return run
 

@@ -6,7 +6,7 @@
 Cost: 25 s for both arms on two CPU cores, most of it compilation.
 
 Expected (seed 0, after 1,000 steps, importance sampling / uniform): training loss 0.0003 / 0.0007, training error 0 % /
-0.07 %, test error 2.2 % / 1.7 % (8 and 6 of 360), variance gain 10. The loss stays below 0.01 from step 200 / 475 on.
+0.07 %, test error 2.2 % / 1.7 % (8 and 6 of 360), variance gain 7. The loss stays below 0.01 from step 175 / 475 on.
 The rate is at the edge of what uniform sampling bears; at --config.learner.learning_rate=0.02 the noise decides less,
 and uniform sampling ends lower: 0.0018 / 0.0014.
 """
