@@ -52,9 +52,6 @@ class Calibrated(Proposal):
     its row (all stalenesses), and a row with little data on its score, with a doubt. Between the centres of score bins,
     v is interpolated.
 
-    Label, loss and the score before the last would tell hardly more: with them, regression trees on digits and
-    Fashion-MNIST came to a second moment that was at most 2 % lower.
-
     Alone it does not bound the importance weights: draw from `Mixture(Calibrated())`.
 
     half_life: sweeps over the data after which an observation counts half.

@@ -67,16 +67,16 @@ def complete(v: jax.Array, scored_at: jax.Array, completion: Completion) -> jax.
     return jnp.where(scored_at != NEVER, jnp.maximum(v, completion.least), completion.mean)
 
 
-def new_level(level: jax.Array, norm: jax.Array, weight: jax.Array, num_examples: int) -> jax.Array:
+def new_level(level: jax.Array, norm: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
     """The level with more norms f32[m]: their root mean square f32[], those of one sweep ago counting half; 0 = none.
 
     Norms fall by orders of magnitude while training: what is learned of them in units of the level of their time stays
-    true, and early ones do not rule for ever. weight: f32[m], importance weights of those that count, else 0.
+    true, and early ones do not rule for ever. importance_weights: f32[m], 0 for those that do not count.
     """
-    count, known = jnp.sum(weight), level > TINY
-    unit = jnp.where(known, level, jnp.max(jnp.where(weight > 0, norm, 0)))
+    count, known = jnp.sum(importance_weights), level > TINY
+    unit = jnp.where(known, level, jnp.max(jnp.where(importance_weights > 0, norm, 0)))
     kept = jnp.where(known, 0.5 ** (count / num_examples), 0)
-    square = kept + (1 - kept) * jnp.sum(weight * relative(norm, unit) ** 2) / jnp.maximum(count, TINY)
+    square = kept + (1 - kept) * jnp.sum(importance_weights * relative(norm, unit) ** 2) / jnp.maximum(count, TINY)
     return jnp.where(count > 0, unit * jnp.sqrt(square), level)
 
 
@@ -216,13 +216,13 @@ class Mixture(Proposal):
         at = jnp.clip(indices, 0, num_examples - 1)
         score, scored_at = store.at(at)
         valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (scored_at < step)
-        weight = jnp.where(valid, importance_weights, 0)
+        importance_weights = jnp.where(valid, importance_weights, 0)
         norm = jnp.where(valid, norm, 0)
-        level = new_level(state.level, norm, weight, num_examples)
+        level = new_level(state.level, norm, importance_weights, num_examples)
         v = self.proposal.v(basis.of_proposal, score, scored_at, step)
         ratio = [_mixed(basis.mean, basis.mean, f) / _mixed(v, basis.mean, f) for f in FRACTIONS]
-        new = jnp.sum(weight * relative(norm, level) ** 2 * jnp.stack(ratio), axis=1)
-        forget = 0.5 ** (jnp.sum(weight) / num_examples)
+        new = jnp.sum(importance_weights * relative(norm, level) ** 2 * jnp.stack(ratio), axis=1)
+        forget = 0.5 ** (jnp.sum(importance_weights) / num_examples)
         return MixtureState(of_proposal, forget * state.second_moments + new, level)
 
     def basis(self, state: MixtureState, store: ScoreStore, step: jax.Array) -> MixtureBasis:
