@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax import data, devices, evaluate, learner, loop, losses, metrics, models, proposal, sampling, schedule
+from issgd_jax import optimizer as optimizer_lib
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
 from issgd_jax.calibrated import Calibrated
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
-from issgd_jax.optimizer import make_optimizer
 from issgd_jax.workers import WorkerPool
 
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
@@ -37,8 +37,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
         config.proposal.name = "uniform"
     roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
-        problem = _make_problem(config)
-        optimizer = _make_optimizer(config)
+        problem = make_problem(config)
+        optimizer = make_optimizer(config)
         train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
         pool = _make_pool(config, roles, problem, train_examples)
         if config.log.explain:
@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
+class Problem:
     """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
 
     train_data: data.Dataset
@@ -74,7 +74,11 @@ class _Problem:
     outcome_fn: Callable
 
 
-def _make_problem(config: ConfigDict) -> _Problem:
+def make_problem(config: ConfigDict) -> Problem:
+    """The config's data, network and loss.
+
+    Raises: InputError if the data is not there or too small, or the network cannot take it; compiles nothing.
+    """
     train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
     test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
     if config.learner.batch_size > len(train_data):
@@ -108,12 +112,12 @@ def _make_problem(config: ConfigDict) -> _Problem:
         raise InputError(
             f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
         ) from error
-    return _Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
+    return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
 
 
-def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, pool: WorkerPool | None) -> loop.Parts:
+def _build(config: ConfigDict, problem: Problem, optimizer, train_examples, pool: WorkerPool | None) -> loop.Parts:
     (device,) = train_examples[0].devices()
-    chosen = jax.device_put(_make_proposal(config.proposal), device)
+    chosen = jax.device_put(make_proposal(config), device)
     params = jax.jit(problem.init)(jax.random.key(config.seed))
     payoff = _make_payoff(config, len(problem.train_data), pool)
     return loop.Parts(
@@ -123,17 +127,8 @@ def _build(config: ConfigDict, problem: _Problem, optimizer, train_examples, poo
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
         payoff=payoff,
-        train_step=learner.make_train_step(
-            problem.loss_fn,
-            optimizer,
-            batch_size=config.learner.batch_size,
-            seed=config.seed,
-            refresh=config.learner.refresh and config.proposal.name != "uniform",
-            score_fn=None if config.workers.score == "gradient_norm" else _score_fn(config, problem),
-            draw=config.learner.draw,
-            moments=payoff is not None,
-        ),
-        measure=_make_measure(config, problem, train_examples),
+        train_step=make_train_step(config, problem, optimizer, seed=config.seed, moments=payoff is not None),
+        measure=_measure_on(device, make_measure(config, problem), problem, train_examples),
         train_examples=train_examples,
         learner_device=device,
         batch_size=config.learner.batch_size,
@@ -151,19 +146,30 @@ def _make_payoff(config: ConfigDict, num_examples: int, pool: WorkerPool | None)
     return payoff_lib.Payoff(config.learner.batch_size, steps_per_round, trial, config.proposal.cost)
 
 
-def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
-    """Returns `(params, sampler, step) -> {metric name: number}`: everything that covers whole splits."""
-    (device,) = train_examples[0].devices()
+def _measure_on(device, measure: Callable, problem: Problem, train_examples):
+    """Returns `(params, sampler, step) -> row of metrics`, measured on the device."""
     test_examples = jax.device_put((problem.test_data.images, problem.test_data.labels), device)
-    num_examples = train_examples[1].shape[0]
+
+    def row_of(params, sampler, step) -> dict[str, float]:
+        return to_row(jax.device_get(measure(params, sampler, step, train_examples, test_examples)))
+
+    return row_of
+
+
+def to_row(measured: dict) -> dict[str, float]:
+    """Numbers of Python, for a row of metrics, from the arrays f[] of a measurement."""
+    return {name: value.item() for name, value in measured.items()}
+
+
+def make_measure(config: ConfigDict, problem: Problem) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `(params, sampler, step, train_examples, test_examples) -> {metric name: f[]}`, over whole splits."""
+    num_examples = len(problem.train_data)
     sample_size = min(config.monitor.examples, num_examples)
-    order = np.random.default_rng(config.seed).permutation(num_examples)[:sample_size]
-    sample = jax.device_put(np.sort(order).astype(np.int32), device)
+    sample = np.sort(np.random.default_rng(0).permutation(num_examples)[:sample_size]).astype(np.int32)
     evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
     measure_variance = evaluate.make_measure_variance(problem.loss_fn, _gradient_norm(problem))
-    describe_scores = jax.jit(lambda sampler, step: _describe_scores(sampler, step, config.learner.batch_size))
 
-    def measure(params, sampler, step) -> dict[str, float]:
+    def measure(params, sampler, step, train_examples, test_examples):
         train_loss, train_error = evaluate_split(params, train_examples)
         test_loss, test_error = evaluate_split(params, test_examples)
         roots = measure_variance(params, sampler.table, train_examples, sample)
@@ -173,14 +179,15 @@ def _make_measure(config: ConfigDict, problem: _Problem, train_examples):
             "test/loss": test_loss,
             "test/error": test_error,
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
+            # Uniform minibatches of so many examples would be as steady.
+            "variance/equivalent_batch": config.learner.batch_size * roots.gain,
         }
-        if config.proposal.name != "uniform":
-            measured |= {f"scores/{name}": value for name, value in describe_scores(sampler, step).items()}
-        row = {name: value.item() for name, value in jax.device_get(measured).items()}
-        # Uniform minibatches of so many examples would be as steady.
-        return row | {"variance/equivalent_batch": config.learner.batch_size * row["variance/gain"]}
+        if config.proposal.name == "uniform":
+            return measured
+        described = _describe_scores(sampler, step, config.learner.batch_size)
+        return measured | {f"scores/{name}": value for name, value in described.items()}
 
-    return measure
+    return jax.jit(measure)
 
 
 def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
@@ -196,10 +203,11 @@ def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size:
     }
 
 
-def _make_optimizer(config: ConfigDict):
-    return make_optimizer(
+def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None = None):
+    """The config's optimiser; learning_rate takes the place of the config's."""
+    return optimizer_lib.make_optimizer(
         config.learner.optimizer,
-        learning_rate=config.learner.learning_rate,
+        learning_rate=config.learner.learning_rate if learning_rate is None else learning_rate,
         lr_schedule=config.learner.lr_schedule,
         steps=config.steps,
         momentum=config.learner.momentum,
@@ -207,23 +215,39 @@ def _make_optimizer(config: ConfigDict):
     )
 
 
-def _make_proposal(config: ConfigDict):
-    if config.name == "uniform":
+def make_train_step(config: ConfigDict, problem: Problem, optimizer, *, seed, moments: bool = False) -> Callable:
+    """The learner's step, see `learner.make_train_step`; the seed takes the place of the config's."""
+    return learner.make_train_step(
+        problem.loss_fn,
+        optimizer,
+        batch_size=config.learner.batch_size,
+        seed=seed,
+        refresh=config.learner.refresh and config.proposal.name != "uniform",
+        score_fn=None if config.workers.score == "gradient_norm" else make_score_fn(config, problem),
+        draw=config.learner.draw,
+        moments=moments,
+    )
+
+
+def make_proposal(config: ConfigDict) -> proposal.Proposal:
+    """The config's proposal."""
+    name, config = config.proposal.name, config.proposal
+    if name == "uniform":
         return proposal.Uniform()
-    if config.name == "proportional":
+    if name == "proportional":
         return proposal.Proportional(config.smoothing, config.relative, config.max_staleness)
-    if config.name == "mixture":
+    if name == "mixture":
         return proposal.Mixture(proposal.Proportional(config.smoothing, config.relative), config.uniform_fraction)
     return proposal.Mixture(Calibrated(config.half_life), config.uniform_fraction)
 
 
-def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, train_examples) -> WorkerPool | None:
+def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train_examples) -> WorkerPool | None:
     if config.proposal.name == "uniform" or not config.workers.enabled:
         return None
     shared = roles.workers == (roles.learner,)
     try:
         return WorkerPool(
-            _score_fn(config, problem),
+            make_score_fn(config, problem),
             train_examples if shared else (problem.train_data.images, problem.train_data.labels),
             devices=roles.workers,
             chunk_size=config.workers.chunk_size,
@@ -232,11 +256,12 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: _Problem, trai
         raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
 
 
-def _gradient_norm(problem: _Problem) -> Callable:
+def _gradient_norm(problem: Problem) -> Callable:
     return scores_lib.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
 
 
-def _score_fn(config: ConfigDict, problem: _Problem) -> Callable:
+def make_score_fn(config: ConfigDict, problem: Problem) -> Callable:
+    """What the workers find out about each example: `(params, *batch) -> f32[B]`."""
     if config.workers.score == "last_layer":
         return scores_lib.last_layer(problem.logits_fn, SCORING_MICROBATCH)
     if config.workers.score == "loss":
@@ -244,7 +269,7 @@ def _score_fn(config: ConfigDict, problem: _Problem) -> Callable:
     return _gradient_norm(problem)
 
 
-def _explain(problem: _Problem):
+def _explain(problem: Problem):
     params = jax.eval_shape(problem.init, jax.random.key(0))
     return explain(problem.loss_fn, params, problem.train_data.images[:1], problem.train_data.labels[:1])
 
