@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
@@ -31,23 +32,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training
       diverges; BadScoreError if a score is bad and workers.strict is set.
     """
-    config_lib.validate(config)
-    if config.proposal.when == "off":
-        config = config.copy_and_resolve_references()
-        config.proposal.name = "uniform"
-    roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
+    prepared = _prepare(config)
+    config, roles = prepared.config, prepared.roles
     with jax.default_device(roles.learner):
-        problem = make_problem(config)
-        optimizer = make_optimizer(config)
-        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
-        pool = _make_pool(config, roles, problem, train_examples)
         if config.log.explain:
-            print(_explain(problem))
+            print(_explain(prepared.problem))
         # Nothing above compiles or writes; nothing below is refused.
         workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
-        workers = [device.device_kind for device in roles.workers] if pool else []
+        workers = [device.device_kind for device in roles.workers] if prepared.pool else []
         metrics.write_config(workdir, config.to_dict(), {"learner": [roles.learner.device_kind], "workers": workers})
-        parts = _build(config, problem, optimizer, train_examples, pool)
+        parts = _build(prepared)
         plan = loop.Plan(
             steps=config.steps,
             eval_every=config.eval_every,
@@ -62,6 +56,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     return writer.rows
 
 
+def make_parts(config: ConfigDict) -> loop.Parts:
+    """What a run of the config is made of; raises InputError if a value cannot work."""
+    prepared = _prepare(config)
+    with jax.default_device(prepared.roles.learner):
+        return _build(prepared)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
@@ -72,6 +73,33 @@ class Problem:
     logits_fn: Callable
     loss_fn: Callable
     outcome_fn: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A run that has been checked, and of which nothing is compiled."""
+
+    config: ConfigDict
+    roles: devices.Roles
+    problem: Problem
+    optimizer: optax.GradientTransformation
+    train_examples: tuple[jax.Array, jax.Array]
+    pool: WorkerPool | None
+
+
+def _prepare(config: ConfigDict) -> _Prepared:
+    config_lib.validate(config)
+    if config.proposal.when == "off":
+        config = config.copy_and_resolve_references()
+        config.proposal.name = "uniform"
+    roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
+    with jax.default_device(roles.learner):
+        problem = make_problem(config)
+        optimizer = make_optimizer(config)
+        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
+        return _Prepared(
+            config, roles, problem, optimizer, train_examples, _make_pool(config, roles, problem, train_examples)
+        )
 
 
 def make_problem(config: ConfigDict) -> Problem:
@@ -115,8 +143,9 @@ def make_problem(config: ConfigDict) -> Problem:
     return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
 
 
-def _build(config: ConfigDict, problem: Problem, optimizer, train_examples, pool: WorkerPool | None) -> loop.Parts:
-    (device,) = train_examples[0].devices()
+def _build(prepared: _Prepared) -> loop.Parts:
+    config, problem, optimizer, pool = prepared.config, prepared.problem, prepared.optimizer, prepared.pool
+    device, train_examples = prepared.roles.learner, prepared.train_examples
     chosen = jax.device_put(make_proposal(config), device)
     params = jax.jit(problem.init)(jax.random.key(config.seed))
     payoff = _make_payoff(config, len(problem.train_data), pool)

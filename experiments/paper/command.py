@@ -1,0 +1,70 @@
+"""What the study's commands have in common: flags, and errors of one line. Imports no jax."""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from experiments.paper import results, studies
+from issgd_jax.errors import InputError
+
+_STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.")
+_DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; figures and tables: none = the results kept.")
+_ARMS = flags.DEFINE_list("arms", [], "Only these arms.")
+_SEEDS = flags.DEFINE_integer("seeds", None, "Seeds 0, 1, ... of each arm; none: 10 to sweep, else all that there are.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder of the data; none: TFDS's default.")
+_WIDTH = flags.DEFINE_integer("width", None, "Width of the MLP's four hidden layers, where the study's is too large.")
+_STEPS = flags.DEFINE_integer("steps", None, "Learner steps, where the study's are too many.")
+flags.mark_flag_as_required("study")
+
+
+def overrides() -> dict:
+    """{config field: value} that the flags change in every arm."""
+    changed = {"data.dir": _DATA_DIR.value}
+    if _WIDTH.value is not None:
+        changed["model.mlp.hidden_sizes"] = (_WIDTH.value,) * 4
+    if _STEPS.value is not None:
+        changed["steps"] = _STEPS.value
+    return changed
+
+
+def record() -> dict:
+    """The results that the flags ask for, summarized and kept if they name a workdir."""
+    study = studies.get_study(_STUDY.value)
+    studies.check_data(study, _DATA.value)
+    # The first arm is what all are compared with.
+    arms = _ARMS.value and [next(iter(study.arms)), *_ARMS.value]
+    chosen = studies.choose_arms(study, arms)
+    if _WORKDIR.value is None:
+        if _SEEDS.value is not None:
+            raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: results kept are of all seeds")
+        kept = results.load(_STUDY.value, _DATA.value)
+        if missing := [name for name in arms if name not in kept["arms"]]:
+            raise InputError(f"the results kept have no arm {missing[0]}: they have {', '.join(kept['arms'])}")
+        return kept | {"arms": {name: arm for name, arm in kept["arms"].items() if name in chosen}}
+    summary = results.summarize(
+        pathlib.Path(_WORKDIR.value),
+        _STUDY.value,
+        _DATA.value,
+        arms=arms,
+        seeds=None if _SEEDS.value is None else range(_SEEDS.value),
+    )
+    if not arms and _SEEDS.value is None:
+        print(f"kept in {results.save(summary)}", file=sys.stderr)
+    return summary
+
+
+def run(program) -> None:
+    """Entry point: `program()`; errors that a person can mend are one line."""
+
+    def main(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
+        logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
+        program()
+
+    try:
+        app.run(main)
+    except InputError as error:
+        sys.exit(f"error: {error}")

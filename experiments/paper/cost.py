@@ -1,0 +1,114 @@
+"""What a step of each arm costs where one device does everything: its time against a step of plain SGD.
+
+    python -m experiments.paper.cost --study=fair --data=fashion_mnist [--width=...] [--data_dir=...]
+
+Blocks of steps of all arms alternate in one process, each a run of `issgd_jax.loop` without its measurements. Medians
+over blocks. Writes results/cost-STUDY-DATA.json.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.paper import command, results, studies
+from issgd_jax import metrics
+
+# Steps of a block, at least: enough that its beginning does not count.
+MIN_STEPS = 100
+
+_BLOCKS = flags.DEFINE_integer("blocks", 15, "Blocks of each arm.")
+
+
+def path_of(study: str, data: str) -> pathlib.Path:
+    """Where the costs are kept."""
+    return results.FOLDER / f"cost-{study}-{data}.json"
+
+
+def load(study: str, data: str) -> dict[str, float]:
+    """{arm: cost of a step in steps of the study's first arm}; empty if it was not measured."""
+    try:
+        return json.loads(path_of(study, data).read_text())["ratio"]
+    except FileNotFoundError:
+        return {}
+
+
+def measure(study: str, data: str, *, overrides: dict, num_blocks: int) -> dict:
+    """Measures all arms of a study; see the module."""
+    from experiments.benchmarks.environment import hardware
+
+    the_study = studies.get_study(study)
+    blocks = {}
+    for name, arm in the_study.arms.items():
+        rate = min(arm.learning_rates or the_study.learning_rates)
+        config = studies.make_config(the_study, arm, data, overrides=overrides, learning_rate=rate, seed=0)
+        blocks[name] = _Block(config)
+    seconds = {name: [] for name in blocks}
+    for i in tqdm(range(-1, num_blocks), leave=False):
+        for name in list(blocks)[:: 1 if i % 2 else -1]:
+            measured = blocks[name].seconds_a_step()
+            if i >= 0:  # the first compiles
+                seconds[name].append(measured)
+    first = seconds[next(iter(blocks))]
+    ratio = {name: statistics.median(a / b for a, b in zip(times, first)) for name, times in seconds.items()}
+    return {
+        "study": study,
+        "data": data,
+        "command": " ".join(["python -m experiments.paper.cost", *sys.argv[1:]]),
+        "ratio": {name: round(x, 3) for name, x in ratio.items()},
+        "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
+        "blocks": num_blocks,
+        "hardware": hardware(),
+        "versions": metrics.versions(),
+    }
+
+
+class _Block:
+    """The loop of one arm over a few rounds, each time from the start."""
+
+    def __init__(self, config):
+        from issgd_jax import training
+
+        self._parts = dataclasses.replace(training.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
+        self._window = config.schedule.steps_per_round
+        self.num_steps = -(-MIN_STEPS // self._window) * self._window
+
+    def seconds_a_step(self) -> float:
+        import jax
+        import jax.numpy as jnp
+
+        from issgd_jax import loop
+
+        # The loop's first step takes over the memory of what it starts with.
+        train_state, sampler = jax.tree.map(jnp.copy, (self._parts.train_state, self._parts.sampler))
+        parts = dataclasses.replace(self._parts, train_state=train_state, sampler=sampler)
+        progress = metrics.Progress(self.num_steps, shown=False, description="")
+        plan = loop.Plan(self.num_steps, self.num_steps, self._window, strict=False, progress=progress)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            metrics.MetricsWriter(pathlib.Path(folder), tensorboard=False) as writer,
+        ):
+            jax.block_until_ready((train_state, sampler))
+            begun = time.perf_counter()
+            jax.block_until_ready(loop.run(parts, plan, writer))
+            return (time.perf_counter() - begun) / self.num_steps
+
+
+def main():
+    flag = flags.FLAGS
+    measured = measure(flag.study, flag.data, overrides=command.overrides(), num_blocks=_BLOCKS.value)
+    path = path_of(flag.study, flag.data)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+    for name, ratio in measured["ratio"].items():
+        print(f"{name:<24}{ratio:8.2f}{measured['milliseconds'][name]:10.2f} ms")
+
+
+if __name__ == "__main__":
+    command.run(main)

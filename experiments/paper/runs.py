@@ -1,0 +1,86 @@
+"""The runs that a sweep has left: which are finished, what they measured. Imports no jax."""
+
+import json
+import math
+import pathlib
+import statistics
+import warnings
+
+from issgd_jax import metrics
+from issgd_jax.errors import InputError
+
+# Fields that may differ between a finished run and the one that is asked for.
+_HARMLESS = ("data.dir", "log")
+
+
+def read_rows(folder: pathlib.Path) -> list[dict]:
+    """The rows of a run, none if it has not begun. A last line that was cut off is left out, with a warning."""
+    file = folder / metrics.METRICS_FILE
+    return metrics.read_metrics(file) if file.is_file() else []
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """The config of a run, {} if it has not begun or its file is cut off."""
+    try:
+        return json.loads((folder / metrics.CONFIG_FILE).read_text())["config"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return {}
+
+
+def is_finished(folder: pathlib.Path) -> bool:
+    """Whether the run has been measured after its last step."""
+    config = read_config(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a run that was cut off is simply not finished
+        rows = read_rows(folder)
+    return bool(config and rows) and rows[-1]["step"] == config["steps"]
+
+
+def check_same(folder: pathlib.Path, config) -> None:
+    """Raises InputError if the run that lies there is of another experiment than `config`."""
+    found, wanted = read_config(folder), json.loads(json.dumps(config.to_dict()))
+    for name in found.keys() | wanted.keys():
+        if name not in _HARMLESS and _without_dir(found.get(name)) != _without_dir(wanted.get(name)):
+            raise InputError(
+                f"{folder} holds a run with {name} = {found.get(name)}, but {wanted.get(name)} is asked for: choose "
+                "another --workdir"
+            )
+
+
+def _without_dir(group):
+    return {k: v for k, v in group.items() if k != "dir"} if isinstance(group, dict) else group
+
+
+def final(rows: list[dict], name: str) -> float:
+    """Mean over the last tenth of the measurements (the paper's table 1); inf if training diverged there."""
+    last = rows[-max(1, len(rows) // 10) :]
+    values = [row.get(name) for row in last]
+    return math.inf if None in values else statistics.fmean(values)
+
+
+def finished(workdir: pathlib.Path, study: str, data: str, arm: str) -> dict[float, dict[int, list[dict]]]:
+    """{learning rate: {seed: rows}} of the finished runs of an arm."""
+    found = {}
+    for folder in sorted((workdir / study / data / arm).glob("lr=*/seed=*")):
+        if is_finished(folder):
+            rate, seed = float(folder.parent.name.removeprefix("lr=")), int(folder.name.removeprefix("seed="))
+            found.setdefault(rate, {})[seed] = read_rows(folder)
+    return found
+
+
+def best_rate(workdir: pathlib.Path, study: str, data: str, arm: str) -> float:
+    """The rate with the least median final training loss on the seeds that all rates have.
+
+    Raises: InputError if nothing is finished, or the rates have no seed in common.
+    """
+    found = finished(workdir, study, data, arm)
+    common = set.intersection(*(set(of_rate) for of_rate in found.values())) if found else set()
+    if not common:
+        raise InputError(
+            f"arm {arm} of {study} on {data} has no finished runs with one seed at all rates in {workdir}: sweep first"
+        )
+
+    def median_loss(rate):
+        return statistics.median(final(found[rate][seed], "train/loss") for seed in common)
+
+    return min(found, key=median_loss)

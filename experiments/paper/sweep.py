@@ -1,0 +1,188 @@
+"""Runs a study: every arm, learning rate and seed, several seeds in one compiled program.
+
+    python -m experiments.paper.sweep --study=fair --data=fashion_mnist --seeds=10 --workdir=runs/paper
+
+Resumable: runs that are finished are skipped, so that the same command goes on where it was stopped. Where an arm is
+tuned, all rates run on the first seeds, and the best of them on all seeds. Several processes may share a workdir if
+their --arms differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments.paper import command, runs, studies
+from issgd_jax import config as config_lib
+from issgd_jax import metrics
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
+
+_AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: by memory, on a CPU at most 8.")
+
+Run = tuple[float, int]  # learning rate, seed
+
+
+def sweep(
+    workdir: pathlib.Path,
+    *,
+    study: str,
+    data: str,
+    num_seeds: int,
+    arms: list[str] | None = None,
+    overrides: dict | None = None,
+    at_once: int | None = None,
+    shown: bool = True,
+) -> None:
+    """Runs what is not finished yet.
+
+    Raises: InputError for a study, data or arm that does not exist, fewer than one seed, or a workdir whose runs are of
+      another experiment.
+    """
+    chosen = studies.choose_arms(studies.get_study(study), arms)
+    if not 1 <= num_seeds <= 2**32 or (at_once is not None and at_once < 1):
+        raise InputError(f"seeds must be between 1 and 2^32 and at_once >= 1, got {num_seeds} and {at_once}")
+    todo = [_ArmSweep(workdir, study, data, name, num_seeds, overrides or {}) for name in chosen]
+    for arm in todo:
+        arm.check()
+    with tqdm(total=sum(arm.num_runs for arm in todo), unit="run", disable=not shown, dynamic_ncols=True) as bar:
+        bar.bar_format = "{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
+        for arm in todo:
+            arm.run(at_once, bar)
+
+
+class _ArmSweep:
+    """The runs of one arm."""
+
+    def __init__(self, workdir, study, data, name, num_seeds, overrides):
+        self._workdir, self._study, self._data, self._name = workdir, study, data, name
+        self._overrides = overrides
+        the_study = studies.get_study(study)
+        self._arm = the_study.arms[name]
+        self._rates = self._arm.learning_rates or the_study.learning_rates
+        self._seeds = range(min(num_seeds, studies.CONTEXT_SEEDS) if self._arm.context else num_seeds)
+        self._tuning_seeds = self._seeds[: studies.TUNING_SEEDS] if len(self._rates) > 1 else self._seeds
+
+    @property
+    def num_runs(self) -> int:
+        return len(self._rates) * len(self._tuning_seeds) + len(self._seeds) - len(self._tuning_seeds)
+
+    def config(self, learning_rate: float, seed: int) -> ConfigDict:
+        return studies.make_config(
+            studies.get_study(self._study),
+            self._arm,
+            self._data,
+            overrides=self._overrides,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+
+    def folder(self, learning_rate: float, seed: int) -> pathlib.Path:
+        return studies.folder(self._workdir, self._study, self._data, self._name, learning_rate, seed)
+
+    def check(self) -> None:
+        """Raises InputError if the experiment cannot run, or a finished run is of another one."""
+        for rate, seed in itertools.product(self._rates, self._seeds):
+            config = self.config(rate, seed)
+            config_lib.validate(config)
+            if runs.is_finished(self.folder(rate, seed)):
+                runs.check_same(self.folder(rate, seed), config)
+
+    def run(self, at_once: int | None, bar: tqdm) -> None:
+        self._run_all(list(itertools.product(self._rates, self._tuning_seeds)), at_once, bar)
+        rest = self._seeds[len(self._tuning_seeds) :]
+        if rest:
+            best = runs.best_rate(self._workdir, self._study, self._data, self._name)
+            self._run_all([(best, seed) for seed in rest], at_once, bar)
+
+    def _run_all(self, wanted: list[Run], at_once: int | None, bar: tqdm) -> None:
+        todo = [run for run in wanted if not runs.is_finished(self.folder(*run))]
+        bar.update(len(wanted) - len(todo))
+        if not todo:
+            return
+        at_once = at_once or _replicas_at_once(self.config(*todo[0]))
+        for start in range(0, len(todo), at_once):
+            group = todo[start : start + at_once]
+            bar.set_postfix_str(f"{self._name}, {_ranges(group)}")
+            for fraction in self._train(group):
+                bar.update(fraction * len(group))
+
+    def _train(self, group: list[Run]) -> Iterator[float]:
+        """Trains a group of runs, leaves their files, and yields the fractions done."""
+        configs = [self.config(*run) for run in group]
+        folders = [metrics.claim_workdir(self.folder(*run), overwrite=True) for run in group]
+        if len(group) == 1:
+            yield self._train_alone(configs[0], folders[0])
+            return
+        import jax
+
+        from experiments.paper.replicas import train_replicas
+
+        kinds = {"learner and worker": [device.device_kind for device in jax.local_devices()]}
+        for folder, config in zip(folders, configs):
+            metrics.write_config(folder, config.to_dict(), kinds)
+        num_rows = configs[0].steps // configs[0].eval_every + 1
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(metrics.MetricsWriter(folder, tensorboard=False)) for folder in folders]
+            for rows in train_replicas(configs[0], [(seed, rate) for rate, seed in group]):
+                for writer, row in zip(writers, rows):
+                    writer.write(row)
+                yield 1 / num_rows
+
+    @staticmethod
+    def _train_alone(config: ConfigDict, folder: pathlib.Path) -> float:
+        from issgd_jax.training import train
+
+        try:
+            train(config, folder, overwrite=True)
+        except (NonFiniteLossError, BadScoreError):
+            # What train_replicas leaves of such a run: a last row without a loss.
+            with open(folder / metrics.METRICS_FILE, "a") as file:
+                file.write(json.dumps({"step": config.steps, "train/loss": None}) + "\n")
+        return 1.0
+
+
+def _ranges(group: list[Run]) -> str:
+    rates, seeds = sorted({rate for rate, _ in group}), sorted({seed for _, seed in group})
+    return f"lr {', '.join(f'{rate:g}' for rate in rates)}, seeds {seeds[0]}–{seeds[-1]}"
+
+
+def _replicas_at_once(config: ConfigDict) -> int:
+    """As many as half the memory holds. On a CPU up to eight, and convolutions one by one: many are slower there."""
+    import jax
+
+    from experiments.paper.replicas import replica_bytes
+
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        memory, most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 8
+        if config.model.name in ("convnet", "transformer"):
+            return 1
+    else:
+        memory, most = sum((d.memory_stats() or {}).get("bytes_limit", 2**33) for d in devices), 64
+    return max(1, min(most, math.floor(memory / 2 / replica_bytes(config))))
+
+
+def main():
+    flag = flags.FLAGS
+    if flag.workdir is None:
+        raise InputError("--workdir is missing: name a folder for the runs")
+    sweep(
+        pathlib.Path(flag.workdir),
+        study=flag.study,
+        data=flag.data,
+        num_seeds=10 if flag.seeds is None else flag.seeds,
+        arms=flag.arms,
+        overrides=command.overrides(),
+        at_once=_AT_ONCE.value,
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

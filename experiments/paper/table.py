@@ -1,0 +1,76 @@
+"""The table of a study, in Markdown: medians over seeds, each arm at its own best rate. Imports no jax.
+
+    python -m experiments.paper.table --study=fair --data=fashion_mnist --workdir=runs/paper
+
+With --workdir the finished runs there are summarized and kept under experiments/paper/results; without, what is kept
+there is shown.
+"""
+
+import math
+import statistics
+
+from experiments.paper import command, cost, results
+
+_COLUMNS = (
+    "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
+    "√Tr actual/ideal", "max actual/uniform", "spikes", "diverged",
+)  # fmt: skip
+
+
+def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
+    """One row an arm.
+
+    ratio: of final losses, to the first arm's. steps: until the first arm's final loss, as a fraction of the study's,
+    the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many steps as
+    the first arm's time pays for, relative to the first arm's final loss.
+    """
+    first = next(iter(record["arms"].values()))
+    target = _median(first["final"]["train/loss"])
+    return [_row(arm, first, target, costs.get(name), record["steps"]) for name, arm in record["arms"].items()]
+
+
+def _row(arm, first, target, cost_, steps):
+    losses = [math.inf if x is None else x for x in arm["final"]["train/loss"]]
+    needed = statistics.median(results.steps_to(target, arm["step"], by_step) for by_step in arm["loss_by_seed"])
+    row = {
+        "arm": arm["label"],
+        "n": str(arm["n"]),
+        "rate": f"{arm['learning_rate']:g}",
+        "final training loss": f"{_median(losses):.3g} ({min(losses):.2g} to {max(losses):.2g})",
+        "ratio": f"{_median(losses) / target:.3g}",
+        "test error": f"{_median(arm['final']['test/error']):.2%}",
+        "steps": "never" if needed == math.inf else f"{needed / steps:.2f}",
+        "√Tr actual/ideal": f"{arm['actual_over_ideal_median']:.2f}",
+        "max actual/uniform": f"{arm['actual_over_uniform_max']:.2f}",
+        "spikes": f"{arm['with_spikes']} of {arm['n']}",
+        "diverged": f"{arm['diverged']} of {arm['n']}",
+    }
+    if cost_ is not None:
+        at_equal_time = [results.loss_at(steps / cost_, arm["step"], by_step) for by_step in arm["loss_by_seed"]]
+        row |= {
+            "cost": f"{cost_:.2f}",
+            "time": "never" if needed == math.inf else f"{cost_ * needed / steps:.2f}",
+            "loss at equal time": f"{_median(at_equal_time) / target:.3g}",
+        }
+    return row
+
+
+def _median(values) -> float:
+    return statistics.median(math.inf if x is None else x for x in values)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table of the columns that any row has."""
+    columns = [column for column in _COLUMNS if any(column in row for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row.get(column, "–") for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    record = command.record()
+    print(f"{record['study']} on {record['data']}, {record['network']}, {record['steps']:,} steps\n")
+    print(markdown(rows_of(record, cost.load(record["study"], record["data"]))))
+
+
+if __name__ == "__main__":
+    command.run(main)
