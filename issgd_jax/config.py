@@ -9,7 +9,8 @@ from issgd_jax.errors import InputError
 
 LR_SCHEDULES = ("constant", "cosine", "linear")
 SCHEDULES = ("exact", "relaxed", "free_running")
-DRAWS = ("systematic", "independent", "without_replacement")
+DRAWS = ("systematic", "independent", "without_replacement", "shuffled", "random_subset")
+UNIFORM_DRAWS = ("shuffled", "random_subset")
 SCORES = ("gradient_norm", "last_layer", "loss")
 PROPOSALS = ("uniform", "proportional", "mixture", "calibrated")
 WHEN = ("on", "off", "auto")
@@ -75,7 +76,8 @@ def default() -> ConfigDict:
                 "lr_schedule": "constant",  # or cosine, linear: decay to 0 at `steps`
                 "momentum": 0.9,  # or the decay of the first moment (b1), where the optimizer has that instead
                 "nesterov": True,
-                "draw": "systematic",  # or independent, without_replacement
+                # or independent, without_replacement; uniformly also shuffled (epochs), random_subset (of a third)
+                "draw": "systematic",
                 "refresh": True,  # the norms of each minibatch become its examples' scores; not with uniform
             },
             "workers": {
@@ -217,6 +219,11 @@ def _check_transformer(transformer):
 
 
 def _check_scoring(config):
+    if config.learner.draw in UNIFORM_DRAWS and config.proposal.when != "off":
+        raise InputError(
+            f"learner.draw is {config.learner.draw}, which draws uniformly, but proposal.name is "
+            f"{config.proposal.name}: use systematic, or --config.proposal.name=uniform"
+        )
     if config.workers.enabled:
         if config.schedule.name == "relaxed":
             _check_relaxed(config)

@@ -11,6 +11,10 @@ import optax
 from issgd_jax import sampling, variance
 from issgd_jax.gradnorm import value_grad_and_norms
 from issgd_jax.store import NOBODY, Rejected, ScoreStore
+from issgd_jax.uniform import shuffled
+
+# Draws that are uniform by epochs.
+EPOCHS = ("shuffled", "random_subset")
 
 
 class TrainState(NamedTuple):
@@ -73,7 +77,8 @@ def make_train_step(
       learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
       scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
       gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
-      what the scores mean. draw: a method of `sampling.draw`. moments: whether the metrics have them.
+      what the scores mean. draw: a method of `sampling.draw`, or where all draws are uniform "shuffled" or
+      "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
@@ -82,7 +87,12 @@ def make_train_step(
     def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
-        indices, importance_weights = sampling.draw(key, table, batch_size, draw)
+        if draw in EPOCHS:
+            all_steps = jax.random.key(seed)
+            indices = shuffled(all_steps, state.step, table.num_examples, batch_size, subset=draw == "random_subset")
+            importance_weights = jnp.ones(batch_size, jnp.float32)
+        else:
+            indices, importance_weights = sampling.draw(key, table, batch_size, draw)
         batch = jax.tree.map(lambda x: x[indices], examples)
         losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from issgd_jax import learner, metrics, payoff
+from issgd_jax import learner, metrics, payoff, sampling
 from issgd_jax.errors import BadScoreError, NonFiniteLossError
 from issgd_jax.proposal import Uniform
 from issgd_jax.schedule import Round
@@ -61,9 +61,11 @@ def run(parts: Parts, plan: Plan, writer: metrics.MetricsWriter) -> learner.Samp
     in_flight: collections.deque[Round] = collections.deque()
     worker_examples, pending = 0, None
     started, seconds = time.monotonic(), 0.0
+    uniform_table = sampling.uniform_table(len(sampler.store))
 
     def write_row(step):
-        measured = parts.measure(state.params, sampler, _on_learner(parts, step))
+        drawn_from = sampler if judged.active else sampler._replace(table=uniform_table)
+        measured = parts.measure(state.params, drawn_from, _on_learner(parts, step))
         row = {
             "step": step,
             "wall_seconds": time.monotonic() - started,

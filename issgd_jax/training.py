@@ -15,6 +15,7 @@ from issgd_jax import data, devices, evaluate, learner, loop, losses, metrics, m
 from issgd_jax import optimizer as optimizer_lib
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
+from issgd_jax import uniform as uniform_lib
 from issgd_jax.calibrated import Calibrated
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
@@ -109,9 +110,11 @@ def make_problem(config: ConfigDict) -> Problem:
     """
     train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
     test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
-    if config.learner.batch_size > len(train_data):
+    available = len(train_data) // (uniform_lib.SUBSET if config.learner.draw == "random_subset" else 1)
+    if config.learner.batch_size > available:
         raise InputError(
-            f"learner.batch_size is {config.learner.batch_size}, but the data has {len(train_data)} examples: lower it"
+            f"learner.batch_size is {config.learner.batch_size}, but there are {available} examples to draw from: "
+            "lower it"
         )
     if len(train_data) < 2:
         raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")

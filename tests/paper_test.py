@@ -107,7 +107,7 @@ def test_what_replicas_cannot_do_is_refused(overrides, message):
 def test_every_arm_of_every_study_is_a_valid_experiment(name):
     study = studies.STUDIES[name]
     for data in study.data:
-        for arm in study.arms.values():
+        for arm in studies.choose_arms(study, data).values():
             for rate in arm.learning_rates or study.learning_rates:
                 config_lib.validate(studies.make_config(study, arm, data, learning_rate=rate, seed=1))
 
@@ -295,7 +295,7 @@ def test_the_table_counts_steps_and_time_against_the_first_arm(tmp_path):
     _, row = table.rows_of(summary_of(tmp_path), {"uniform": 1.0, "calibrated": 4 / 3})
     assert (row["steps"], row["cost"], row["time"], row["ratio"]) == ("0.50", "1.33", "0.67", "0.01")
     assert row["loss at equal time"] == "0.1"  # after 15 steps, 0.01
-    assert "| calibrated, workers and refresh | 1 | 0.1 |" in table.markdown([row])
+    assert "| calibrated, a worker and refresh | 1 | 0.1 |" in table.markdown([row])
 
 
 def test_figures_show_every_arm(tmp_path):
@@ -308,7 +308,7 @@ def test_figures_show_every_arm(tmp_path):
             figure.canvas.draw()
     assert set(made) == {"loss", "cost", "variance"}
     labels = [text.get_text() for text in made["loss"].axes[0].get_legend().get_texts()]
-    assert labels == ["SGD, i.i.d. (rate 0.1)", "calibrated, workers and refresh (rate 0.1)"]
+    assert labels == ["SGD, i.i.d. (rate 0.1)", "calibrated, a worker and refresh (rate 0.1)"]
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
 
 

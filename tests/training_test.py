@@ -119,6 +119,8 @@ def test_auto_stays_while_it_pays_and_leaves_and_returns_where_it_does_not(worke
     assert without_time(dear[0]) == without_time(dear[1])
     active = np.array([row["payoff/active"] for row in dear[0][:-1]])
     assert active[0] == 1 and {(1, 0), (0, 1)} <= set(itertools.pairwise(active))
+    # While idle, what is measured are the uniform draws made, not those that the proposal would have made.
+    assert all((row["variance/gain"] == 1) == (row["payoff/active"] == 0) for row in dear[0][1:])
     scored = np.array([row["worker_examples"] for row in dear[0]])
     idle = (active == 0) & np.r_[False, (active == 0)[:-1]]  # one round may still be on its way
     assert np.all(np.diff(scored)[idle] == 0) and (scored[-1] > 0) == workers
@@ -312,7 +314,7 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ),
         ({"learner__optimizer": "adagrad"}, "adagrad has no momentum, got 0.9: set --config.learner.momentum=0"),
         ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
-        ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but the data has 1200 examples"),
+        ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but there are 1200 examples to draw from"),
         (
             {"workers__chunk_size": 401},
             r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",

@@ -32,17 +32,16 @@ def overrides() -> dict:
 def record() -> dict:
     """The results that the flags ask for, summarized and kept if they name a workdir."""
     study = studies.get_study(_STUDY.value)
-    studies.check_data(study, _DATA.value)
-    # The first arm is what all are compared with.
-    arms = _ARMS.value and [next(iter(study.arms)), *_ARMS.value]
-    chosen = studies.choose_arms(study, arms)
+    studies.choose_arms(study, _DATA.value, _ARMS.value)
+    # With each arm comes the one that it is compared with.
+    arms = _ARMS.value and sorted({*_ARMS.value, *(studies.baseline_of(study, name) for name in _ARMS.value)})
     if _WORKDIR.value is None:
         if _SEEDS.value is not None:
             raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: results kept are of all seeds")
         kept = results.load(_STUDY.value, _DATA.value)
         if missing := [name for name in arms if name not in kept["arms"]]:
             raise InputError(f"the results kept have no arm {missing[0]}: they have {', '.join(kept['arms'])}")
-        return kept | {"arms": {name: arm for name, arm in kept["arms"].items() if name in chosen}}
+        return kept | {"arms": {name: arm for name, arm in kept["arms"].items() if not arms or name in arms}}
     summary = results.summarize(
         pathlib.Path(_WORKDIR.value),
         _STUDY.value,

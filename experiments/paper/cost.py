@@ -39,13 +39,13 @@ def load(study: str, data: str) -> dict[str, float]:
         return {}
 
 
-def measure(study: str, data: str, *, overrides: dict, num_blocks: int) -> dict:
+def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, num_blocks: int) -> dict:
     """Measures all arms of a study; see the module."""
     from experiments.benchmarks.environment import hardware
 
     the_study = studies.get_study(study)
     blocks = {}
-    for name, arm in the_study.arms.items():
+    for name, arm in studies.choose_arms(the_study, data, arms).items():
         rate = min(arm.learning_rates or the_study.learning_rates)
         config = studies.make_config(the_study, arm, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Block(config)
@@ -102,7 +102,7 @@ class _Block:
 
 def main():
     flag = flags.FLAGS
-    measured = measure(flag.study, flag.data, overrides=command.overrides(), num_blocks=_BLOCKS.value)
+    measured = measure(flag.study, flag.data, arms=flag.arms, overrides=command.overrides(), num_blocks=_BLOCKS.value)
     path = path_of(flag.study, flag.data)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(measured, indent=2) + "\n")

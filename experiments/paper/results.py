@@ -57,9 +57,8 @@ def summarize(
       that were measured at different steps.
     """
     the_study = studies.get_study(study)
-    studies.check_data(the_study, data)
     summaries, folders = {}, []
-    for name, arm in studies.choose_arms(the_study, arms).items():
+    for name, arm in studies.choose_arms(the_study, data, arms).items():
         found = runs.finished(workdir, study, data, name)
         _report_unfinished(workdir / study / data / name)
         if not found:
@@ -75,7 +74,13 @@ def summarize(
             chosen = {seed: chosen[seed] for seed in seeds}
         folders.append(studies.folder(workdir, study, data, name, rate, min(chosen)))
         tuning = {f"{r:g}": _round(_median_final(of_rate)) for r, of_rate in sorted(found.items())}
-        summaries[name] = {"label": arm.label, "learning_rate": rate, "tuning": tuning, **_summary(name, chosen)}
+        summaries[name] = {
+            "label": arm.label,
+            "baseline": studies.baseline_of(the_study, name),
+            "learning_rate": rate,
+            "tuning": tuning,
+            **_summary(name, chosen),
+        }
     if not summaries:
         raise InputError(f"{workdir} has no finished run of {study} on {data}: sweep first")
     lengths = {name: summary["step"][-1] for name, summary in summaries.items()}

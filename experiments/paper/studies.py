@@ -26,19 +26,22 @@ class Arm:
     """One line of a comparison.
 
     label: for figures. overrides: {dotted field of the config: value}. learning_rates: the grid it is tuned over; None
-    = the study's. context: whether five seeds are enough, as nothing is claimed of it.
+    = the study's. context: whether five seeds are enough, as nothing is claimed of it. baseline: the arm it is compared
+    with; None = the study's first. data: names of DATA that it is made for; None = the study's.
     """
 
     label: str
     overrides: Mapping[str, Any]
     learning_rates: tuple[float, ...] | None = None
     context: bool = False
+    baseline: str | None = None
+    data: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """title: for figures. base: overrides of the data's experiment, for all arms. arms: {name: Arm}, the first one is
-    what the others are compared with. learning_rates: the grid. data: names of DATA that it is made for."""
+    """title: for figures. base: overrides of the data's experiment, for all arms. arms: {name: Arm}. learning_rates:
+    the grid. data: names of DATA that it is made for."""
 
     title: str
     base: Mapping[str, Any]
@@ -95,8 +98,73 @@ def _paper_pairs() -> dict[str, Arm]:
         arms[f"sgd_lr{rate}"] = Arm(f"SGD, rate {rate}", _UNIFORM, (rate,))
         for smoothing in (10.0, 1.0):
             label = f"ISSGD, rate {rate}, c = {smoothing:g}"
-            arms[f"issgd_lr{rate}_c{smoothing:g}"] = Arm(label, _issgd(smoothing), (rate,))
-        arms[f"calibrated_lr{rate}"] = Arm(f"calibrated, rate {rate}", {}, (rate,))
+            arms[f"issgd_lr{rate}_c{smoothing:g}"] = Arm(label, _issgd(smoothing), (rate,), baseline=f"sgd_lr{rate}")
+        arms[f"calibrated_lr{rate}"] = Arm(f"calibrated, rate {rate}", {}, (rate,), baseline=f"sgd_lr{rate}")
+    return arms
+
+
+# Every example scored before every step: the least variance there is, at a cost that only small data can bear.
+_ORACLE = {
+    "proposal.name": "proportional",
+    "proposal.smoothing": 0.0,
+    "workers.chunk_size": 1437,
+    "schedule.steps_per_round": 1,
+    "schedule.score_delay": 0,
+}
+
+
+def _of_score(score: str) -> dict:
+    """v = another score, with a uniform share chosen on line."""
+    return {"proposal.name": "mixture", "proposal.smoothing": 0.0, "workers.score": score}
+
+
+_LARGE = ("fashion_mnist", "svhn")  # digits has its own three workers
+_FAIR_ARMS = {
+    "uniform": Arm("SGD, i.i.d.", _UNIFORM | {"learner.draw": "independent"}),
+    "shuffled": Arm("SGD, shuffled epochs", _UNIFORM | {"learner.draw": "shuffled"}),
+    "random_subset": Arm("SGD, random thirds", _UNIFORM | {"learner.draw": "random_subset"}, context=True),
+    "loss": Arm("v = loss", _of_score("loss"), context=True),
+    "last_layer": Arm("v = last-layer bound", _of_score("last_layer"), context=True),
+    "issgd_c10": Arm("paper's ISSGD, c = 10", _issgd(10.0), context=True),
+    "issgd_c1": Arm("paper's ISSGD, c = 1", _issgd(1.0), context=True),
+    "calibrated_refresh": Arm("calibrated, refresh alone", _REFRESH_ONLY),
+    "calibrated_workers": Arm("calibrated, a worker alone", {"learner.refresh": False}, context=True),
+    "calibrated_50": Arm("calibrated, a worker at a quarter of its time", _workers(500, 10), data=_LARGE),
+    "calibrated": Arm("calibrated, a worker and refresh", {}),
+    "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), data=_LARGE),
+    "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2), data=_LARGE),
+    "exact": Arm("oracle: every example scored before every step", _ORACLE, context=True, data=("digits",)),
+}
+
+
+def _architectures() -> dict[str, Arm]:
+    """Each network with and without importance sampling; sizes that a CPU can train."""
+    networks = {
+        "mlp": ("MLP", {}),
+        "convnet": ("ConvNet", {"model.convnet.channels": (8, 16, 16, 32), "model.convnet.dense_size": 64}),
+        "gru": ("GRU over rows", {"model.gru.units": 64}),
+        "transformer": ("transformer over patches", {"model.transformer.width": 32, "model.transformer.patch_size": 7}),
+    }
+    arms = {}
+    for name, (label, size) in networks.items():
+        network = {"model.name": name, **size}
+        arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, baseline=f"{name}_uniform")
+        arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, baseline=f"{name}_uniform")
+    return arms
+
+
+def _stalenesses() -> dict[str, Arm]:
+    """From fresh to very stale: number of workers, rounds, delays. A worker scores 200 examples a step."""
+    arms = {"uniform": Arm("SGD", _UNIFORM), "refresh": Arm("refresh alone", _REFRESH_ONLY)}
+    for workers in (1, 3, 7, 15, 31):
+        label = f"{workers} worker{'s' if workers > 1 else ''}"
+        arms[f"workers_{workers}"] = Arm(f"{label}, rounds of 2 steps", _workers(400 * workers, 2))
+    for steps in (20, 100):
+        arms[f"round_{steps}"] = Arm(f"3 workers, rounds of {steps} steps", _workers(600 * steps, steps))
+    for delay in (50, 200, 800):
+        arms[f"delay_{delay}"] = Arm(
+            f"3 workers, known after {delay} steps", _workers(600 * 50, 50) | {"schedule.score_delay": delay}
+        )
     return arms
 
 
@@ -120,19 +188,30 @@ STUDIES = {
     "fair": Study(
         title="Equal cost, each arm at its own best rate",
         base={},
-        arms={
-            "uniform": Arm("SGD, i.i.d.", _UNIFORM | {"learner.draw": "independent"}),
-            "issgd_c10": Arm("paper's ISSGD, c = 10", _issgd(10.0), context=True),
-            "issgd_c1": Arm("paper's ISSGD, c = 1", _issgd(1.0), context=True),
-            "calibrated_refresh": Arm("calibrated, refresh alone", _REFRESH_ONLY),
-            "calibrated_workers": Arm("calibrated, workers alone", {"learner.refresh": False}, context=True),
-            "calibrated": Arm("calibrated, workers and refresh", {}),
-            "calibrated_50": Arm("calibrated, a worker at a quarter of its time", _workers(500, 10)),
-            "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2)),
-            "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2)),
-        },
+        arms=_FAIR_ARMS,
         learning_rates=(0.005, 0.01, 0.02, 0.05),
         data=("fashion_mnist", "svhn", "digits"),
+    ),
+    "fair_decay": Study(
+        title="Equal cost, each arm at its own best rate, fully decayed",
+        base={"learner.lr_schedule": "cosine"},
+        arms=_FAIR_ARMS,
+        learning_rates=(0.01, 0.02, 0.05, 0.1),
+        data=("fashion_mnist", "svhn", "digits"),
+    ),
+    "architectures": Study(
+        title="Four kinds of network",
+        base={"steps": 4000, "eval_every": 200},
+        arms=_architectures(),
+        learning_rates=(0.01, 0.02, 0.05),
+        data=("fashion_mnist", "svhn"),
+    ),
+    "staleness": Study(
+        title="Gain against staleness",
+        base={"steps": 2000, "eval_every": 200},
+        arms=_stalenesses(),
+        learning_rates=(0.02,),
+        data=("fashion_mnist", "svhn"),
     ),
 }
 
@@ -144,28 +223,29 @@ def get_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def choose_arms(study: Study, names: list[str] | None) -> dict[str, Arm]:
-    """The arms of these names, all for None.
+def choose_arms(study: Study, data: str, names: list[str] | None = None) -> dict[str, Arm]:
+    """The study's arms for this data, or those of these names.
 
-    Raises: InputError, with the nearest name, if there is no such arm.
+    Raises: InputError, with the nearest name, if there is no such arm, or the study is not made for such data.
     """
-    for name in names or ():
-        if name not in study.arms:
-            raise InputError(f"no arm {name!r}: {nearest(name, list(study.arms))}")
-    return {name: arm for name, arm in study.arms.items() if not names or name in names}
-
-
-def check_data(study: Study, data: str) -> None:
-    """Raises InputError, with the nearest name, if the study is not made for such data."""
     if data not in study.data:
         raise InputError(f"this study has no data {data!r}: {nearest(data, list(study.data))}")
+    arms = {name: arm for name, arm in study.arms.items() if arm.data is None or data in arm.data}
+    for name in names or ():
+        if name not in arms:
+            raise InputError(f"no arm {name!r} on {data}: {nearest(name, list(arms))}")
+    return {name: arm for name, arm in arms.items() if not names or name in names}
+
+
+def baseline_of(study: Study, name: str) -> str:
+    """The arm that an arm is compared with."""
+    return study.arms[name].baseline or next(iter(study.arms))
 
 
 def make_config(
     study: Study, arm: Arm, data: str, *, overrides: Mapping[str, Any] = {}, learning_rate: float, seed: int
 ) -> ConfigDict:
-    """The experiment of one run; raises as check_data."""
-    check_data(study, data)
+    """The experiment of one run."""
     get_config, of_data = DATA[data]
     config = get_config()
     chosen = {"seed": seed, "learner.learning_rate": learning_rate}

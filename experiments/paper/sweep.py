@@ -45,7 +45,7 @@ def sweep(
     Raises: InputError for a study, data or arm that does not exist, fewer than one seed, or a workdir whose runs are of
       another experiment.
     """
-    chosen = studies.choose_arms(studies.get_study(study), arms)
+    chosen = studies.choose_arms(studies.get_study(study), data, arms)
     if not 1 <= num_seeds <= 2**32 or (at_once is not None and at_once < 1):
         raise InputError(f"seeds must be between 1 and 2^32 and at_once >= 1, got {num_seeds} and {at_once}")
     todo = [_ArmSweep(workdir, study, data, name, num_seeds, overrides or {}) for name in chosen]

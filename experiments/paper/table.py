@@ -20,16 +20,20 @@ _COLUMNS = (
 def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
     """One row an arm.
 
-    ratio: of final losses, to the first arm's. steps: until the first arm's final loss, as a fraction of the study's,
-    the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many steps as
-    the first arm's time pays for, relative to the first arm's final loss.
+    ratio: of final losses, to that of the baseline. steps: until the baseline's final loss, as a fraction of the
+    study's, the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many
+    steps as the baseline's time pays for, relative to the baseline's final loss.
     """
-    first = next(iter(record["arms"].values()))
-    target = _median(first["final"]["train/loss"])
-    return [_row(arm, first, target, costs.get(name), record["steps"]) for name, arm in record["arms"].items()]
+    arms = record["arms"]
+    rows = []
+    for name, arm in arms.items():
+        paid = costs[name] / costs[arm["baseline"]] if {name, arm["baseline"]} <= costs.keys() else None
+        rows.append(_row(arm, arms.get(arm["baseline"], arm), paid, record["steps"]))
+    return rows
 
 
-def _row(arm, first, target, cost_, steps):
+def _row(arm, baseline, cost_, steps):
+    target = _median(baseline["final"]["train/loss"])
     losses = [math.inf if x is None else x for x in arm["final"]["train/loss"]]
     needed = statistics.median(results.steps_to(target, arm["step"], by_step) for by_step in arm["loss_by_seed"])
     row = {
