@@ -121,10 +121,12 @@ def test_both_arms_of_the_papers_pairs_have_one_rate():
         assert {f"sgd_lr{rate}", f"issgd_lr{rate}_c1", f"issgd_lr{rate}_c10", f"calibrated_lr{rate}"} <= set(arms)
 
 
+SMALL = {"steps": 100, "data.train_split": "train[:400]", "model.mlp.hidden_sizes": (8,)}
+
+
 def small_sweep(workdir, **changes):
     options = {"study": "fair", "data": "digits", "num_seeds": 3, "arms": ["uniform", "calibrated_refresh"]}
-    overrides = {"steps": 100, "data.train_split": "train[:400]", "model.mlp.hidden_sizes": (8,)}
-    sweep(workdir, **options | {"overrides": overrides, "at_once": 8, "shown": False} | changes)
+    sweep(workdir, **options | {"overrides": SMALL, "at_once": 8, "shown": False} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +165,17 @@ def test_a_sweep_goes_on_where_it_stopped(swept, tmp_path):
 
 
 def test_a_sweep_refuses_a_workdir_of_another_experiment(swept):
-    with pytest.raises(InputError, match="holds a run with learner.*0.9.*choose another --workdir"):
-        small_sweep(swept, overrides={"steps": 100, "learner.momentum": 0.5})
+    with pytest.raises(
+        InputError, match="holds a run with learner.momentum = 0.9, but 0.5 is asked for: choose another --workdir"
+    ):
+        small_sweep(swept, overrides=SMALL | {"learner.momentum": 0.5})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"study": "fiar"}, "no study 'fiar': did you mean fair"),
-        ({"arms": ["unifrom"]}, "no arm 'unifrom': did you mean uniform"),
+        ({"arms": ["unifrom"]}, "no arm 'unifrom' on digits: did you mean uniform"),
         ({"data": "digit"}, "no data 'digit': did you mean digits"),
         ({"num_seeds": 0}, "seeds must be between 1"),
         ({"num_seeds": -3}, "seeds must be between 1"),

@@ -6,11 +6,14 @@ import pathlib
 import statistics
 import warnings
 
+from ml_collections import ConfigDict
+
 from issgd_jax import metrics
+from issgd_jax.config import flatten
 from issgd_jax.errors import InputError
 
 # Fields that may differ between a finished run and the one that is asked for.
-_HARMLESS = ("data.dir", "log")
+_HARMLESS = ("data.dir", "log.")
 
 
 def read_rows(folder: pathlib.Path) -> list[dict]:
@@ -36,19 +39,15 @@ def is_finished(folder: pathlib.Path) -> bool:
     return bool(config and rows) and rows[-1]["step"] == config["steps"]
 
 
-def check_same(folder: pathlib.Path, config) -> None:
+def check_same(folder: pathlib.Path, config: ConfigDict) -> None:
     """Raises InputError if the run that lies there is of another experiment than `config`."""
-    found, wanted = read_config(folder), json.loads(json.dumps(config.to_dict()))
-    for name in found.keys() | wanted.keys():
-        if name not in _HARMLESS and _without_dir(found.get(name)) != _without_dir(wanted.get(name)):
+    found, wanted = (flatten(ConfigDict(c)) for c in (read_config(folder), json.loads(config.to_json_best_effort())))
+    for name in sorted(found.keys() | wanted.keys()):
+        if not name.startswith(_HARMLESS) and found.get(name) != wanted.get(name):
             raise InputError(
                 f"{folder} holds a run with {name} = {found.get(name)}, but {wanted.get(name)} is asked for: choose "
                 "another --workdir"
             )
-
-
-def _without_dir(group):
-    return {k: v for k, v in group.items() if k != "dir"} if isinstance(group, dict) else group
 
 
 def final(rows: list[dict], name: str) -> float:
