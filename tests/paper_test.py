@@ -147,7 +147,7 @@ def test_a_sweep_tunes_on_the_first_seeds_and_runs_the_best_rate_on_all(swept):
     assert {rate: set(seeds) for rate, seeds in found.items()} == {
         rate: {0, 1, 2} if rate == best else {0, 1} for rate in found
     }
-    losses = {r: sorted(runs.final(found[r][s], "train/loss") for s in (0, 1)) for r in found}
+    losses = {rate: [runs.mean_log_loss(seeds[seed]) for seed in (0, 1)] for rate, seeds in found.items()}
     assert sum(losses[best]) == min(map(sum, losses.values()))
 
 
@@ -235,6 +235,14 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
     assert table.rows_of(summary_of(tmp_path), {})[0]["final training loss"].startswith("inf")
 
 
+def test_the_rate_that_is_fast_and_ends_low_is_the_best(tmp_path):
+    """One lucky last measurement must not choose the rate, nor a rate with which a run diverged."""
+    write_run(tmp_path, "uniform", 0.1, 0, [2.0, 0.1, 0.01, 0.002])
+    write_run(tmp_path, "uniform", 0.2, 0, [2.0, 1.9, 1.9, 0.001])
+    write_run(tmp_path, "uniform", 0.3, 0, [0.1, 0.1, 0.1, None])
+    assert runs.best_rate(tmp_path, "fair", "digits", "uniform") == 0.1
+
+
 def test_a_loss_that_jumps_is_counted_as_a_spike(tmp_path):
     write_run(tmp_path, "uniform", 0.1, 0, [2.0, 1.0, 1.1, 1.0, 2.3, 1.0])
     write_run(tmp_path, "uniform", 0.1, 1, [2.0, 1.0, 1.1, 1.0, 1.9, 1.0])
@@ -313,6 +321,7 @@ def test_figures_show_every_arm(tmp_path):
     assert set(made) == {"loss", "cost", "variance"}
     labels = [text.get_text() for text in made["loss"].axes[0].get_legend().get_texts()]
     assert labels == ["SGD, i.i.d. (rate 0.1)", "calibrated, a worker and refresh (rate 0.1)"]
+    assert set(made) == {"loss", "cost", "variance"}
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
 
 

@@ -316,6 +316,11 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
         ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
         ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but there are 1200 examples to draw from"),
         (
+            {"learner__draw": "random_subset", "proposal__name": "uniform", "learner__batch_size": 401},
+            "learner.batch_size is 401, but there are 400 examples to draw from",
+        ),
+        ({"learner__draw": "shuffled"}, "learner.draw is shuffled, which draws uniformly, but proposal.name is"),
+        (
             {"workers__chunk_size": 401},
             r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",
         ),

@@ -3,9 +3,16 @@
     python -m experiments.paper.figures --study=fair --data=fashion_mnist --workdir=runs/paper
 
 With --workdir the finished runs there are summarized and kept under experiments/paper/results; without, what is kept
-there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png.
+there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
+
+- `loss`: training loss, training error and test error over the learner's steps (the paper's figures 2 and 3);
+- `cost`: the same over the time on one device, where the cost of a step was measured;
+- `variance`: noise of the gradient with uniform, actual and ideal draws (figure 4);
+- `staleness`: what is gained against how old scores are;
+- `summary`: of study `fair`, what the method gives where others score, where one device does all, and why.
 """
 
+import math
 import pathlib
 
 from matplotlib.figure import Figure
@@ -14,93 +21,160 @@ from experiments.paper import command, cost
 from issgd_jax import plots
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
-# Colour-blind safe (Okabe and Ito 2008), the first for the arm that all are compared with.
-_COLOURS = (
-    "#555555",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#8C510A",
-    "#999900",
-)
-_VARIANCES = (("uniform", ":"), ("actual", "-"), ("ideal", "--"))
+# Colour-blind safe (Okabe and Ito 2008), grey for the arm that the others are compared with; dashed once they repeat.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BASELINE = "#777777"
+_METRICS = {
+    "train/loss": ("Training loss", "cross-entropy (nats)"),
+    "train/error": ("Training error", "fraction misclassified"),
+    "test/error": ("Test error", "fraction misclassified"),
+}
+_VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
+# Arms of study `fair` that its summary shows.
+_SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
 
 def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
-    """{name: figure} of a study's results."""
-    made = {"loss": curves_figure(record, ("train/loss", "train/error", "test/error"))}
+    """{name: figure} of a study's results; see the module."""
+    made = {"loss": curves_figure(record, list(_METRICS))}
     if costs:
-        made["cost"] = curves_figure(record, ("train/loss", "test/error"), costs=costs)
-    made["variance"] = variance_figure(record)
+        made["cost"] = curves_figure(record, ["train/loss", "test/error"], costs=costs)
+    if sampled := {name: arm for name, arm in record["arms"].items() if "scores/staleness_mean" in arm["curves"]}:
+        made["variance"] = variance_figure(record, sampled)
+    if len(sampled) > 1:
+        made["staleness"] = staleness_figure(record, sampled)
+    if costs.keys() >= {_SEVEN, *_ONE_DEVICE} and record["arms"].keys() >= {_SEVEN, *_ONE_DEVICE}:
+        made["summary"] = summary_figure(record, costs)
     return made
 
 
-def curves_figure(record: dict, names, *, costs: dict[str, float] | None = None) -> Figure:
-    """One panel a metric over the learner's steps; with costs, over time in steps of the first arm."""
-    figure = Figure(figsize=(6.2 * len(names), 4.8), layout="constrained")
-    axes = figure.subplots(1, len(names))
+def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
+    """Three panels: loss over the learner's steps, loss over time on one device, noise of the gradient."""
+    figure = Figure(figsize=(16.5, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     figure.suptitle(_title(record))
-    arms = {name: arm for name, arm in record["arms"].items() if costs is None or name in costs}
-    for axis, name in zip(axes, names):
-        for colour, (arm_name, arm) in zip(_COLOURS, arms.items()):
-            step = [s * (costs[arm_name] if costs else 1) for s in arm["step"]]
-            _band(
-                axis, step, arm["curves"][name], color=colour, label=f"{arm['label']} (rate {arm['learning_rate']:g})"
-            )
-        axis.set(title=_TITLES[name], xlabel="time, in steps of SGD on the same device" if costs else "learner steps")
-        if name == "train/loss":
-            axis.set(yscale="log", ylabel="cross-entropy (nats)")
-        else:
-            axis.set(
-                ylabel="fraction misclassified", ylim=(0 if name == "train/error" else None, _error_limit(arms, name))
-            )
-        if costs:
-            axis.set_xlim(0, record["steps"])
-        _finish(axis)
-    axes[0].legend(frameon=False, fontsize=8)
+    baseline, arms = _ONE_DEVICE[0], record["arms"]
+    draw_curves(axes[0], {n: arms[n] for n in (baseline, _SEVEN)}, baseline, "train/loss", dict.fromkeys(arms, 1))
+    draw_curves(axes[1], {n: arms[n] for n in _ONE_DEVICE}, baseline, "train/loss", costs)
+    draw_variance(axes[2], arms[_SEVEN])
+    axes[0].set_title("Training loss, scored by other devices")
+    axes[1].set_title("Training loss, all on one device")
+    axes[1].set(xlabel="time, in steps of SGD", xlim=(0, record["steps"]))
+    axes[2].set_title("Noise of the gradient, scored by other devices")
+    for axis in axes:
+        axis.legend(frameon=False)
     return figure
 
 
-def variance_figure(record: dict) -> Figure:
-    """Figure 4 of the paper: one panel an arm that does not draw uniformly, on one scale."""
-    arms = {name: arm for name, arm in record["arms"].items() if "scores/staleness_mean" in arm["curves"]}
+def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] | None = None) -> Figure:
+    """A panel for each metric and each baseline with the arms that are compared with it.
+
+    costs: draws over time, in steps of the baseline on the same device, of arms whose cost is known.
+    """
+    groups = {}
+    for name, arm in record["arms"].items():
+        if costs is None or {name, arm["baseline"]} <= costs.keys():
+            groups.setdefault(arm["baseline"], {})[name] = arm
+    shape = (len(metrics), len(groups)) if len(groups) > 1 else (1, len(metrics))
+    figure = Figure(figsize=(5.8 * shape[1], 4.4 * shape[0] + 0.4), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
+    figure.suptitle(_title(record))
+    for i, metric in enumerate(metrics):
+        for j, (baseline, arms) in enumerate(groups.items()):
+            axis = axes[i, j] if len(groups) > 1 else axes[0, i]
+            paid = {name: costs[name] / costs[baseline] for name in arms} if costs else dict.fromkeys(arms, 1)
+            draw_curves(axis, arms, baseline, metric, paid)
+            if costs:
+                axis.set(xlabel="time on one device, in steps of SGD", xlim=(0, record["steps"]))
+            if i == 0:
+                axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, float]) -> None:
+    """The metric of each arm over steps, each counting as so many as were paid for it."""
+    others = 0
+    for name, arm in arms.items():
+        colour, style = _BASELINE, "-"
+        if name != baseline:
+            colour, style = _COLOURS[others % len(_COLOURS)], "-" if others < len(_COLOURS) else "--"
+            others += 1
+        step = [paid[name] * s for s in arm["step"]]
+        _band(axis, step, arm["curves"][metric], color=colour, linestyle=style, label=_label(arm))
+    title, unit = _METRICS[metric]
+    axis.set(title=title, xlabel="learner steps", ylabel=unit)
+    if metric == "train/loss":
+        axis.set_yscale("log")
+    else:  # leaves out the guessing of the first steps: the axis shows where the arms differ
+        late = [
+            x for arm in arms.values() for x in arm["curves"][metric]["q3"][len(arm["step"]) // 5 :] if x is not None
+        ]
+        early = [x for arm in arms.values() for x in arm["curves"][metric]["q1"] if x is not None]
+        axis.set_ylim(0.95 * min(early, default=0), 1.05 * max(late, default=1))
+    _finish(axis)
+
+
+def variance_figure(record: dict, arms: dict) -> Figure:
+    """One panel an arm, all on one scale."""
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    figure.suptitle(_title(record) + ": noise of the gradient")
+    figure.suptitle(_title(record))
     for axis, arm in zip(axes, arms.values()):
-        for (kind, style), colour in zip(_VARIANCES, ("#555555", "#0072B2", "#009E73")):
-            _band(axis, arm["step"], arm["curves"][f"variance/{kind}"], color=colour, linestyle=style, label=kind)
-        axis.set(yscale="log", title=f"{arm['label']} (rate {arm['learning_rate']:g})")
+        draw_variance(axis, arm)
         axis.title.set_fontsize(9)
-        _finish(axis)
     for axis in axes[len(arms) :]:
         axis.set_visible(False)
-    for axis in axes[::columns]:
-        axis.set_ylabel(r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example")
     axes[0].legend(frameon=False)
     return figure
 
 
-_TITLES = {"train/loss": "Training loss", "train/error": "Training error", "test/error": "Test error"}
+def draw_variance(axis, arm: dict) -> None:
+    """Noise of the gradient with uniform, actual and ideal draws."""
+    for kind, (style, colour) in _VARIANCES.items():
+        _band(axis, arm["step"], arm["curves"][f"variance/{kind}"], color=colour, linestyle=style, label=kind)
+    axis.set(
+        yscale="log", title=_label(arm), xlabel="learner steps", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example"
+    )
+    _finish(axis)
+
+
+def staleness_figure(record: dict, arms: dict) -> Figure:
+    """Each arm's variance gain against the mean staleness of its scores: medians over seeds and measurements."""
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axis = figure.subplots()
+    figure.suptitle(_title(record))
+    for i, arm in enumerate(arms.values()):
+        staleness, gain = (
+            sorted(x for x in arm["curves"][name]["median"][1:] if x is not None)
+            for name in ("scores/staleness_mean", "variance/gain")
+        )
+        if staleness and gain:
+            place = staleness[len(staleness) // 2], gain[len(gain) // 2]
+            marker = "o" if i < len(_COLOURS) else "s"
+            axis.plot(*place, marker, color=_COLOURS[i % len(_COLOURS)], label=_label(arm))
+    axis.set(
+        title="Gain against staleness", xscale="log", xlabel="mean staleness of the scores (learner steps)",
+        ylabel="variance gain, Tr uniform / Tr actual",
+    )  # fmt: skip
+    axis.set_ylim(bottom=0)
+    axis.axhline(1, color=_BASELINE, linestyle=":")
+    axis.legend(frameon=False, fontsize=8)
+    _finish(axis)
+    return figure
 
 
 def _band(axis, step, curve, *, color, **style):
-    """Median and quartiles; from where a quartile diverged there is nothing to draw."""
-    low, middle, high = ([float("nan") if x is None else x for x in curve[q]] for q in ("q1", "median", "q3"))
+    """Median and quartiles; where a quartile diverged there is nothing to draw."""
+    low, middle, high = ([math.nan if x is None else x for x in curve[q]] for q in ("q1", "median", "q3"))
     axis.plot(step, middle, color=color, **style)
     axis.fill_between(step, low, high, color=color, alpha=0.18, linewidth=0)
 
 
-def _error_limit(arms, name) -> float:
-    """Leaves out the guessing of the first steps: the axis shows where the arms differ."""
-    late = [x for arm in arms.values() for x in arm["curves"][name]["q3"][len(arm["step"]) // 5 :] if x is not None]
-    return 1.1 * max(late, default=1)
+def _label(arm: dict) -> str:
+    rate = f"{arm['learning_rate']:g}"
+    return arm["label"] if rate in arm["label"] else f"{arm['label']} (rate {rate})"
 
 
 def _finish(axis):
@@ -109,8 +183,8 @@ def _finish(axis):
 
 
 def _title(record: dict) -> str:
-    smallest, largest = (f(arm["n"] for arm in record["arms"].values()) for f in (min, max))
-    seeds = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
+    counts = sorted({arm["n"] for arm in record["arms"].values()})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{record['data']}, {record['network']}: medians and quartiles over {seeds} seeds"
 
 

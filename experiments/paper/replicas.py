@@ -6,6 +6,7 @@ replicas; W workers with chunks of C are one with chunks of W * C.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -92,10 +93,10 @@ def replica_bytes(config: ConfigDict) -> int:
 
 
 def _check(config: ConfigDict) -> None:
-    if config.schedule.name != "relaxed" or config.proposal.when == "auto":
+    if (config.schedule.name, config.proposal.when) != ("relaxed", "on"):
         raise InputError(
-            f"replicas are trained by the relaxed schedule with proposal.when on or off, got {config.schedule.name} "
-            f"and {config.proposal.when}: train one at a time"
+            f"replicas are trained by the relaxed schedule with proposal.when on, got {config.schedule.name} and "
+            f"{config.proposal.when}: train one at a time"
         )
     if config.eval_every % config.schedule.steps_per_round or config.steps % config.eval_every:
         raise InputError(
@@ -113,7 +114,7 @@ class _Program:
         self.steps_per_round = config.schedule.steps_per_round
         self._config, self._problem = config, problem
         self._num_examples = len(problem.train_data)
-        self._uniform = config.proposal.name == "uniform" or config.proposal.when == "off"
+        self._uniform = config.proposal.name == "uniform"
         self._has_workers = config.workers.enabled and not self._uniform
         if self._has_workers and config.workers.chunk_size > self._num_examples:
             raise InputError(f"workers.chunk_size must be <= {self._num_examples}, got {config.workers.chunk_size}")
@@ -124,11 +125,10 @@ class _Program:
         self._measure = training.make_measure(config, problem)
 
     def num_scored(self, step: int) -> int:
-        """Examples whose scores have entered when `step` is measured."""
-        rounds = -(-step // self.steps_per_round) + (step % self.steps_per_round == 0)
-        entered = (step - self._config.schedule.score_delay) // self.steps_per_round + 1
-        last = step == self._config.steps  # measured before a round would begin
-        return self._has_workers * max(0, min(rounds, entered) - last) * self._config.workers.chunk_size
+        """Examples whose scores have entered when `step` is measured; none enters after the last step has begun."""
+        now = min(step, self._config.steps - 1)
+        rounds = (now - self._config.schedule.score_delay) // self.steps_per_round + 1
+        return self._has_workers * max(0, rounds) * self._config.workers.chunk_size
 
     def start(self, seed: jax.Array, learning_rate: jax.Array) -> Replica:
         params = self._problem.init(jax.random.key(seed))
@@ -199,8 +199,9 @@ class _Program:
     def _chunk(self, round_: jax.Array) -> jax.Array:
         """i32[chunk]: the examples of a round, one chunk after the other."""
         chunk_size, num_examples = self._config.workers.chunk_size, self._num_examples
-        rounds = num_examples // np.gcd(num_examples, chunk_size)  # after which the chunks come again
-        start = _product_modulo(round_ % int(rounds), chunk_size, num_examples)
+        num_starts = num_examples // math.gcd(num_examples, chunk_size)  # after which they come again
+        starts = (np.arange(num_starts, dtype=np.int64) * chunk_size % num_examples).astype(np.int32)
+        start = jnp.asarray(starts)[round_ % num_starts]
         return (start + jnp.arange(chunk_size, dtype=jnp.int32)) % num_examples
 
     def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:
@@ -213,9 +214,3 @@ class _Program:
 
         (train_state, sampler), _ = jax.lax.scan(step, (replica.train_state, replica.sampler), length=num_steps)
         return replica._replace(train_state=train_state, sampler=sampler)
-
-
-def _product_modulo(a: jax.Array, b: int, modulus: int) -> jax.Array:
-    """a * b modulo `modulus`, of i32 whose product would not fit."""
-    table = np.arange(modulus // np.gcd(modulus, b), dtype=np.int64) * b % modulus
-    return jnp.asarray(table.astype(np.int32))[a]

@@ -67,8 +67,17 @@ def finished(workdir: pathlib.Path, study: str, data: str, arm: str) -> dict[flo
     return found
 
 
+def mean_log_loss(rows: list[dict]) -> float:
+    """Mean over the measurements of the logarithm of the training loss; inf if training diverged.
+
+    What a rate is chosen by: it sees how fast the loss falls and how low it ends, and no single measurement decides.
+    """
+    losses = [row.get("train/loss") for row in rows]
+    return math.inf if None in losses else statistics.fmean(math.log(max(loss, 1e-30)) for loss in losses)
+
+
 def best_rate(workdir: pathlib.Path, study: str, data: str, arm: str) -> float:
-    """The rate with the least median final training loss on the seeds that all rates have.
+    """The rate with the least median `mean_log_loss` on the seeds that all rates have.
 
     Raises: InputError if nothing is finished, or the rates have no seed in common.
     """
@@ -78,8 +87,4 @@ def best_rate(workdir: pathlib.Path, study: str, data: str, arm: str) -> float:
         raise InputError(
             f"arm {arm} of {study} on {data} has no finished runs with one seed at all rates in {workdir}: sweep first"
         )
-
-    def median_loss(rate):
-        return statistics.median(final(found[rate][seed], "train/loss") for seed in common)
-
-    return min(found, key=median_loss)
+    return min(found, key=lambda rate: statistics.median(mean_log_loss(found[rate][seed]) for seed in common))

@@ -15,7 +15,7 @@ from experiments.configs import digits, fashion_mnist, svhn_paper_set1
 from issgd_jax.config import nearest
 from issgd_jax.errors import InputError
 
-# Seeds on which the learning rate of an arm is chosen, by the median of its final training loss.
+# Seeds on which the learning rate of an arm is chosen.
 TUNING_SEEDS = 2
 # Seeds that are enough where an arm only gives context.
 CONTEXT_SEEDS = 5

@@ -3,7 +3,7 @@
     python -m experiments.paper.sweep --study=fair --data=fashion_mnist --seeds=10 --workdir=runs/paper
 
 Resumable: runs that are finished are skipped, so that the same command goes on where it was stopped. Where an arm is
-tuned, all rates run on the first seeds, and the best of them on all seeds. Several processes may share a workdir if
+tuned, all rates run on the first seeds, and the best of them, by `runs.mean_log_loss`, on all seeds. Several processes may share a workdir if
 their --arms differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
 """
 
