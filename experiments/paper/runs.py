@@ -14,6 +14,8 @@ from issgd_jax.errors import InputError
 
 # Fields that may differ between a finished run and the one that is asked for.
 _HARMLESS = ("data.dir", "log.")
+# Nats: with less every example is fitted, and how much less would drown how fast it came.
+LEAST_LOSS = 1e-3
 
 
 def read_rows(folder: pathlib.Path) -> list[dict]:
@@ -71,9 +73,10 @@ def mean_log_loss(rows: list[dict]) -> float:
     """Mean over the measurements of the logarithm of the training loss; inf if training diverged.
 
     What a rate is chosen by: it sees how fast the loss falls and how low it ends, and no single measurement decides.
+    All below LEAST_LOSS counts as that.
     """
     losses = [row.get("train/loss") for row in rows]
-    return math.inf if None in losses else statistics.fmean(math.log(max(loss, 1e-30)) for loss in losses)
+    return math.inf if None in losses else statistics.fmean(math.log(max(loss, LEAST_LOSS)) for loss in losses)
 
 
 def best_rate(workdir: pathlib.Path, study: str, data: str, arm: str) -> float:

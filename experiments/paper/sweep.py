@@ -3,8 +3,8 @@
     python -m experiments.paper.sweep --study=fair --data=fashion_mnist --seeds=10 --workdir=runs/paper
 
 Resumable: runs that are finished are skipped, so that the same command goes on where it was stopped. Where an arm is
-tuned, all rates run on the first seeds, and the best of them, by `runs.mean_log_loss`, on all seeds. Several processes may share a workdir if
-their --arms differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
+tuned, all rates run on the first seeds, and the best of them, by `runs.mean_log_loss`, on all seeds. Several processes
+may share a workdir if their --arms differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
 """
 
 import contextlib
