@@ -1,5 +1,6 @@
 """The study: replicas are the runs they stand for, sweeps go on where they stopped, results are what the files say."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -103,13 +104,12 @@ def test_what_replicas_cannot_do_is_refused(overrides, message):
 
 
 # An override that names no field, or a value out of range, would stop a sweep hours after it began.
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_every_arm_of_every_study_is_a_valid_experiment(name):
-    study = studies.STUDIES[name]
+@pytest.mark.parametrize("study", studies.STUDIES.values(), ids=studies.STUDIES)
+def test_every_arm_of_every_study_is_a_valid_experiment(study):
     for data in study.data:
-        for arm in studies.choose_arms(study, data).values():
+        for name, arm in studies.choose_arms(study, data).items():
             for rate in arm.learning_rates or study.learning_rates:
-                config_lib.validate(studies.make_config(study, arm, data, learning_rate=rate, seed=1))
+                config_lib.validate(studies.make_config(study, name, data, learning_rate=rate, seed=1))
 
 
 def test_both_arms_of_the_papers_pairs_have_one_rate():
@@ -169,6 +169,17 @@ def test_a_sweep_refuses_a_workdir_of_another_experiment(swept):
         InputError, match="holds a run with learner.momentum = 0.9, but 0.5 is asked for: choose another --workdir"
     ):
         small_sweep(swept, overrides=SMALL | {"learner.momentum": 0.5})
+
+
+def test_runs_that_diverge_alone_or_together_are_measured_at_the_same_steps(tmp_path, monkeypatch):
+    """Else a summary would refuse them, or count a run that stopped early as one that was not finished."""
+    wild = dataclasses.replace(studies.STUDIES["fair"], learning_rates=(1e20,))
+    monkeypatch.setitem(studies.STUDIES, "fair", wild)
+    for at_once in (1, 2):
+        small_sweep(tmp_path / f"{at_once}", num_seeds=2, at_once=at_once, arms=["uniform"])
+    alone, together = (summary_of(tmp_path / f"{n}")["arms"]["uniform"] for n in (1, 2))
+    assert alone["diverged"] == together["diverged"] == 2
+    assert alone["step"] == together["step"] == [0, 50, 100]
 
 
 @pytest.mark.parametrize(
@@ -236,10 +247,11 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
 
 
 def test_the_rate_that_is_fast_and_ends_low_is_the_best(tmp_path):
-    """One lucky last measurement must not choose the rate, nor a rate with which a run diverged."""
+    """A single measurement must not choose the rate, nor how far below nothing a loss ends, nor a run that diverged."""
     write_run(tmp_path, "uniform", 0.1, 0, [2.0, 0.1, 0.01, 0.002])
     write_run(tmp_path, "uniform", 0.2, 0, [2.0, 1.9, 1.9, 0.001])
     write_run(tmp_path, "uniform", 0.3, 0, [0.1, 0.1, 0.1, None])
+    write_run(tmp_path, "uniform", 0.4, 0, [2.0, 0.9, 0.9, 1e-12])
     assert runs.best_rate(tmp_path, "fair", "digits", "uniform") == 0.1
 
 

@@ -47,7 +47,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     blocks = {}
     for name, arm in studies.choose_arms(the_study, data, arms).items():
         rate = min(arm.learning_rates or the_study.learning_rates)
-        config = studies.make_config(the_study, arm, data, overrides=overrides, learning_rate=rate, seed=0)
+        config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Block(config)
     seconds = {name: [] for name in blocks}
     for i in tqdm(range(-1, num_blocks), leave=False):

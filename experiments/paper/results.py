@@ -177,7 +177,8 @@ def _median_final(by_seed: dict[int, list[dict]]) -> float:
 def _network(config: dict) -> str:
     name, of_model = config["model"]["name"], config["model"][config["model"]["name"]]
     if name == "mlp":
-        return "-".join(map(str, of_model["hidden_sizes"])) + " hidden units"
+        sizes = of_model["hidden_sizes"]
+        return f"MLP with {len(sizes)} hidden layers of {', '.join(map(str, dict.fromkeys(sizes)))}"
     return f"{name} {of_model}"
 
 

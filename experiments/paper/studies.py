@@ -243,14 +243,14 @@ def baseline_of(study: Study, name: str) -> str:
 
 
 def make_config(
-    study: Study, arm: Arm, data: str, *, overrides: Mapping[str, Any] = {}, learning_rate: float, seed: int
+    study: Study, arm: str, data: str, *, overrides: Mapping[str, Any] = {}, learning_rate: float, seed: int
 ) -> ConfigDict:
     """The experiment of one run."""
     get_config, of_data = DATA[data]
     config = get_config()
     chosen = {"seed": seed, "learner.learning_rate": learning_rate}
     with config.ignore_type():
-        config.update_from_flattened_dict({**of_data, **study.base, **arm.overrides, **overrides, **chosen})
+        config.update_from_flattened_dict({**of_data, **study.base, **study.arms[arm].overrides, **overrides, **chosen})
     return config
 
 

@@ -8,6 +8,7 @@ may share a workdir if their --arms differ. Figures and tables: `experiments.pap
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -57,48 +58,57 @@ def sweep(
             arm.run(at_once, bar)
 
 
+@dataclasses.dataclass(frozen=True)
 class _ArmSweep:
     """The runs of one arm."""
 
-    def __init__(self, workdir, study, data, name, num_seeds, overrides):
-        self._workdir, self._study, self._data, self._name = workdir, study, data, name
-        self._overrides = overrides
-        the_study = studies.get_study(study)
-        self._arm = the_study.arms[name]
-        self._rates = self._arm.learning_rates or the_study.learning_rates
-        self._seeds = range(min(num_seeds, studies.CONTEXT_SEEDS) if self._arm.context else num_seeds)
-        self._tuning_seeds = self._seeds[: studies.TUNING_SEEDS] if len(self._rates) > 1 else self._seeds
+    workdir: pathlib.Path
+    study: str
+    data: str
+    arm: str
+    num_seeds: int
+    overrides: dict
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        study = studies.get_study(self.study)
+        return study.arms[self.arm].learning_rates or study.learning_rates
+
+    @property
+    def seeds(self) -> range:
+        context = studies.get_study(self.study).arms[self.arm].context
+        return range(min(self.num_seeds, studies.CONTEXT_SEEDS) if context else self.num_seeds)
+
+    @property
+    def tuning_seeds(self) -> range:
+        return self.seeds[: studies.TUNING_SEEDS] if len(self.rates) > 1 else self.seeds
 
     @property
     def num_runs(self) -> int:
-        return len(self._rates) * len(self._tuning_seeds) + len(self._seeds) - len(self._tuning_seeds)
+        return len(self.rates) * len(self.tuning_seeds) + len(self.seeds) - len(self.tuning_seeds)
 
     def config(self, learning_rate: float, seed: int) -> ConfigDict:
+        study = studies.get_study(self.study)
         return studies.make_config(
-            studies.get_study(self._study),
-            self._arm,
-            self._data,
-            overrides=self._overrides,
-            learning_rate=learning_rate,
-            seed=seed,
+            study, self.arm, self.data, overrides=self.overrides, learning_rate=learning_rate, seed=seed
         )
 
     def folder(self, learning_rate: float, seed: int) -> pathlib.Path:
-        return studies.folder(self._workdir, self._study, self._data, self._name, learning_rate, seed)
+        return studies.folder(self.workdir, self.study, self.data, self.arm, learning_rate, seed)
 
     def check(self) -> None:
         """Raises InputError if the experiment cannot run, or a finished run is of another one."""
-        for rate, seed in itertools.product(self._rates, self._seeds):
+        for rate, seed in itertools.product(self.rates, self.seeds):
             config = self.config(rate, seed)
             config_lib.validate(config)
             if runs.is_finished(self.folder(rate, seed)):
                 runs.check_same(self.folder(rate, seed), config)
 
     def run(self, at_once: int | None, bar: tqdm) -> None:
-        self._run_all(list(itertools.product(self._rates, self._tuning_seeds)), at_once, bar)
-        rest = self._seeds[len(self._tuning_seeds) :]
+        self._run_all(list(itertools.product(self.rates, self.tuning_seeds)), at_once, bar)
+        rest = self.seeds[len(self.tuning_seeds) :]
         if rest:
-            best = runs.best_rate(self._workdir, self._study, self._data, self._name)
+            best = runs.best_rate(self.workdir, self.study, self.data, self.arm)
             self._run_all([(best, seed) for seed in rest], at_once, bar)
 
     def _run_all(self, wanted: list[Run], at_once: int | None, bar: tqdm) -> None:
@@ -109,7 +119,7 @@ class _ArmSweep:
         at_once = at_once or _replicas_at_once(self.config(*todo[0]))
         for start in range(0, len(todo), at_once):
             group = todo[start : start + at_once]
-            bar.set_postfix_str(f"{self._name}, {_ranges(group)}")
+            bar.set_postfix_str(f"{self.arm}, {_ranges(group)}")
             for fraction in self._train(group):
                 bar.update(fraction * len(group))
 
@@ -142,9 +152,12 @@ class _ArmSweep:
         try:
             train(config, folder, overwrite=True)
         except (NonFiniteLossError, BadScoreError):
-            # What train_replicas leaves of such a run: a last row without a loss.
+            # The rows that train_replicas leaves of such a run: without a loss, up to the end.
+            rows = runs.read_rows(folder)
+            first = rows[-1]["step"] + config.eval_every if rows else 0
             with open(folder / metrics.METRICS_FILE, "a") as file:
-                file.write(json.dumps({"step": config.steps, "train/loss": None}) + "\n")
+                for step in [*range(first, config.steps, config.eval_every), config.steps]:
+                    file.write(json.dumps({"step": step, "train/loss": None}) + "\n")
         return 1.0
 
 
