@@ -298,6 +298,18 @@ def test_a_summary_of_what_there_is_not_is_refused(options, message, tmp_path):
         summary_of(tmp_path, **options)
 
 
+def test_arms_swept_on_another_machine_are_kept_beside_new_ones(tmp_path):
+    """Of the same experiment; those of another must not be shown as if they were comparable."""
+    for machine, losses in (("a", [2.0, 1.0, 0.5]), ("b", [2.0, 1.0, 0.1]), ("longer", [2.0, 1.0, 0.5, 0.2])):
+        write_run(tmp_path / machine, "calibrated" if machine == "a" else "uniform", 0.1, 0, losses)
+    first, second, other = (summary_of(tmp_path / machine) for machine in ("a", "b", "longer"))
+    assert list(results.merged(first, second)["arms"]) == ["uniform", "calibrated"]
+    assert results.merged(second, first)["arms"] == results.merged(first, second)["arms"]
+    assert results.merged(first, other) == other and results.merged(None, first) == first
+    again = second | {"arms": {"uniform": {"n": 7}}}
+    assert results.merged(second, again)["arms"]["uniform"] == {"n": 7}
+
+
 def test_an_empty_workdir_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no finished run of fair on digits: sweep first"):
         summary_of(tmp_path)

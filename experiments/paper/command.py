@@ -32,9 +32,8 @@ def overrides() -> dict:
 def record() -> dict:
     """The results that the flags ask for, summarized and kept if they name a workdir."""
     study = studies.get_study(_STUDY.value)
-    studies.choose_arms(study, _DATA.value, _ARMS.value)
-    # With each arm comes the one that it is compared with.
-    arms = _ARMS.value and sorted({*_ARMS.value, *(studies.baseline_of(study, name) for name in _ARMS.value)})
+    arms = studies.with_baselines(study, _ARMS.value)
+    studies.choose_arms(study, _DATA.value, arms)
     if _WORKDIR.value is None:
         if _SEEDS.value is not None:
             raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: results kept are of all seeds")
@@ -51,6 +50,7 @@ def record() -> dict:
     )
     if not arms and _SEEDS.value is None:
         print(f"kept in {results.save(summary)}", file=sys.stderr)
+        return results.load(_STUDY.value, _DATA.value)
     return summary
 
 

@@ -1,4 +1,4 @@
-"""What a step of each arm costs where one device does everything: its time against a step of plain SGD.
+"""What a step of each arm costs where one device does everything: its time against a step of its baseline.
 
     python -m experiments.paper.cost --study=fair --data=fashion_mnist [--width=...] [--data_dir=...]
 
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 
@@ -32,20 +31,32 @@ def path_of(study: str, data: str) -> pathlib.Path:
 
 
 def load(study: str, data: str) -> dict[str, float]:
-    """{arm: cost of a step in steps of the study's first arm}; empty if it was not measured."""
+    """{arm: cost of a step in steps of its baseline}; empty if it was not measured."""
     try:
         return json.loads(path_of(study, data).read_text())["ratio"]
     except FileNotFoundError:
         return {}
 
 
+def save(measured: dict) -> None:
+    """Keeps what was measured, with the costs of other arms that were measured alike."""
+    path = path_of(measured["study"], measured["data"])
+    path.parent.mkdir(exist_ok=True)
+    kept = json.loads(path.read_text()) if path.exists() else measured
+    if all(kept[name] == measured[name] for name in ("network", "hardware", "versions")):
+        measured = measured | {name: kept[name] | measured[name] for name in ("ratio", "milliseconds")}
+    path.write_text(json.dumps(measured, indent=2) + "\n")
+
+
 def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, num_blocks: int) -> dict:
     """Measures all arms of a study; see the module."""
+    from experiments.benchmarks import measuring
     from experiments.benchmarks.environment import hardware
 
     the_study = studies.get_study(study)
+    chosen = studies.choose_arms(the_study, data, studies.with_baselines(the_study, arms))
     blocks = {}
-    for name, arm in studies.choose_arms(the_study, data, arms).items():
+    for name, arm in chosen.items():
         rate = min(arm.learning_rates or the_study.learning_rates)
         config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Block(config)
@@ -55,12 +66,12 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
             measured = blocks[name].seconds_a_step()
             if i >= 0:  # the first compiles
                 seconds[name].append(measured)
-    first = seconds[next(iter(blocks))]
-    ratio = {name: statistics.median(a / b for a, b in zip(times, first)) for name, times in seconds.items()}
+    ratio = {name: measuring.median_ratio(seconds, name, studies.baseline_of(the_study, name)) for name in blocks}
     return {
         "study": study,
         "data": data,
-        "command": " ".join(["python -m experiments.paper.cost", *sys.argv[1:]]),
+        "network": results.network_of(config.to_dict()),
+        "command": f"python -m experiments.paper.cost --study={study} --data={data}",
         "ratio": {name: round(x, 3) for name, x in ratio.items()},
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
         "blocks": num_blocks,
@@ -77,7 +88,8 @@ class _Block:
 
         self._parts = dataclasses.replace(training.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
         self._window = config.schedule.steps_per_round
-        self.num_steps = -(-MIN_STEPS // self._window) * self._window
+        # The last step is one at which a round enters, so that all but one are waited for.
+        self.num_steps = -(-MIN_STEPS // self._window) * self._window + 1
 
     def seconds_a_step(self) -> float:
         import jax
@@ -97,15 +109,16 @@ class _Block:
             jax.block_until_ready((train_state, sampler))
             begun = time.perf_counter()
             jax.block_until_ready(loop.run(parts, plan, writer))
-            return (time.perf_counter() - begun) / self.num_steps
+            seconds = time.perf_counter() - begun
+        if parts.pool:  # the one round that nobody waited for must not slow the next block
+            jax.block_until_ready(parts.pool.score_next(self._parts.train_state.params, 0)[0].scores)
+        return seconds / self.num_steps
 
 
 def main():
     flag = flags.FLAGS
     measured = measure(flag.study, flag.data, arms=flag.arms, overrides=command.overrides(), num_blocks=_BLOCKS.value)
-    path = path_of(flag.study, flag.data)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(measured, indent=2) + "\n")
+    save(measured)
     for name, ratio in measured["ratio"].items():
         print(f"{name:<24}{ratio:8.2f}{measured['milliseconds'][name]:10.2f} ms")
 

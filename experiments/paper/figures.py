@@ -73,7 +73,7 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
     """
     groups = {}
     for name, arm in record["arms"].items():
-        if costs is None or {name, arm["baseline"]} <= costs.keys():
+        if costs is None or name in costs:
             groups.setdefault(arm["baseline"], {})[name] = arm
     shape = (len(metrics), len(groups)) if len(groups) > 1 else (1, len(metrics))
     figure = Figure(figsize=(5.8 * shape[1], 4.4 * shape[0] + 0.4), layout="constrained")
@@ -82,7 +82,7 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
     for i, metric in enumerate(metrics):
         for j, (baseline, arms) in enumerate(groups.items()):
             axis = axes[i, j] if len(groups) > 1 else axes[0, i]
-            paid = {name: costs[name] / costs[baseline] for name in arms} if costs else dict.fromkeys(arms, 1)
+            paid = costs or dict.fromkeys(arms, 1)
             draw_curves(axis, arms, baseline, metric, paid)
             if costs:
                 axis.set(xlabel="time on one device, in steps of SGD", xlim=(0, record["steps"]))

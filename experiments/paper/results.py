@@ -23,6 +23,8 @@ CURVES = (
     "variance/uniform", "variance/actual", "variance/ideal", "variance/gain", "scores/staleness_mean",
 )  # fmt: skip
 FINALS = ("train/loss", "train/error", "test/error")
+# What results must have in common to be shown side by side.
+_EXPERIMENT = ("study", "data", "network", "train_examples", "steps")
 # A loss above this multiple of the median of the SPIKE_WINDOW measurements before it is a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 5
 
@@ -34,18 +36,33 @@ def path_of(study: str, data: str) -> pathlib.Path:
 
 def load(study: str, data: str) -> dict:
     """The results kept; raises InputError if there are none."""
-    try:
-        return json.loads(path_of(study, data).read_text())
-    except FileNotFoundError:
-        raise InputError(f"there are no results of {study} on {data}: name the --workdir of a sweep") from None
+    kept = _read(path_of(study, data))
+    if kept is None:
+        raise InputError(f"there are no results of {study} on {data}: name the --workdir of a sweep")
+    return kept
+
+
+def _read(path: pathlib.Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def save(results: dict) -> pathlib.Path:
-    """Keeps the results; returns where."""
+    """Keeps the results; returns where. Arms kept before stay if they are of the same experiment and not among these,
+    so that arms may be swept on several machines."""
     path = path_of(results["study"], results["data"])
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(merged(_read(path), results), indent=1) + "\n")
     return path
+
+
+def merged(kept: dict | None, results: dict) -> dict:
+    """The results, and the arms of `kept` that they lack, if both are of one experiment; in the study's order."""
+    if kept is None or any(kept[name] != results[name] for name in _EXPERIMENT):
+        return results
+    arms = kept["arms"] | results["arms"]
+    order = [name for name in studies.get_study(results["study"]).arms if name in arms]
+    commits = sorted({*kept["git_commits"], *results["git_commits"]})
+    return results | {"git_commits": commits, "arms": {name: arms[name] for name in order}}
 
 
 def summarize(
@@ -91,7 +108,7 @@ def summarize(
         "study": study,
         "data": data,
         "command": f"python -m experiments.paper.sweep --study={study} --data={data}",
-        "network": _network(record["config"]),
+        "network": network_of(record["config"]),
         "train_examples": record["config"]["data"]["train_split"],
         "steps": next(iter(lengths.values())),
         "devices": record["devices"],
@@ -174,7 +191,8 @@ def _median_final(by_seed: dict[int, list[dict]]) -> float:
     return statistics.median(runs.final(rows, "train/loss") for rows in by_seed.values())
 
 
-def _network(config: dict) -> str:
+def network_of(config: dict) -> str:
+    """The network of a config, in words."""
     name, of_model = config["model"]["name"], config["model"][config["model"]["name"]]
     if name == "mlp":
         sizes = of_model["hidden_sizes"]

@@ -239,7 +239,12 @@ def choose_arms(study: Study, data: str, names: list[str] | None = None) -> dict
 
 def baseline_of(study: Study, name: str) -> str:
     """The arm that an arm is compared with."""
-    return study.arms[name].baseline or next(iter(study.arms))
+    return (study.arms[name].baseline if name in study.arms else None) or next(iter(study.arms))
+
+
+def with_baselines(study: Study, names: list[str] | None) -> list[str]:
+    """The names, and those of the arms that they are compared with; none for none."""
+    return sorted({*(names or ()), *(baseline_of(study, name) for name in names or ())})
 
 
 def make_config(

@@ -25,11 +25,7 @@ def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
     steps as the baseline's time pays for, relative to the baseline's final loss.
     """
     arms = record["arms"]
-    rows = []
-    for name, arm in arms.items():
-        paid = costs[name] / costs[arm["baseline"]] if {name, arm["baseline"]} <= costs.keys() else None
-        rows.append(_row(arm, arms.get(arm["baseline"], arm), paid, record["steps"]))
-    return rows
+    return [_row(arm, arms.get(arm["baseline"], arm), costs.get(name), record["steps"]) for name, arm in arms.items()]
 
 
 def _row(arm, baseline, cost_, steps):
