@@ -8,7 +8,7 @@ there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
 - `loss`: training loss, training error and test error over the learner's steps (the paper's figures 2 and 3);
 - `cost`: the same over the time on one device, where the cost of a step was measured;
 - `variance`: noise of the gradient with uniform, actual and ideal draws (figure 4);
-- `staleness`: what is gained against how old scores are;
+- `staleness`: of study `staleness`, what is gained against how old scores are;
 - `summary`: of study `fair`, what the method gives where others score, where one device does all, and why.
 """
 
@@ -41,7 +41,7 @@ def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
         made["cost"] = curves_figure(record, ["train/loss", "test/error"], costs=costs)
     if sampled := {name: arm for name, arm in record["arms"].items() if "scores/staleness_mean" in arm["curves"]}:
         made["variance"] = variance_figure(record, sampled)
-    if len(sampled) > 1:
+    if record["study"] == "staleness":
         made["staleness"] = staleness_figure(record, sampled)
     if costs.keys() >= {_SEVEN, *_ONE_DEVICE} and record["arms"].keys() >= {_SEVEN, *_ONE_DEVICE}:
         made["summary"] = summary_figure(record, costs)
@@ -52,14 +52,14 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
     """Three panels: loss over the learner's steps, loss over time on one device, noise of the gradient."""
     figure = Figure(figsize=(16.5, 4.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    figure.suptitle(_title(record))
+    figure.suptitle(_title(record), fontsize=10)
     baseline, arms = _ONE_DEVICE[0], record["arms"]
     draw_curves(axes[0], {n: arms[n] for n in (baseline, _SEVEN)}, baseline, "train/loss", dict.fromkeys(arms, 1))
     draw_curves(axes[1], {n: arms[n] for n in _ONE_DEVICE}, baseline, "train/loss", costs)
     draw_variance(axes[2], arms[_SEVEN])
     axes[0].set_title("Training loss, scored by other devices")
     axes[1].set_title("Training loss, all on one device")
-    axes[1].set(xlabel="time, in steps of SGD", xlim=(0, record["steps"]))
+    _set_time(axes[1], record["steps"])
     axes[2].set_title("Noise of the gradient, scored by other devices")
     for axis in axes:
         axis.legend(frameon=False)
@@ -78,14 +78,14 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
     shape = (len(metrics), len(groups)) if len(groups) > 1 else (1, len(metrics))
     figure = Figure(figsize=(5.8 * shape[1], 4.4 * shape[0] + 0.4), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
-    figure.suptitle(_title(record))
+    figure.suptitle(_title(record), fontsize=10)
     for i, metric in enumerate(metrics):
         for j, (baseline, arms) in enumerate(groups.items()):
             axis = axes[i, j] if len(groups) > 1 else axes[0, i]
             paid = costs or dict.fromkeys(arms, 1)
             draw_curves(axis, arms, baseline, metric, paid)
             if costs:
-                axis.set(xlabel="time on one device, in steps of SGD", xlim=(0, record["steps"]))
+                _set_time(axis, record["steps"])
             if i == 0:
                 axis.legend(frameon=False, fontsize=8)
     return figure
@@ -114,13 +114,21 @@ def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, fl
     _finish(axis)
 
 
+def _set_time(axis, steps: int) -> None:
+    """The axis of time up to where the baseline ends, and the values that are reached by then."""
+    shown = [y for line in axis.lines for x, y in zip(*line.get_data()) if x <= steps and math.isfinite(y)]
+    axis.set(xlabel="time on one device, in steps of SGD", xlim=(0, steps))
+    if axis.get_yscale() == "log" and shown:
+        axis.set_ylim(bottom=0.8 * min(shown))
+
+
 def variance_figure(record: dict, arms: dict) -> Figure:
     """One panel an arm, all on one scale."""
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    figure.suptitle(_title(record))
+    figure.suptitle(_title(record), fontsize=10)
     for axis, arm in zip(axes, arms.values()):
         draw_variance(axis, arm)
         axis.title.set_fontsize(9)
@@ -144,7 +152,7 @@ def staleness_figure(record: dict, arms: dict) -> Figure:
     """Each arm's variance gain against the mean staleness of its scores: medians over seeds and measurements."""
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axis = figure.subplots()
-    figure.suptitle(_title(record))
+    figure.suptitle(_title(record), fontsize=10)
     for i, arm in enumerate(arms.values()):
         staleness, gain = (
             sorted(x for x in arm["curves"][name]["median"][1:] if x is not None)
