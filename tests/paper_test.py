@@ -310,6 +310,19 @@ def test_arms_swept_on_another_machine_are_kept_beside_new_ones(tmp_path):
     assert results.merged(second, again)["arms"]["uniform"] == {"n": 7}
 
 
+def test_results_kept_are_those_that_were_summarized(tmp_path, monkeypatch):
+    """Kept with a list a line: what is read back must be the same, diverged runs and all."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    with pytest.raises(InputError, match="no results of fair on digits: name the --workdir"):
+        results.load("fair", "digits")
+    for seed, last in enumerate((None, 0.1)):
+        write_run(tmp_path, "uniform", 0.1, seed, [2.0, 1.0, last])
+    summary = summary_of(tmp_path)
+    text = results.save(summary).read_text()
+    assert results.load("fair", "digits") == json.loads(json.dumps(summary))
+    assert '"step": [ 0, 10, 20 ]' in text
+
+
 def test_an_empty_workdir_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no finished run of fair on digits: sweep first"):
         summary_of(tmp_path)

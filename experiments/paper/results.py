@@ -7,6 +7,7 @@ import bisect
 import json
 import math
 import pathlib
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,9 @@ def save(results: dict) -> pathlib.Path:
     so that arms may be swept on several machines."""
     path = path_of(results["study"], results["data"])
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(merged(_read(path), results), indent=1) + "\n")
+    text = json.dumps(merged(_read(path), results), indent=1)
+    # A list of numbers is one line.
+    path.write_text(re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
     return path
 
 
