@@ -11,8 +11,7 @@ import jax
 import pytest
 
 from experiments.configs import digits
-from experiments.paper import figures, results, runs, studies, table
-from experiments.paper.replicas import train_replicas
+from experiments.paper import figures, replicas, results, runs, studies, table
 from experiments.paper.sweep import sweep
 from issgd_jax import config as config_lib
 from issgd_jax import metrics
@@ -59,9 +58,9 @@ def assert_same_rows(got, wanted, steps):
 )
 def test_replicas_are_the_runs_they_stand_for(overrides, tmp_path):
     config = tiny_config(**overrides)
-    replicas = [(0, 0.05), (3, 0.02)]
-    histories = list(zip(*train_replicas(config, replicas, devices=jax.devices()[:1])))
-    for (seed, rate), history in zip(replicas, histories):
+    pairs = [(0, 0.05), (3, 0.02)]
+    histories = list(zip(*replicas.train_replicas(config, pairs, devices=jax.devices()[:1])))
+    for (seed, rate), history in zip(pairs, histories):
         config.seed, config.learner.learning_rate = seed, rate
         # Rounding grows with every step: later rows may drift.
         assert_same_rows(history, train(config, tmp_path / f"{seed}"), steps=(0, 20))
@@ -69,9 +68,9 @@ def test_replicas_are_the_runs_they_stand_for(overrides, tmp_path):
 
 def test_replicas_on_several_devices_are_those_on_one():
     """Three replicas on two devices: a place is filled with a copy, which must not come out."""
-    config, replicas = tiny_config(steps=20), [(0, 0.05), (1, 0.05), (2, 0.01)]
-    on_one = list(train_replicas(config, replicas, devices=jax.devices()[:1]))
-    on_two = list(train_replicas(config, replicas, devices=jax.devices()[:2]))
+    config, pairs = tiny_config(steps=20), [(0, 0.05), (1, 0.05), (2, 0.01)]
+    on_one = list(replicas.train_replicas(config, pairs, devices=jax.devices()[:1]))
+    on_two = list(replicas.train_replicas(config, pairs, devices=jax.devices()[:2]))
     assert [len(rows) for rows in on_two] == [3, 3]
     for rows, others in zip(on_one, on_two):
         for row, other in zip(rows, others):
@@ -80,8 +79,8 @@ def test_replicas_on_several_devices_are_those_on_one():
 
 def test_a_replica_that_diverges_leaves_the_others_alone():
     config = tiny_config(proposal__name="uniform")
-    alone = [rows[0] for rows in train_replicas(config, [(0, 0.01)])]
-    both = list(train_replicas(config, [(0, 0.01), (0, 1e20)], devices=jax.devices()[:1]))
+    alone = [rows[0] for rows in replicas.train_replicas(config, [(0, 0.01)])]
+    both = list(replicas.train_replicas(config, [(0, 0.01), (0, 1e20)], devices=jax.devices()[:1]))
     assert math.isnan(both[-1][1]["train/loss"])
     assert both[-1][0]["train/loss"] == pytest.approx(alone[-1]["train/loss"], rel=0.05)
 
@@ -100,7 +99,7 @@ def test_a_replica_that_diverges_leaves_the_others_alone():
 )
 def test_what_replicas_cannot_do_is_refused(overrides, message):
     with pytest.raises(InputError, match=message):
-        next(train_replicas(tiny_config(**overrides), [(0, 0.05)]))
+        next(replicas.train_replicas(tiny_config(**overrides), [(0, 0.05)]))
 
 
 # An override that names no field, or a value out of range, would stop a sweep hours after it began.
@@ -109,7 +108,9 @@ def test_every_arm_of_every_study_is_a_valid_experiment(study):
     for data in study.data:
         for name, arm in studies.choose_arms(study, data).items():
             for rate in arm.learning_rates or study.learning_rates:
-                config_lib.validate(studies.make_config(study, name, data, learning_rate=rate, seed=1))
+                config = studies.make_config(study, name, data, learning_rate=rate, seed=1)
+                config_lib.validate(config)
+                replicas.check(config)
 
 
 def test_both_arms_of_the_papers_pairs_have_one_rate():

@@ -42,7 +42,7 @@ def train_replicas(
     Raises: InputError for what only `issgd_jax.train` can do, and as that.
     """
     config_lib.validate(config)
-    _check(config)
+    check(config)
     problem = training.make_problem(config)
     devices = tuple(devices or jax.local_devices())[: len(replicas)]
     program = _Program(config, problem)
@@ -92,7 +92,8 @@ def replica_bytes(config: ConfigDict) -> int:
     return 4 * (6 * num_params + 12 * len(problem.train_data) + 8 * batch * (image + num_params // image))
 
 
-def _check(config: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
+    """Raises InputError for what only `issgd_jax.train` can do."""
     if (config.schedule.name, config.proposal.when) != ("relaxed", "on"):
         raise InputError(
             f"replicas are trained by the relaxed schedule with proposal.when on, got {config.schedule.name} and "

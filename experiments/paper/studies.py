@@ -68,7 +68,7 @@ DATA = {
     "svhn": _on(
         fashion_mnist.get_config, data__name="svhn_cropped", data__train_split="train", data__test_split="test"
     ),
-    "svhn_extra": _on(svhn_paper_set1.get_config, schedule__steps_per_round=10, schedule__score_delay=10),
+    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # whole stretches between measurements
     "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
 }
 
@@ -95,11 +95,12 @@ def _paper_pairs() -> dict[str, Arm]:
     """The full 2 x 2: both arms of a pair have the same learning rate, and SGD does not depend on the smoothing."""
     arms = {}
     for rate in (0.01, 0.001):
-        arms[f"sgd_lr{rate}"] = Arm(f"SGD, rate {rate}", _UNIFORM, (rate,))
+        baseline = f"sgd_lr{rate}"
+        arms[baseline] = Arm(f"SGD, rate {rate}", _UNIFORM, (rate,), baseline=baseline)
         for smoothing in (10.0, 1.0):
             label = f"ISSGD, rate {rate}, c = {smoothing:g}"
-            arms[f"issgd_lr{rate}_c{smoothing:g}"] = Arm(label, _issgd(smoothing), (rate,), baseline=f"sgd_lr{rate}")
-        arms[f"calibrated_lr{rate}"] = Arm(f"calibrated, rate {rate}", {}, (rate,), baseline=f"sgd_lr{rate}")
+            arms[f"issgd_lr{rate}_c{smoothing:g}"] = Arm(label, _issgd(smoothing), (rate,), baseline=baseline)
+        arms[f"calibrated_lr{rate}"] = Arm(f"calibrated, rate {rate}", {}, (rate,), baseline=baseline)
     return arms
 
 
