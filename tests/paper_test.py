@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from experiments.configs import digits
-from experiments.paper import figures, replicas, results, runs, studies, table
+from experiments.paper import cost, figures, replicas, results, runs, studies, table
 from experiments.paper.sweep import sweep
 from issgd_jax import config as config_lib
 from issgd_jax import metrics
@@ -361,6 +361,20 @@ def test_figures_show_every_arm(tmp_path):
     assert labels == ["SGD, i.i.d. (rate 0.1)", "calibrated, a worker and refresh (rate 0.1)"]
     assert set(made) == {"loss", "cost", "variance"}
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
+
+
+def test_costs_are_those_of_arms_and_their_baselines(tmp_path, monkeypatch):
+    """And costs measured alike are kept beside new ones; others must not be mixed with them."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    overrides = SMALL | {"workers.chunk_size": 100}
+    measured = cost.measure("fair", "digits", arms=["calibrated"], overrides=overrides, num_blocks=1)
+    assert measured["ratio"].keys() == {"uniform", "calibrated"}
+    assert measured["ratio"]["uniform"] == 1 and measured["ratio"]["calibrated"] > 0
+    cost.save(measured)
+    cost.save(measured | {"ratio": {"uniform": 1.0, "exact": 9.0}, "milliseconds": {}})
+    assert cost.load("fair", "digits") == measured["ratio"] | {"exact": 9.0}
+    cost.save(measured | {"network": "another"})
+    assert cost.load("fair", "digits") == measured["ratio"]
 
 
 def test_figures_and_table_need_no_jax():

@@ -40,10 +40,9 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """title: for figures. base: overrides of the data's experiment, for all arms. arms: {name: Arm}. learning_rates:
-    the grid. data: names of DATA that it is made for."""
+    """base: overrides of the data's experiment, for all arms. arms: {name: Arm}. learning_rates: the grid. data: names
+    of DATA that it is made for."""
 
-    title: str
     base: Mapping[str, Any]
     arms: Mapping[str, Arm]
     learning_rates: tuple[float, ...]
@@ -62,7 +61,7 @@ def _on(get_config, **overrides):
     return get_config, _ONE_DEVICE | {name.replace("__", "."): value for name, value in overrides.items()}
 
 
-# {name: (function that gives the config, overrides)}; the chunk is what one worker scores in ten steps.
+# {name: (function that gives the config, overrides)}; a chunk is what one worker, on digits three, scores in ten steps.
 DATA = {
     "fashion_mnist": _on(fashion_mnist.get_config),
     "svhn": _on(
@@ -171,7 +170,6 @@ def _stalenesses() -> dict[str, Arm]:
 
 STUDIES = {
     "svhn": Study(
-        title="The paper's experiment",
         # The paper's network, momentum, batch, chunk and cadence: three workers with 2,048 examples in 32 steps.
         base={
             "learner.momentum": 0.95,
@@ -187,28 +185,24 @@ STUDIES = {
         data=("svhn", "svhn_extra", "fashion_mnist"),
     ),
     "fair": Study(
-        title="Equal cost, each arm at its own best rate",
         base={},
         arms=_FAIR_ARMS,
         learning_rates=(0.005, 0.01, 0.02, 0.05),
         data=("fashion_mnist", "svhn", "digits"),
     ),
     "fair_decay": Study(
-        title="Equal cost, each arm at its own best rate, fully decayed",
         base={"learner.lr_schedule": "cosine"},
         arms=_FAIR_ARMS,
         learning_rates=(0.01, 0.02, 0.05, 0.1),
         data=("fashion_mnist", "svhn", "digits"),
     ),
     "architectures": Study(
-        title="Four kinds of network",
         base={"steps": 4000, "eval_every": 200},
         arms=_architectures(),
         learning_rates=(0.01, 0.02, 0.05),
         data=("fashion_mnist", "svhn"),
     ),
     "staleness": Study(
-        title="Gain against staleness",
         base={"steps": 2000, "eval_every": 200},
         arms=_stalenesses(),
         learning_rates=(0.02,),
