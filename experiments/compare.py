@@ -12,7 +12,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from issgd_jax import main as main_lib
-from issgd_jax import metrics, plots
+from issgd_jax import plots
+from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
 from issgd_jax.training import train
 
@@ -37,13 +38,11 @@ def compare(config: ConfigDict, workdir: pathlib.Path, *, overwrite: bool) -> di
     """
     if config.proposal.name == "uniform":
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
-    for arm in ("importance", "uniform"):
-        metrics.check_workdir(workdir / arm, overwrite=overwrite)  # before the first arm has spent its time
-    histories = {}
-    for arm, name in (("importance", config.proposal.name), ("uniform", "uniform")):
-        arm_config = config.copy_and_resolve_references()
-        arm_config.proposal.name = name
-        histories[arm] = train(arm_config, workdir / arm, overwrite=overwrite)
+    arms = {"importance": config, "uniform": config.copy_and_resolve_references()}
+    arms["uniform"].proposal.name = "uniform"
+    for arm, arm_config in arms.items():  # before the first has spent its time
+        workdir_lib.check(workdir / arm, arm_config.to_dict(), overwrite=overwrite)
+    histories = {arm: train(arm_config, workdir / arm, overwrite=overwrite) for arm, arm_config in arms.items()}
     labels = {"importance sampling": histories["importance"], "uniform (SGD)": histories["uniform"]}
     title = f"{config.data.name}: {config.model.name}, minibatch {config.learner.batch_size}, seed {config.seed}"
     plots.save(plots.summary_figure(labels, title=title), workdir / "summary.png")

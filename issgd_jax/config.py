@@ -14,6 +14,7 @@ UNIFORM_DRAWS = ("shuffled", "random_subset")
 SCORES = ("gradient_norm", "last_layer", "loss")
 PROPOSALS = ("uniform", "proportional", "mixture", "calibrated")
 WHEN = ("on", "off", "auto")
+ON_NONFINITE = ("stop", "skip")
 MAX_ROUNDS_IN_FLIGHT = 16
 
 _LARGEST = 2**31 - 1
@@ -29,6 +30,8 @@ _INTEGERS = {
     "schedule.score_delay": (0, _LARGEST),
     "proposal.max_staleness": (0, _LARGEST),
     "monitor.examples": (2, _LARGEST),
+    "checkpoint.every_steps": (0, _LARGEST),
+    "checkpoint.keep": (1, _LARGEST),
     "model.convnet.dense_size": (1, _LARGEST),
     "model.gru.units": (1, _LARGEST),
     "model.transformer.num_layers": (1, _LARGEST),
@@ -46,6 +49,7 @@ _REALS = {
     "proposal.half_life": _POSITIVE,
     "proposal.cost": (">= 0 and <= 1e+30", lambda x: 0 <= x <= 1e30),
     "model.mlp.init_stddev": _POSITIVE,
+    "watchdog_seconds": ("> 0 and <= 1e+9", lambda x: 0 < x <= 1e9),
 }
 
 
@@ -106,6 +110,12 @@ def default() -> ConfigDict:
                 "half_life": 1.0,  # calibrated: sweeps until an observation counts half
             },
             "monitor": {"examples": 2048},  # examples on which the variance is measured; >= 2
+            "checkpoint": {
+                "every_steps": 1000,  # also at signals, at the end, and where the test error is the best; 0: none
+                "keep": 3,  # the newest, and the best by test error
+            },
+            "on_nonfinite": "stop",  # or skip: BIASED, drops an update whose loss or gradient is not finite
+            "watchdog_seconds": 600.0,  # without a finished step until the stacks of all threads are reported
             "log": {
                 "progress": True,
                 "tensorboard": True,
@@ -139,9 +149,9 @@ def fields(config: ConfigDict) -> list[str]:
     return list(flatten(config))
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict | dict) -> dict[str, Any]:
     """{dotted name: value} of all fields."""
-    return {name: group[key] for name, group, key in _leaves(config)}
+    return {name: group[key] for name, group, key in _leaves(ConfigDict(config))}
 
 
 def _leaves(config: ConfigDict, prefix: str = ""):
@@ -205,6 +215,7 @@ def validate(config: ConfigDict) -> None:
         "proposal.when": WHEN,
         "learner.draw": DRAWS,
         "workers.score": SCORES,
+        "on_nonfinite": ON_NONFINITE,
     }.items():
         if given[name] not in choices:
             raise InputError(f"{name} must be one of {', '.join(choices)}, got {given[name]!r} (see --config.{name})")

@@ -9,8 +9,34 @@ class InputError(Exception):
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The minibatch loss became NaN or infinite: names the step and the last good metrics."""
+    """A loss or gradient became NaN or infinite: names step, minibatch and last good metrics.
+
+    batch: {"step", "indices", "importance_weights", "losses"} of that minibatch, numbers that are not finite as text;
+      None if a whole split was measured.
+    """
+
+    def __init__(self, message: str, batch: dict | None = None):
+        super().__init__(message)
+        self.batch = batch
 
 
 class BadScoreError(FloatingPointError):
     """With workers.strict, a score was NaN, infinite or negative: names the example."""
+
+
+class StoppedError(Exception):
+    """A signal stopped the run between two steps: names the step and the checkpoint to go on from.
+
+    signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
+def brief(error: Exception) -> str:
+    """An error in one line: of those of a library, which bring their own traceback, the first and the last."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
+    return f"{type(error).__name__}: {text[:400]}"

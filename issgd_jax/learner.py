@@ -39,12 +39,21 @@ class SamplerState(NamedTuple):
     rejected: Rejected
 
 
+class Minibatch(NamedTuple):
+    """indices: i32[B], the examples drawn. importance_weights, losses: f32[B], of each."""
+
+    indices: jax.Array
+    importance_weights: jax.Array
+    losses: jax.Array
+
+
 class StepMetrics(NamedTuple):
-    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss. moments: what
-    it tells of the gradient's variance; None unless asked for."""
+    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss; NaN if it or
+    the gradient is not finite. moments: what the minibatch tells of the gradient's variance; None unless asked for."""
 
     loss: jax.Array
     moments: variance.Moments | None
+    minibatch: Minibatch
 
 
 def init_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -69,6 +78,7 @@ def make_train_step(
     score_fn: Callable[..., jax.Array] | None = None,
     draw: str = "systematic",
     moments: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
     """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
     states are donated. uniform: whether this step's draw is uniform; refreshes go on.
@@ -78,7 +88,8 @@ def make_train_step(
       scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
       gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
       what the scores mean. draw: a method of `sampling.draw`, or where all draws are uniform "shuffled" or
-      "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
+      "random_subset", see `uniform.shuffled`. moments: whether the metrics have them. skip_nonfinite: BIASED, a
+      minibatch whose loss or gradient is not finite updates nothing.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
@@ -95,8 +106,14 @@ def make_train_step(
             indices, importance_weights = sampling.draw(key, table, batch_size, draw)
         batch = jax.tree.map(lambda x: x[indices], examples)
         losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
+        # The norms are at hand only if something else needs them; elsewhere one pass over the gradient is cheaper.
+        finite = jnp.all(jnp.isfinite(norms if refresh else optax.tree.norm(gradient))) & jnp.all(jnp.isfinite(losses))
+        loss = jnp.where(finite, jnp.mean(importance_weights * losses), jnp.nan)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if skip_nonfinite:
+            after, before = (params, opt_state), (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         found = None
         if moments:
             found = variance.minibatch_moments(norms, importance_weights, optax.tree.norm(gradient))
@@ -114,7 +131,7 @@ def make_train_step(
         return (
             TrainState(params, opt_state, state.step + 1),
             sampler,
-            StepMetrics(jnp.mean(importance_weights * losses), found),
+            StepMetrics(loss, found, Minibatch(indices, importance_weights, losses)),
         )
 
     return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")

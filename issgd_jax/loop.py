@@ -1,8 +1,8 @@
 """The loop: one thread for all devices. It dispatches and does not wait; the loss is read one step late."""
 
-import collections
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from issgd_jax import learner, metrics, payoff, sampling
-from issgd_jax.errors import BadScoreError, NonFiniteLossError
+from issgd_jax import learner, metrics, payoff, sampling, supervision
+from issgd_jax.checkpoint import Checkpoints
+from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
+from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
+from issgd_jax.run_state import RunState, snapshot
 from issgd_jax.schedule import Round
 from issgd_jax.store import Rejected
+from issgd_jax.supervision import Supervision
 from issgd_jax.workers import WorkerPool
+
+# Rounds lost one after the other, after which the workers are given up.
+MAX_FAILED_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,114 +50,260 @@ class Parts:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """steps: learner steps. eval_every: between rows of metrics. window: steps between renewals of the table without
-    workers, and between judgements of the payoff. strict: whether a bad score stops the run."""
+    workers, and between judgements of the payoff. strict: whether a bad score stops the run. skip_nonfinite: whether an
+    update that is not finite is left out, and does not stop the run."""
 
     steps: int
     eval_every: int
     window: int
     strict: bool
     progress: metrics.Progress
+    skip_nonfinite: bool = False
 
 
-def run(parts: Parts, plan: Plan, writer: metrics.MetricsWriter) -> learner.SamplerState:
-    """Trains, writes rows of metrics, and returns the last state of the sampler.
+def start(parts: Parts) -> RunState:
+    """The state before the first step."""
+    judged = payoff.State(active=not isinstance(parts.proposal, Uniform), left=0)
+    if parts.payoff:
+        judged = parts.payoff.init()
+    place = parts.pool.place if parts.pool else None
+    return RunState(parts.train_state, parts.sampler, judged, place=place)
 
-    Raises: NonFiniteLossError if training diverges; BadScoreError if a score is bad and plan.strict is set.
+
+def run(
+    parts: Parts,
+    plan: Plan,
+    writer: metrics.MetricsWriter,
+    *,
+    state: RunState | None = None,
+    checkpoints: Checkpoints | None = None,
+    watch: Supervision | None = None,
+) -> learner.SamplerState:
+    """Trains, writes rows of metrics and checkpoints, and returns the last state of the sampler.
+
+    state: where to go on; None = at the start.
+
+    Raises: NonFiniteLossError if training diverges; BadScoreError if a score is bad and plan.strict is set;
+      StoppedError after a signal.
     """
-    state, sampler, judged = parts.train_state, parts.sampler, _start(parts)
-    in_flight: collections.deque[Round] = collections.deque()
-    worker_examples, pending = 0, None
-    started, seconds = time.monotonic(), 0.0
-    uniform_table = sampling.uniform_table(len(sampler.store))
+    the_run = _Run(parts, plan, writer, state or start(parts), checkpoints)
+    # A hidden copy to or from the host would make every device wait.
+    with jax.transfer_guard("disallow"), plan.progress:
+        first = the_run.state.step
+        for step in range(first, plan.steps + 1):
+            the_run.state.step = step
+            ends = step == plan.steps
+            measured = ends or step % plan.eval_every == 0
+            stopped_by = None
+            if watch:
+                watch.finished(step)
+                stopped_by = watch.signal
+            due = checkpoints is not None and step > first and (ends or checkpoints.is_due(step))
+            if checkpoints and (due or measured or stopped_by):
+                the_run.hold()
+            if stopped_by and not ends:
+                the_run.stop(stopped_by)
+            if ends:
+                the_run.read_pending()
+            else:
+                the_run.score()
+            if measured:  # of the very parameters and probabilities that this step draws with
+                the_run.measure()
+            the_run.save_if(due)
+            if not ends:
+                the_run.learn()
+    if checkpoints:
+        checkpoints.wait()
+    return the_run.state.sampler
 
-    def write_row(step):
-        drawn_from = sampler if judged.active else sampler._replace(table=uniform_table)
-        measured = parts.measure(state.params, drawn_from, _on_learner(parts, step))
+
+class _Run:
+    """A run and what is done in each of its steps."""
+
+    def __init__(self, parts: Parts, plan: Plan, writer: metrics.MetricsWriter, state: RunState, checkpoints):
+        self.parts, self.plan, self.writer, self.state, self.checkpoints = parts, plan, writer, state, checkpoints
+        self._pool = parts.pool
+        if self._pool:
+            self._pool.go_to(state.place)
+        self._failed_in_a_row = 0
+        self._began = time.monotonic() - state.wall_seconds
+        self._uniform_table = sampling.uniform_table(len(state.sampler.store))
+        self._held: Callable | None = None
+        self._test_error: float | None = None
+
+    def score(self) -> None:
+        """What happens between two steps: the payoff is judged, rounds start and enter, the table is made anew."""
+        state, parts, begun = self.state, self.parts, time.monotonic()
+        if parts.payoff and state.step and state.step % self.plan.window == 0:
+            state.judged = parts.payoff.end_window(state.judged, state.window_seconds / self.plan.window)
+            state.window_seconds = 0.0
+        if self._pool:
+            self._start_rounds()
+            while state.in_flight and parts.schedule.may_enter(state.in_flight[0], state.step):
+                self._enter(state.in_flight.popleft())
+        elif state.judged.active and state.step % self.plan.window == 0:
+            state.sampler = learner.renew(parts.proposal, state.sampler, step=self._on_learner(state.step))
+        state.window_seconds += time.monotonic() - begun
+
+    def _start_rounds(self) -> None:
+        state = self.state
+        if not state.judged.active:
+            return
+        num_rounds = self.parts.schedule.rounds_to_start(state.step, len(state.in_flight))
+        try:
+            state.in_flight.extend(self._pool.score_next(state.train_state.params, state.step, num_rounds))
+        except jax.errors.JaxRuntimeError as error:
+            self._round_failed(error)
+        if self._pool:
+            state.place = self._pool.place
+
+    def _enter(self, round_: Round) -> None:
+        state, parts = self.state, self.parts
+        try:
+            # What failed on a worker must not reach the learner's arrays.
+            jax.block_until_ready((round_.indices, round_.scores))
+        except jax.errors.JaxRuntimeError as error:
+            self._round_failed(error)
+            return
+        self._failed_in_a_row = 0
+        state.worker_examples += round_.num_examples
+        indices, scores, scored_at, now = jax.device_put(
+            (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.learner_device
+        )
+        state.sampler = learner.take_in(
+            parts.proposal, state.sampler, indices, scores, scored_at=scored_at, step=now, are_norms=parts.are_norms
+        )
+
+    def _round_failed(self, error: Exception) -> None:
+        self.state.failed_rounds += 1
+        self._failed_in_a_row += 1
+        step, reason = self.state.step, brief(error)
+        say(f"a round of scoring is lost at step {step:,}, training goes on with older scores: {reason}")
+        if self._failed_in_a_row == MAX_FAILED_ROUNDS:
+            say(f"{MAX_FAILED_ROUNDS} rounds are lost one after the other: training goes on without workers")
+            self._pool = None
+            self.state.in_flight.clear()
+
+    def learn(self) -> None:
+        """One step; the loss of the one before is read meanwhile."""
+        state, parts, begun = self.state, self.parts, time.monotonic()
+        state.train_state, state.sampler, step_metrics = parts.train_step(
+            state.train_state, state.sampler, parts.proposal, parts.train_examples, uniform=not state.judged.active
+        )
+        self.read_pending()
+        state.pending = state.step, step_metrics
+        state.window_seconds += time.monotonic() - begun
+
+    def read_pending(self) -> None:
+        """Reads the metrics of the step before."""
+        state = self.state
+        if state.pending is None:
+            return
+        step, step_metrics = state.pending
+        state.pending = None
+        loss, moments = jax.tree.map(float, jax.device_get((step_metrics.loss, step_metrics.moments)))
+        if math.isfinite(loss):
+            self.plan.progress.step(loss)
+            if self.parts.payoff:
+                state.judged = self.parts.payoff.observe(state.judged, moments)
+        elif self.plan.skip_nonfinite:
+            state.skipped += 1
+            self.plan.progress.step(loss)
+            if state.skipped & (state.skipped - 1) == 0:  # the 1st, 2nd, 4th, ...
+                say(f"the update of step {step:,} is not finite and left out, {state.skipped:,} so far")
+        else:
+            self._stop_at_nonfinite(step, step_metrics.minibatch)
+
+    def measure(self) -> None:
+        """Writes a row of metrics."""
+        state, parts = self.state, self.parts
+        drawn_from = state.sampler if state.judged.active else state.sampler._replace(table=self._uniform_table)
+        measured = parts.measure(state.train_state.params, drawn_from, self._on_learner(state.step))
         row = {
-            "step": step,
-            "wall_seconds": time.monotonic() - started,
-            "learner_examples": step * parts.batch_size,
-            "worker_examples": worker_examples,
+            "step": state.step,
+            "wall_seconds": time.monotonic() - self._began,
+            "learner_examples": state.step * parts.batch_size,
+            "worker_examples": state.worker_examples,
+            "failed_rounds": state.failed_rounds,
+            "skipped_updates": state.skipped,
         } | measured
         if parts.payoff:
             row |= {
-                "payoff/active": int(judged.active),
-                "payoff/gain": parts.payoff.gain(judged),
-                "payoff/cost": parts.payoff.measured_cost(judged),
+                "payoff/active": int(state.judged.active),
+                "payoff/gain": parts.payoff.gain(state.judged),
+                "payoff/cost": parts.payoff.measured_cost(state.judged),
             }
-        _stop_if_not_finite(measured["train/loss"], "training", step, writer.rows)
-        if plan.strict:
-            _stop_if_rejected(jax.device_get(sampler.rejected), step)
-        writer.write(row)
-        plan.progress.measured(row)
+        row["memory/resident_bytes"] = supervision.resident_bytes()
+        if in_use := (parts.learner_device.memory_stats() or {}).get("bytes_in_use"):
+            row["memory/learner_bytes"] = in_use
+        if not math.isfinite(measured["train/loss"]) and not self.plan.skip_nonfinite:
+            raise NonFiniteLossError(self._not_finite("training loss", state.step))
+        if self.plan.strict:
+            _stop_if_rejected(jax.device_get(state.sampler.rejected), state.step)
+        self.writer.write(row)
+        self.plan.progress.measured(row)
+        self._test_error = measured.get("test/error")
 
-    def read(pending, judged):
-        if pending is None:
-            return judged
-        step, step_metrics = pending
-        loss, moments = jax.tree.map(float, jax.device_get(step_metrics))
-        _stop_if_not_finite(loss, "minibatch", step, writer.rows)
-        plan.progress.step(loss)
-        return parts.payoff.observe(judged, moments) if parts.payoff else judged
+    def hold(self) -> None:
+        """Keeps the state as it is now, should a checkpoint be made of it."""
+        self.state.wall_seconds = time.monotonic() - self._began
+        make, writer = snapshot(self.state, metrics_bytes=self.writer.position), self.writer
 
-    # A hidden copy to or from the host would make every device wait.
-    with jax.transfer_guard("disallow"), plan.progress:
-        for step in range(plan.steps):
-            begun = time.monotonic()
-            if parts.payoff and step and step % plan.window == 0:
-                judged, seconds = parts.payoff.end_window(judged, seconds / plan.window), 0.0
-            if parts.pool:
-                if judged.active:
-                    num_rounds = parts.schedule.rounds_to_start(step, len(in_flight))
-                    in_flight.extend(parts.pool.score_next(state.params, step, num_rounds))
-                while in_flight and parts.schedule.may_enter(in_flight[0], step):
-                    round_ = in_flight.popleft()
-                    worker_examples += round_.num_examples
-                    sampler = _take_in(parts, sampler, round_, step)
-            elif judged.active and step % plan.window == 0:
-                sampler = learner.renew(parts.proposal, sampler, step=_on_learner(parts, step))
-            seconds += time.monotonic() - begun
-            if step % plan.eval_every == 0:  # of the very parameters and probabilities that this step draws with
-                write_row(step)
-            begun = time.monotonic()
-            state, sampler, step_metrics = parts.train_step(
-                state, sampler, parts.proposal, parts.train_examples, uniform=not judged.active
-            )
-            judged = read(pending, judged)
-            pending = (step, step_metrics)
-            seconds += time.monotonic() - begun
-        judged = read(pending, judged)
-        write_row(plan.steps)
-    return sampler
+        def make_after_metrics():
+            writer.to_disk()
+            return make()
 
+        self._held, self._test_error = make_after_metrics, None
 
-def _start(parts: Parts) -> payoff.State:
-    if parts.payoff:
-        return parts.payoff.init()
-    return payoff.State(active=not isinstance(parts.proposal, Uniform), left=0)
+    def save_if(self, due: bool) -> None:
+        """Makes a checkpoint of what is held, if it is due, or the best so far by test error."""
+        if not self._held:
+            return
+        step, error = self.state.step, self._test_error
+        if due or (step > 0 and error is not None and error < self.checkpoints.best_error):
+            self.checkpoints.save(step, self._held, test_error=error)
+        self._held = None
 
+    def stop(self, number: int) -> None:
+        """Ends the run with a checkpoint of what is held."""
+        if self._held:
+            self.checkpoints.save(self.state.step, self._held)
+            self.checkpoints.wait()
+        name = signal.Signals(number).name
+        raise StoppedError(f"stopped by {name} at step {self.state.step:,}; {self._where_to_go_on()}", number)
 
-def _on_learner(parts: Parts, step: int) -> jax.Array:
-    return jax.device_put(np.int32(step), parts.learner_device)
-
-
-def _take_in(parts: Parts, sampler: learner.SamplerState, round_: Round, step: int) -> learner.SamplerState:
-    indices, scores, scored_at, now = jax.device_put(
-        (round_.indices, round_.scores, np.int32(round_.step), np.int32(step)), parts.learner_device
-    )
-    return learner.take_in(
-        parts.proposal, sampler, indices, scores, scored_at=scored_at, step=now, are_norms=parts.are_norms
-    )
-
-
-def _stop_if_not_finite(loss: float, kind: str, step: int, rows: list[dict]) -> None:
-    if not math.isfinite(loss):
-        last = ", ".join(f"{k} {v:.6g}" for k, v in rows[-1].items() if v is not None) if rows else "none"
+    def _stop_at_nonfinite(self, step: int, minibatch: learner.Minibatch | None) -> None:
+        if minibatch is None:
+            raise NonFiniteLossError(self._not_finite("minibatch loss or gradient", step))
+        drawn = {name: x.tolist() for name, x in jax.device_get(minibatch)._asdict().items()}
+        rows = sorted(zip(*drawn.values(), strict=True), key=lambda row: (math.isfinite(row[2]), -row[1] * row[2]))
+        worst = ", ".join(f"{n} ({w:.3g}, {loss:.3g})" for n, w, loss in rows[:5])
+        message = self._not_finite("minibatch loss or gradient", step)
         raise NonFiniteLossError(
-            f"the {kind} loss is {loss} at step {step}; last good metrics: {last}. Lower "
-            f"--config.learner.learning_rate, or bound the importance weights (--config.proposal.name=calibrated with "
-            f"uniform_fraction, or more smoothing)"
+            f"{message}. Its examples (importance weights, losses): {worst}{', …' if len(rows) > 5 else ''}",
+            {"step": step} | {name: [x if math.isfinite(x) else str(x) for x in xs] for name, xs in drawn.items()},
         )
+
+    def _not_finite(self, what: str, step: int) -> str:
+        row = self.writer.last
+        last = ", ".join(f"{k} {v:.6g}" for k, v in row.items() if v is not None) if row else "none"
+        return (
+            f"the {what} is not finite at step {step}; last good metrics: {last}. Lower "
+            f"--config.learner.learning_rate, or bound the importance weights (--config.proposal.name=calibrated with "
+            f"uniform_fraction, or more smoothing), or leave such updates out (--config.on_nonfinite=skip, which is "
+            f"biased); {self._where_to_go_on()}"
+        )
+
+    def _where_to_go_on(self) -> str:
+        if self.checkpoints:
+            self.checkpoints.wait()
+        steps = self.checkpoints.steps if self.checkpoints else []
+        if not steps:
+            return "there is no checkpoint"
+        return f"the same command goes on from the checkpoint of step {steps[-1]:,}"
+
+    def _on_learner(self, step: int) -> jax.Array:
+        return jax.device_put(np.int32(step), self.parts.learner_device)
 
 
 def _stop_if_rejected(rejected: Rejected, step: int) -> None:

@@ -1,4 +1,7 @@
-"""Trains one experiment: python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits."""
+"""Trains one experiment: python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits.
+
+The same command goes on with a run that was stopped.
+"""
 
 import difflib
 import pathlib
@@ -9,13 +12,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
-from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, StoppedError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a run that workdir holds already.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a run that workdir holds; without, it goes on.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -56,6 +59,9 @@ def run(program=main):
         app.run(program, flags_parser=parse_flags)
     except (InputError, NonFiniteLossError, BadScoreError) as error:
         sys.exit(f"error: {error}")
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)  # as a shell tells of a program that a signal ended
 
 
 if __name__ == "__main__":

@@ -1,314 +1,103 @@
-"""Wires the parts of a run; the only file that reads the config."""
+"""Trains an experiment in a folder, or goes on with the run that lies there."""
 
-import dataclasses
+import contextlib
+import json
 import pathlib
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, loop, losses, metrics, models, proposal, sampling, schedule
-from issgd_jax import optimizer as optimizer_lib
-from issgd_jax import payoff as payoff_lib
-from issgd_jax import scores as scores_lib
-from issgd_jax import uniform as uniform_lib
-from issgd_jax.calibrated import Calibrated
-from issgd_jax.errors import InputError
-from issgd_jax.gradnorm import explain
-from issgd_jax.workers import WorkerPool
-
-# Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
-SCORING_MICROBATCH = 256
+from issgd_jax import loop, metrics, run_state, wiring
+from issgd_jax import workdir as workdir_lib
+from issgd_jax.checkpoint import Checkpoints
+from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.supervision import Supervision
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
     """Trains as the config says and returns the history, the rows of metrics.jsonl.
 
-    Leaves metrics.jsonl, TensorBoard events, config.json and, unless sampling is uniform, scores.npz in workdir.
+    A run of the same experiment that lies in workdir goes on from its newest checkpoint: with the exact and the relaxed
+    schedule and on the same hardware, bit by bit as if it had never stopped. Leaves metrics.jsonl, TensorBoard events,
+    config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz.
 
-    Raises: InputError before anything is compiled or written, if a value cannot work; NonFiniteLossError if training
-      diverges; BadScoreError if a score is bad and workers.strict is set.
+    Raises: InputError before anything is compiled or written, if a value cannot work, or workdir holds another
+      experiment or is in use; NonFiniteLossError if training diverges; BadScoreError if a score is bad and
+      workers.strict is set; StoppedError after a signal, with a checkpoint made.
     """
-    prepared = _prepare(config)
-    config, roles = prepared.config, prepared.roles
-    with jax.default_device(roles.learner):
+    prepared = wiring.prepare(config)
+    asked_for = prepared.config.to_dict()
+    workdir_lib.check(workdir, asked_for, overwrite=overwrite)
+    with jax.default_device(prepared.roles.learner), workdir_lib.locked(workdir) as folder:
         if config.log.explain:
-            print(_explain(prepared.problem))
-        # Nothing above compiles or writes; nothing below is refused.
-        workdir = metrics.claim_workdir(workdir, overwrite=overwrite)
-        workers = [device.device_kind for device in roles.workers] if prepared.pool else []
-        metrics.write_config(workdir, config.to_dict(), {"learner": [roles.learner.device_kind], "workers": workers})
-        parts = _build(prepared)
+            print(wiring.explain_norms(prepared.problem))
+        before = workdir_lib.check(workdir, asked_for, overwrite=overwrite)  # nobody else can change it any more
+        if before is None:
+            workdir_lib.clear(folder)
+        return _train(prepared, folder, before)
+
+
+def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None) -> list[dict]:
+    """before: the record of the run that goes on."""
+    config, roles = prepared.config, prepared.roles
+    workers = [device.device_kind for device in roles.workers] if prepared.pool else []
+    devices = {"learner": [roles.learner.device_kind], "workers": workers}
+    with contextlib.ExitStack() as stack:
+        checkpoints = found = None
+        if config.checkpoint.every_steps:
+            about = {"devices": devices, "versions": workdir_lib.versions()}
+            folder = workdir / workdir_lib.CHECKPOINTS
+            checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
+            found = checkpoints.newest(lambda state: _hindrance(state, workdir)) if before else None
+        if found:
+            _tell_of_resuming(found.state, config.steps, about)
+        elif before:
+            metrics.say("the run here was stopped before its first checkpoint: it begins anew")
+        workdir_lib.write_record(workdir, config.to_dict(), devices, before if found else None)
+        watch = stack.enter_context(Supervision(workdir, watchdog_seconds=config.watchdog_seconds))
+
+        parts = wiring.build(prepared)
+        state = loop.start(parts)
+        if found:
+            state = run_state.restore(found, state, roles.learner, moments=parts.payoff is not None)
         plan = loop.Plan(
             steps=config.steps,
             eval_every=config.eval_every,
             window=config.schedule.steps_per_round,
             strict=config.workers.strict,
-            progress=metrics.Progress(config.steps, shown=config.log.progress, description=config.proposal.name),
+            skip_nonfinite=config.on_nonfinite == "skip",
+            progress=metrics.Progress(
+                config.steps, shown=config.log.progress, description=config.proposal.name, start=state.step
+            ),
         )
-        with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard) as writer:
-            sampler = loop.run(parts, plan, writer)
+        position = found.state["metrics_bytes"] if found else 0
+        with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
+            try:
+                sampler = loop.run(parts, plan, writer, state=state, checkpoints=checkpoints, watch=watch)
+            except NonFiniteLossError as error:
+                if error.batch:
+                    workdir_lib.write_atomically(workdir / workdir_lib.NONFINITE_FILE, json.dumps(error.batch) + "\n")
+                raise
         if config.proposal.name != "uniform":
-            sampler.store.save(workdir / metrics.SCORES_FILE)
-    return writer.rows
+            sampler.store.save(workdir / workdir_lib.SCORES_FILE)
+        return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
 
-def make_parts(config: ConfigDict) -> loop.Parts:
-    """What a run of the config is made of; raises InputError if a value cannot work."""
-    prepared = _prepare(config)
-    with jax.default_device(prepared.roles.learner):
-        return _build(prepared)
+def _hindrance(state: dict, workdir: pathlib.Path) -> str | None:
+    """Why a run cannot go on from a checkpoint, if it cannot: the rows that were measured before it must be there."""
+    path = workdir / workdir_lib.METRICS_FILE
+    found = path.stat().st_size if path.is_file() else 0
+    if found < state["metrics_bytes"]:
+        return f"{path} has {found:,} bytes and had {state['metrics_bytes']:,}"
+    return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
-
-    train_data: data.Dataset
-    test_data: data.Dataset
-    init: Callable
-    logits_fn: Callable
-    loss_fn: Callable
-    outcome_fn: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """A run that has been checked, and of which nothing is compiled."""
-
-    config: ConfigDict
-    roles: devices.Roles
-    problem: Problem
-    optimizer: optax.GradientTransformation
-    train_examples: tuple[jax.Array, jax.Array]
-    pool: WorkerPool | None
-
-
-def _prepare(config: ConfigDict) -> _Prepared:
-    config_lib.validate(config)
-    if config.proposal.when == "off":
-        config = config.copy_and_resolve_references()
-        config.proposal.name = "uniform"
-    roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
-    with jax.default_device(roles.learner):
-        problem = make_problem(config)
-        optimizer = make_optimizer(config)
-        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
-        return _Prepared(
-            config, roles, problem, optimizer, train_examples, _make_pool(config, roles, problem, train_examples)
-        )
-
-
-def make_problem(config: ConfigDict) -> Problem:
-    """The config's data, network and loss.
-
-    Raises: InputError if the data is not there or too small, or the network cannot take it; compiles nothing.
-    """
-    train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
-    test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
-    available = len(train_data) // (uniform_lib.SUBSET if config.learner.draw == "random_subset" else 1)
-    if config.learner.batch_size > available:
+def _tell_of_resuming(state: dict, steps: int, about: dict) -> None:
+    if state["step"] > steps:
         raise InputError(
-            f"learner.batch_size is {config.learner.batch_size}, but there are {available} examples to draw from: "
-            "lower it"
+            f"steps is {steps:,}, but the run in workdir has done {state['step']:,}: raise it, or begin anew with "
+            "--overwrite"
         )
-    if len(train_data) < 2:
-        raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")
-    if train_data.images.shape[1:] != test_data.images.shape[1:]:
-        raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
-
-    model = models.MODELS[config.model.name](train_data.num_classes, **config.model[config.model.name].to_dict())
-    mean, std = data.standardization(train_data.images)
-
-    def init(key):
-        return model.init(key, jnp.asarray(mean))
-
-    def logits(params, image):
-        return model.apply(params, (image - mean) / std)
-
-    def loss_fn(params, image, label):
-        return losses.example_loss(logits(params, image), label)
-
-    def outcome_fn(params, image, label):
-        outputs = logits(params, image)
-        return losses.example_loss(outputs, label), losses.example_error(outputs, label)
-
-    try:
-        jax.eval_shape(lambda: outcome_fn(init(jax.random.key(0)), train_data.images[0], train_data.labels[0]))
-    except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
-        raise InputError(
-            f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
-        ) from error
-    return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
-
-
-def _build(prepared: _Prepared) -> loop.Parts:
-    config, problem, optimizer, pool = prepared.config, prepared.problem, prepared.optimizer, prepared.pool
-    device, train_examples = prepared.roles.learner, prepared.train_examples
-    chosen = jax.device_put(make_proposal(config), device)
-    params = jax.jit(problem.init)(jax.random.key(config.seed))
-    payoff = _make_payoff(config, len(problem.train_data), pool)
-    return loop.Parts(
-        train_state=jax.device_put(learner.init_train_state(params, optimizer), device),
-        sampler=learner.init_sampler(chosen, len(problem.train_data)),
-        proposal=chosen,
-        pool=pool,
-        schedule=_make_schedule(config.schedule, pool),
-        payoff=payoff,
-        train_step=make_train_step(config, problem, optimizer, seed=config.seed, moments=payoff is not None),
-        measure=_measure_on(device, make_measure(config, problem), problem, train_examples),
-        train_examples=train_examples,
-        learner_device=device,
-        batch_size=config.learner.batch_size,
-        are_norms=config.workers.score == "gradient_norm",
-    )
-
-
-def _make_payoff(config: ConfigDict, num_examples: int, pool: WorkerPool | None) -> payoff_lib.Payoff | None:
-    if config.proposal.when != "auto" or config.proposal.name == "uniform":
-        return None
-    steps_per_round = config.schedule.steps_per_round
-    rounds = pool.rounds_per_sweep if pool else -(-num_examples // (config.learner.batch_size * steps_per_round))
-    # The last round of the first sweep takes its delay to enter.
-    trial = rounds + -(-config.schedule.score_delay // steps_per_round) + payoff_lib.REMEMBERED
-    return payoff_lib.Payoff(config.learner.batch_size, steps_per_round, trial, config.proposal.cost)
-
-
-def _measure_on(device, measure: Callable, problem: Problem, train_examples):
-    """Returns `(params, sampler, step) -> row of metrics`, measured on the device."""
-    test_examples = jax.device_put((problem.test_data.images, problem.test_data.labels), device)
-
-    def row_of(params, sampler, step) -> dict[str, float]:
-        return to_row(jax.device_get(measure(params, sampler, step, train_examples, test_examples)))
-
-    return row_of
-
-
-def to_row(measured: dict) -> dict[str, float]:
-    """Numbers of Python, for a row of metrics, from the arrays f[] of a measurement."""
-    return {name: value.item() for name, value in measured.items()}
-
-
-def make_measure(config: ConfigDict, problem: Problem) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `(params, sampler, step, train_examples, test_examples) -> {metric name: f[]}`, over whole splits."""
-    num_examples = len(problem.train_data)
-    sample_size = min(config.monitor.examples, num_examples)
-    sample = np.sort(np.random.default_rng(0).permutation(num_examples)[:sample_size]).astype(np.int32)
-    evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
-    measure_variance = evaluate.make_measure_variance(problem.loss_fn, _gradient_norm(problem))
-
-    def measure(params, sampler, step, train_examples, test_examples):
-        train_loss, train_error = evaluate_split(params, train_examples)
-        test_loss, test_error = evaluate_split(params, test_examples)
-        roots = measure_variance(params, sampler.table, train_examples, sample)
-        measured = {
-            "train/loss": train_loss,
-            "train/error": train_error,
-            "test/loss": test_loss,
-            "test/error": test_error,
-            **{f"variance/{name}": value for name, value in roots._asdict().items()},
-            # Uniform minibatches of so many examples would be as steady.
-            "variance/equivalent_batch": config.learner.batch_size * roots.gain,
-        }
-        if config.proposal.name == "uniform":
-            return measured
-        described = _describe_scores(sampler, step, config.learner.batch_size)
-        return measured | {f"scores/{name}": value for name, value in described.items()}
-
-    return jax.jit(measure)
-
-
-def _describe_scores(sampler: learner.SamplerState, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
-    scored = sampler.store.scored
-    staleness = jnp.where(scored, sampler.store.staleness(step), 0)
-    num_scored = jnp.sum(scored)
-    return {
-        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
-        "staleness_max": jnp.max(staleness),
-        "scored_fraction": num_scored / scored.shape[0],
-        "effective_sample_size": sampling.effective_sample_size(sampler.table, batch_size),
-        "rejected": sampler.rejected.count,
-    }
-
-
-def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None = None):
-    """The config's optimiser; learning_rate takes the place of the config's."""
-    return optimizer_lib.make_optimizer(
-        config.learner.optimizer,
-        learning_rate=config.learner.learning_rate if learning_rate is None else learning_rate,
-        lr_schedule=config.learner.lr_schedule,
-        steps=config.steps,
-        momentum=config.learner.momentum,
-        nesterov=config.learner.nesterov,
-    )
-
-
-def make_train_step(config: ConfigDict, problem: Problem, optimizer, *, seed, moments: bool = False) -> Callable:
-    """The learner's step, see `learner.make_train_step`; the seed takes the place of the config's."""
-    return learner.make_train_step(
-        problem.loss_fn,
-        optimizer,
-        batch_size=config.learner.batch_size,
-        seed=seed,
-        refresh=config.learner.refresh and config.proposal.name != "uniform",
-        score_fn=None if config.workers.score == "gradient_norm" else make_score_fn(config, problem),
-        draw=config.learner.draw,
-        moments=moments,
-    )
-
-
-def make_proposal(config: ConfigDict) -> proposal.Proposal:
-    """The config's proposal."""
-    name, config = config.proposal.name, config.proposal
-    if name == "uniform":
-        return proposal.Uniform()
-    if name == "proportional":
-        return proposal.Proportional(config.smoothing, config.relative, config.max_staleness)
-    if name == "mixture":
-        return proposal.Mixture(proposal.Proportional(config.smoothing, config.relative), config.uniform_fraction)
-    return proposal.Mixture(Calibrated(config.half_life), config.uniform_fraction)
-
-
-def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train_examples) -> WorkerPool | None:
-    if config.proposal.name == "uniform" or not config.workers.enabled:
-        return None
-    shared = roles.workers == (roles.learner,)
-    try:
-        return WorkerPool(
-            make_score_fn(config, problem),
-            train_examples if shared else (problem.train_data.images, problem.train_data.labels),
-            devices=roles.workers,
-            chunk_size=config.workers.chunk_size,
-        )
-    except ValueError as error:
-        raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
-
-
-def _gradient_norm(problem: Problem) -> Callable:
-    return scores_lib.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
-
-
-def make_score_fn(config: ConfigDict, problem: Problem) -> Callable:
-    """What the workers find out about each example: `(params, *batch) -> f32[B]`."""
-    if config.workers.score == "last_layer":
-        return scores_lib.last_layer(problem.logits_fn, SCORING_MICROBATCH)
-    if config.workers.score == "loss":
-        return scores_lib.loss(problem.loss_fn, SCORING_MICROBATCH)
-    return _gradient_norm(problem)
-
-
-def _explain(problem: Problem):
-    params = jax.eval_shape(problem.init, jax.random.key(0))
-    return explain(problem.loss_fn, params, problem.train_data.images[:1], problem.train_data.labels[:1])
-
-
-def _make_schedule(config: ConfigDict, pool: WorkerPool | None):
-    if config.name == "exact":
-        return schedule.Exact(pool.rounds_per_sweep if pool else 0)
-    if config.name == "relaxed":
-        return schedule.Relaxed(config.steps_per_round, config.score_delay)
-    return schedule.FreeRunning()
+    differ = " and ".join(name for name in about if state[name] != about[name])
+    not_equal = f"; {differ} differ from before, so that the numbers will not be bit-equal" if differ else ""
+    metrics.say(f"goes on from the checkpoint of step {state['step']:,} of {steps:,}{not_equal}")

@@ -65,6 +65,15 @@ class WorkerPool:
         )
 
     @property
+    def place(self) -> dict[str, int]:
+        """Where the next round begins: an item of every worker's shard."""
+        return {"item": self._next_start, "workers": self._num_workers}
+
+    def go_to(self, place: dict[str, int]) -> None:
+        """Goes on at a place, also of a pool with another number of workers: with the same example, or one near it."""
+        self._next_start = place["item"] * place["workers"] // self._num_workers % self._shard_size
+
+    @property
     def rounds_per_sweep(self) -> int:
         """Rounds after which every example has been scored at least once."""
         return -(-self._shard_size // self._chunk_size)

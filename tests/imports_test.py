@@ -11,10 +11,11 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # A module may import only modules that stand above it.
 ORDER = (
-    "errors", "config", "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
+    "errors", "config", "workdir", "metrics", "supervision", "checkpoint",
+    "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
     "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
-    "variance", "payoff", "schedule", "devices", "workers", "learner", "evaluate", "metrics", "plots", "loop",
-    "training", "main",
+    "variance", "payoff", "schedule", "devices", "workers", "learner", "evaluate", "plots", "run_state", "loop",
+    "wiring", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
 STRANGERS = {
@@ -22,9 +23,11 @@ STRANGERS = {
     "workers": {"store", "proposal", "sampling", "config"},
     "store": {"workers", "learner", "proposal", "config"},
     "plots": {"training"},
-    "loop": {"config"},
+    "loop": {"config", "workdir"},
+    "run_state": {"config", "workdir"},
+    "checkpoint": {"config", "workdir"},
 }
-ONLY_IMPORTER = {"flax": {"models"}, "ml_collections": {"config", "main", "training"}}
+ONLY_IMPORTER = {"flax": {"models"}, "ml_collections": {"config", "main", "wiring", "training"}}
 
 
 def imports(path):

@@ -14,7 +14,7 @@ from experiments.configs import digits
 from experiments.paper import cost, figures, replicas, results, runs, studies, table
 from experiments.paper.sweep import sweep
 from issgd_jax import config as config_lib
-from issgd_jax import metrics
+from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
 from issgd_jax.training import train
 
@@ -213,14 +213,14 @@ def write_run(workdir, arm, rate, seed, losses, *, steps=None, cut=False, **more
         }
     }
     record |= {"devices": {}, "versions": {}, "git_commit": "abc"}
-    (folder / metrics.CONFIG_FILE).write_text(json.dumps(record))
+    (folder / workdir_lib.CONFIG_FILE).write_text(json.dumps(record))
     variances = {"variance/uniform": 4.0, "variance/actual": 2.0, "variance/ideal": 1.0, "variance/gain": 4.0}
     rows = [
         {"step": step, "train/loss": loss, "train/error": 0.1, "test/error": 0.2, "test/loss": 1.0} | variances | more
         for step, loss in zip(steps, losses, strict=True)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / metrics.METRICS_FILE).write_text(text[:-15] if cut else text)
+    (folder / workdir_lib.METRICS_FILE).write_text(text[:-15] if cut else text)
 
 
 def summary_of(workdir, **options):

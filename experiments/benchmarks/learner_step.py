@@ -29,7 +29,7 @@ from experiments.benchmarks.environment import hardware
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax import learner, losses, models, proposal
 from issgd_jax.calibrated import Calibrated
-from issgd_jax.metrics import versions
+from issgd_jax.workdir import versions
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "learner_step.json"
 STEPS_PER_ROUND, CHUNK_SIZE = 32, 3 * 2048

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from experiments.paper import command, results, studies
 from issgd_jax import metrics
+from issgd_jax import workdir as workdir_lib
 
 # Steps of a block, at least: enough that its beginning does not count.
 MIN_STEPS = 100
@@ -76,7 +77,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
         "blocks": num_blocks,
         "hardware": hardware(),
-        "versions": metrics.versions(),
+        "versions": workdir_lib.versions(),
     }
 
 
@@ -84,9 +85,9 @@ class _Block:
     """The loop of one arm over a few rounds, each time from the start."""
 
     def __init__(self, config):
-        from issgd_jax import training
+        from issgd_jax import wiring
 
-        self._parts = dataclasses.replace(training.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
+        self._parts = dataclasses.replace(wiring.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
         self._window = config.schedule.steps_per_round
         # The last step is one at which a round enters, so that all but one are waited for.
         self.num_steps = -(-MIN_STEPS // self._window) * self._window + 1

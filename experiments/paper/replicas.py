@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import learner, training
+from issgd_jax import learner, wiring
 from issgd_jax.errors import InputError
 
 
@@ -43,7 +43,7 @@ def train_replicas(
     """
     config_lib.validate(config)
     check(config)
-    problem = training.make_problem(config)
+    problem = wiring.make_problem(config)
     devices = tuple(devices or jax.local_devices())[: len(replicas)]
     program = _Program(config, problem)
 
@@ -72,7 +72,7 @@ def train_replicas(
             "learner_examples": step * config.learner.batch_size,
             "worker_examples": program.num_scored(step),
         }
-        return [counted | training.to_row({k: x[i] for k, x in measured.items()}) for i in range(len(replicas))]
+        return [counted | wiring.to_row({k: x[i] for k, x in measured.items()}) for i in range(len(replicas))]
 
     for step in range(0, config.steps, config.eval_every):
         first_round = jax.device_put(np.int32(step // program.steps_per_round), everywhere)
@@ -84,10 +84,10 @@ def train_replicas(
 
 def replica_bytes(config: ConfigDict) -> int:
     """About how much memory one replica takes: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
-    problem = training.make_problem(config)
+    problem = wiring.make_problem(config)
     params = jax.eval_shape(problem.init, jax.random.key(0))
     image = problem.train_data.images[:1].size
-    batch = max(config.learner.batch_size, training.SCORING_MICROBATCH)
+    batch = max(config.learner.batch_size, wiring.SCORING_MICROBATCH)
     num_params = sum(x.size for x in jax.tree.leaves(params))
     return 4 * (6 * num_params + 12 * len(problem.train_data) + 8 * batch * (image + num_params // image))
 
@@ -111,7 +111,7 @@ def check(config: ConfigDict) -> None:
 class _Program:
     """The functions of one replica, made of its config."""
 
-    def __init__(self, config: ConfigDict, problem: training.Problem):
+    def __init__(self, config: ConfigDict, problem: wiring.Problem):
         self.steps_per_round = config.schedule.steps_per_round
         self._config, self._problem = config, problem
         self._num_examples = len(problem.train_data)
@@ -121,9 +121,9 @@ class _Program:
             raise InputError(f"workers.chunk_size must be <= {self._num_examples}, got {config.workers.chunk_size}")
         # Scores enter `late` rounds and `offset` steps after the round that they are of began.
         self._late, self._offset = divmod(config.schedule.score_delay, self.steps_per_round)
-        self._proposal = training.make_proposal(config)
-        self._score_fn = training.make_score_fn(config, problem)
-        self._measure = training.make_measure(config, problem)
+        self._proposal = wiring.make_proposal(config)
+        self._score_fn = wiring.make_score_fn(config, problem)
+        self._measure = wiring.make_measure(config, problem)
 
     def num_scored(self, step: int) -> int:
         """Examples whose scores have entered when `step` is measured; none enters after the last step has begun."""
@@ -133,7 +133,7 @@ class _Program:
 
     def start(self, seed: jax.Array, learning_rate: jax.Array) -> Replica:
         params = self._problem.init(jax.random.key(seed))
-        optimizer = training.make_optimizer(self._config, learning_rate)
+        optimizer = wiring.make_optimizer(self._config, learning_rate)
         queue = jnp.zeros((self._late + 1, self._config.workers.chunk_size)) if self._has_workers else None
         return Replica(
             learner.init_train_state(params, optimizer),
@@ -206,8 +206,8 @@ class _Program:
         return (start + jnp.arange(chunk_size, dtype=jnp.int32)) % num_examples
 
     def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:
-        optimizer = training.make_optimizer(self._config, replica.learning_rate)
-        train_step = training.make_train_step(self._config, self._problem, optimizer, seed=replica.seed)
+        optimizer = wiring.make_optimizer(self._config, replica.learning_rate)
+        train_step = wiring.make_train_step(self._config, self._problem, optimizer, seed=replica.seed)
 
         def step(state, _) -> Any:
             train_state, sampler, _ = train_step(*state, self._proposal, examples)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.paper import runs, studies
-from issgd_jax import metrics
+from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -106,7 +106,7 @@ def summarize(
     lengths = {name: summary["step"][-1] for name, summary in summaries.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"arms have different lengths, {lengths}: sweep them with the same --steps")
-    record = json.loads((folders[0] / metrics.CONFIG_FILE).read_text())
+    record = json.loads((folders[0] / workdir_lib.CONFIG_FILE).read_text())
     return {
         "study": study,
         "data": data,
@@ -117,7 +117,7 @@ def summarize(
         "devices": record["devices"],
         "versions": record["versions"],
         "git_commits": sorted(
-            {json.loads((f / metrics.CONFIG_FILE).read_text())["git_commit"] or "?" for f in folders}
+            {json.loads((f / workdir_lib.CONFIG_FILE).read_text())["git_commit"] or "?" for f in folders}
         ),
         "arms": summaries,
     }

@@ -9,25 +9,23 @@ import warnings
 from ml_collections import ConfigDict
 
 from issgd_jax import metrics
-from issgd_jax.config import flatten
+from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
 
-# Fields that may differ between a finished run and the one that is asked for.
-_HARMLESS = ("data.dir", "log.")
 # Nats: with less every example is fitted, and how much less would drown how fast it came.
 LEAST_LOSS = 1e-3
 
 
 def read_rows(folder: pathlib.Path) -> list[dict]:
     """The rows of a run, none if it has not begun. A last line that was cut off is left out, with a warning."""
-    file = folder / metrics.METRICS_FILE
+    file = folder / workdir_lib.METRICS_FILE
     return metrics.read_metrics(file) if file.is_file() else []
 
 
 def read_config(folder: pathlib.Path) -> dict:
     """The config of a run, {} if it has not begun or its file is cut off."""
     try:
-        return json.loads((folder / metrics.CONFIG_FILE).read_text())["config"]
+        return json.loads((folder / workdir_lib.CONFIG_FILE).read_text())["config"]
     except (OSError, json.JSONDecodeError, KeyError):
         return {}
 
@@ -43,13 +41,10 @@ def is_finished(folder: pathlib.Path) -> bool:
 
 def check_same(folder: pathlib.Path, config: ConfigDict) -> None:
     """Raises InputError if the run that lies there is of another experiment than `config`."""
-    found, wanted = (flatten(ConfigDict(c)) for c in (read_config(folder), json.loads(config.to_json_best_effort())))
-    for name in sorted(found.keys() | wanted.keys()):
-        if not name.startswith(_HARMLESS) and found.get(name) != wanted.get(name):
-            raise InputError(
-                f"{folder} holds a run with {name} = {found.get(name)}, but {wanted.get(name)} is asked for: choose "
-                "another --workdir"
-            )
+    for name, (found, wanted) in workdir_lib.changes(read_config(folder), config.to_dict()).items():
+        raise InputError(
+            f"{folder} holds a run with {name} = {found}, but {wanted} is asked for: choose another --workdir"
+        )
 
 
 def final(rows: list[dict], name: str) -> float:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from experiments.paper import command, runs, studies
 from issgd_jax import config as config_lib
 from issgd_jax import metrics
+from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 
 _AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: by memory, on a CPU at most 8.")
@@ -126,17 +127,20 @@ class _ArmSweep:
     def _train(self, group: list[Run]) -> Iterator[float]:
         """Trains a group of runs, leaves their files, and yields the fractions done."""
         configs = [self.config(*run) for run in group]
-        folders = [metrics.claim_workdir(self.folder(*run), overwrite=True) for run in group]
+        folders = [self.folder(*run) for run in group]
         if len(group) == 1:
             yield self._train_alone(configs[0], folders[0])
             return
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            workdir_lib.clear(folder)
         import jax
 
         from experiments.paper.replicas import train_replicas
 
         kinds = {"learner and worker": [device.device_kind for device in jax.local_devices()]}
         for folder, config in zip(folders, configs):
-            metrics.write_config(folder, config.to_dict(), kinds)
+            workdir_lib.write_record(folder, config.to_dict(), kinds)
         num_rows = configs[0].steps // configs[0].eval_every + 1
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(metrics.MetricsWriter(folder, tensorboard=False)) for folder in folders]
@@ -155,7 +159,7 @@ class _ArmSweep:
             # The rows that train_replicas leaves of such a run: without a loss, up to the end.
             rows = runs.read_rows(folder)
             first = rows[-1]["step"] + config.eval_every if rows else 0
-            with open(folder / metrics.METRICS_FILE, "a") as file:
+            with open(folder / workdir_lib.METRICS_FILE, "a") as file:
                 for step in [*range(first, config.steps, config.eval_every), config.steps]:
                     file.write(json.dumps({"step": step, "train/loss": None}) + "\n")
         return 1.0

@@ -1,0 +1,47 @@
+"""What runs in the processes that tests kill. Each comes from a server that has the imports, but no JAX backend yet."""
+
+import multiprocessing
+
+import jax
+
+from issgd_jax import loop, training
+from tests.training_test import smoke
+
+_PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
+
+
+def config(**overrides):
+    """Two seconds, with a checkpoint being written nearly all the time and rounds in flight."""
+    fixed = {
+        "steps": 200,
+        "eval_every": 10,
+        "model__mlp__hidden_sizes": (16,),
+        "schedule__score_delay": 9,
+        "checkpoint__every_steps": 7,
+        "checkpoint__keep": 2,
+        "log__tensorboard": True,
+    }
+    return smoke(**fixed | overrides)
+
+
+def server():
+    """A context whose processes start within a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def train(workdir, cache, begun, overrides):
+    """Trains; sets the event `begun` when all is compiled or restored, and the first step is to come."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    run = loop.run
+
+    def run_and_tell(*arguments, **keywords):
+        begun.set()
+        return run(*arguments, **keywords)
+
+    loop.run = run_and_tell
+    training.train(config(**overrides), workdir)
