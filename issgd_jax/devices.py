@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import math
+import os
 
 import jax
 
@@ -33,6 +35,13 @@ def assign_roles(num_workers: int | None = None, host_platform_count: int = 0) -
         )
     workers = devices[1:] or devices
     return Roles(learner=devices[0], workers=tuple(workers[:num_workers]))
+
+
+def memory_bytes(device: jax.Device) -> float:
+    """What the device can hold at most; infinity where it does not tell."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:

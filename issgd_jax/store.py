@@ -1,10 +1,7 @@
 """The score database: one flat array on the learner's device."""
 
 import dataclasses
-import math
-import os
 import pathlib
-import zipfile
 from typing import NamedTuple
 
 import jax
@@ -12,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from issgd_jax import kernels
+from issgd_jax.devices import memory_bytes
 from issgd_jax.errors import InputError
 
 NEVER = -1  # scored_at of an example that has no score yet
@@ -185,8 +183,12 @@ class ScoreStore:
         return mass / mass.sum() if mass.sum() > 0 else mass
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes both arrays to a `.npz` file."""
-        np.savez(path, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
+        """Writes both arrays to a `.npz` file, which is there as a whole or not at all."""
+        path = pathlib.Path(path)
+        new = path.with_name(path.name + ".new")
+        with open(new, "wb") as file:
+            np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
+        new.replace(path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ScoreStore":
@@ -194,8 +196,8 @@ class ScoreStore:
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
                 score, scored_at = arrays["score"], arrays["scored_at"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is not a file of scores ({error}): use what ScoreStore.save wrote") from error
+        except Exception as error:  # a broken archive fails in a dozen ways, from zlib's to the parser of headers
+            raise InputError(f"{path} is not a file of scores ({error!r}): use what ScoreStore.save wrote") from error
         is_store = score.dtype == np.float32 and scored_at.dtype == np.int32 and score.ndim == 1 and len(score)
         if not is_store or score.shape != scored_at.shape:
             raise InputError(
@@ -250,10 +252,7 @@ def _some(values, limit: int = 5) -> str:
 
 def _check_memory(num_examples: int) -> None:
     device = jax.config.jax_default_device or jax.devices()[0]
-    if device.platform == "cpu":
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    limit = memory_bytes(device)
     needed = BYTES_AN_EXAMPLE * num_examples
     if needed > limit:
         raise InputError(

@@ -22,6 +22,8 @@ from issgd_jax.workers import WorkerPool
 
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
 SCORING_MICROBATCH = 256
+# At least: parameter, momentum, gradient.
+BYTES_A_PARAMETER = 12
 
 
 def make_parts(config: ConfigDict) -> loop.Parts:
@@ -106,12 +108,25 @@ def make_problem(config: ConfigDict) -> Problem:
         return losses.example_loss(outputs, label), losses.example_error(outputs, label)
 
     try:
-        jax.eval_shape(lambda: outcome_fn(init(jax.random.key(0)), train_data.images[0], train_data.labels[0]))
+        params = jax.eval_shape(lambda: init(jax.random.key(0)))
+        jax.eval_shape(outcome_fn, params, train_data.images[0], train_data.labels[0])
     except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
         raise InputError(
             f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
         ) from error
+    _check_memory(config, params)
     return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
+
+
+def _check_memory(config: ConfigDict, params) -> None:
+    device = jax.config.jax_default_device or jax.devices()[0]
+    num_params = sum(x.size for x in jax.tree.leaves(params))
+    needed, limit = BYTES_A_PARAMETER * num_params, devices.memory_bytes(device)
+    if needed > limit:
+        raise InputError(
+            f"model {config.model.name} has {num_params:,} parameters, which need {needed:,} bytes, but {device} has "
+            f"{limit:,}: make it smaller (see --config.model)"
+        )
 
 
 def build(prepared: Prepared) -> loop.Parts:

@@ -12,9 +12,9 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # A module may import only modules that stand above it.
 ORDER = (
     "errors", "config", "workdir", "metrics", "supervision", "checkpoint",
-    "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "store",
+    "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "devices", "store",
     "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
-    "variance", "payoff", "schedule", "devices", "workers", "learner", "evaluate", "plots", "run_state", "loop",
+    "variance", "payoff", "schedule", "workers", "learner", "evaluate", "plots", "run_state", "loop",
     "wiring", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.

@@ -360,6 +360,13 @@ def read_events(path):
             "workers.enabled and learner.refresh are both False: proposal calibrated would never see a score",
         ),
         ({"workers__enabled": False, "schedule__name": "exact"}, "schedule.name is exact.*workers.enabled is False"),
+        (
+            {"model__mlp__hidden_sizes": (10**6, 10**6)},
+            "model mlp has 1,000,076,000,010 parameters, which need .* bytes, but",
+        ),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of stop, skip, got 'ignore'"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep must be between 1 and"),
+        ({"watchdog_seconds": 0.0}, "watchdog_seconds must be > 0"),
         ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
     ],
 )

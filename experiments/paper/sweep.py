@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -175,15 +173,14 @@ def _replicas_at_once(config: ConfigDict) -> int:
     import jax
 
     from experiments.paper.replicas import replica_bytes
+    from issgd_jax.devices import memory_bytes
 
     devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        memory, most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 8
-        if config.model.name in ("convnet", "transformer"):
-            return 1
-    else:
-        memory, most = sum((d.memory_stats() or {}).get("bytes_limit", 2**33) for d in devices), 64
-    return max(1, min(most, math.floor(memory / 2 / replica_bytes(config))))
+    on_cpu = devices[0].platform == "cpu"
+    if on_cpu and config.model.name in ("convnet", "transformer"):
+        return 1
+    memory = memory_bytes(devices[0]) * (1 if on_cpu else len(devices))
+    return max(1, int(min(8 if on_cpu else 64, memory / 2 / replica_bytes(config))))
 
 
 def main():
