@@ -29,10 +29,12 @@ _HOME = {
     "InputError": "errors",
     "NonFiniteLossError": "errors",
     "BadScoreError": "errors",
+    "StoppedError": "errors",
 }
 _MODULES = (
-    "calibrated", "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models", "plots",
-    "proposal", "sampling", "schedule", "scores", "store", "training", "variance", "workers",
+    "calibrated", "checkpoint", "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models",
+    "plots", "proposal", "sampling", "schedule", "scores", "store", "training", "variance", "wiring", "workdir",
+    "workers",
 )  # fmt: skip
 __all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
 

@@ -81,7 +81,6 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: concurrent.futures.Future | None = None
         self.best_error = min((error for _, error in self._errors()), default=float("inf"))
-        self._folder.mkdir(parents=True, exist_ok=True)
         for rest in self._folder.glob("making_*"):
             shutil.rmtree(rest, ignore_errors=True)
 

@@ -43,12 +43,10 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
     workers = [device.device_kind for device in roles.workers] if prepared.pool else []
     devices = {"learner": [roles.learner.device_kind], "workers": workers}
     with contextlib.ExitStack() as stack:
-        checkpoints = found = None
-        if config.checkpoint.every_steps:
-            about = {"devices": devices, "versions": workdir_lib.versions()}
-            folder = workdir / workdir_lib.CHECKPOINTS
-            checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
-            found = checkpoints.newest(lambda state: _hindrance(state, workdir)) if before else None
+        about = {"devices": devices, "versions": workdir_lib.versions()}
+        folder = workdir / workdir_lib.CHECKPOINTS
+        checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
+        found = checkpoints.newest(lambda state: _hindrance(state, workdir)) if before else None
         if found:
             _tell_of_resuming(found.state, config.steps, about)
         elif before:
@@ -73,14 +71,30 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
         position = found.state["metrics_bytes"] if found else 0
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
             try:
-                sampler = loop.run(parts, plan, writer, state=state, checkpoints=checkpoints, watch=watch)
+                sampler = loop.run(
+                    parts,
+                    plan,
+                    writer,
+                    state=state,
+                    checkpoints=checkpoints if config.checkpoint.every_steps else None,
+                    watch=watch,
+                )
             except NonFiniteLossError as error:
-                if error.batch:
-                    workdir_lib.write_atomically(workdir / workdir_lib.NONFINITE_FILE, json.dumps(error.batch) + "\n")
+                _keep_minibatch(error, workdir / workdir_lib.NONFINITE_FILE)
                 raise
         if config.proposal.name != "uniform":
-            sampler.store.save(workdir / workdir_lib.SCORES_FILE)
+            path = workdir / workdir_lib.SCORES_FILE
+            with workdir_lib.writing(path):
+                sampler.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
+
+
+def _keep_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
+    if error.batch:
+        try:
+            workdir_lib.write_atomically(path, json.dumps(error.batch) + "\n")
+        except OSError as problem:  # the error itself matters more
+            metrics.say(f"{path} cannot be written: {problem}")
 
 
 def _hindrance(state: dict, workdir: pathlib.Path) -> str | None:

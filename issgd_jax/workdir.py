@@ -156,7 +156,19 @@ def write_record(
     if before:
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = before | {"config": config, "resumed": [*before.get("resumed", []), {"at": at, **now}]}
-    write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+    with writing(workdir / CONFIG_FILE):
+        write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns an error of the disk into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room, or choose another --workdir"
+        ) from error
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

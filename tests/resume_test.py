@@ -152,6 +152,12 @@ def test_a_run_without_checkpoints_is_never_overwritten_by_chance(tmp_path):
     assert not (tmp_path / "scores.npz").exists()
 
 
+def test_without_further_checkpoints_it_goes_on_from_those_there_are(tmp_path):
+    issgd_jax.train(small(steps=8), tmp_path)
+    history = issgd_jax.train(small(steps=20, checkpoint__every_steps=0), tmp_path)
+    assert [row["step"] for row in history] == [0, 10, 20] and steps_of(tmp_path) == [7, 8]
+
+
 def test_rows_that_are_missing_are_measured_again(tmp_path, capsys):
     """Red if a run goes on behind a gap in its metrics."""
     whole = issgd_jax.train(small(), tmp_path)
