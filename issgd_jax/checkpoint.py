@@ -8,8 +8,10 @@ disk, so that whatever has the name is complete.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -59,14 +61,16 @@ def read(folder: pathlib.Path) -> Checkpoint:
     """Reads a checkpoint, after every byte of it has been checked. Raises DamagedError if one is not as written."""
     try:
         expected = json.loads((folder / _FILES).read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{folder / _FILES} cannot be read ({error})") from error
-    found = {name: crc for name, crc in _checksums(folder) if name != _FILES}
-    if expected != found:
-        names = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-        raise DamagedError(f"{folder / names[0]} is not as it was written")
-    state = json.loads((folder / _STATE).read_text())
-    return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
+        found = {name: crc for name, crc in _checksums(folder) if name != _FILES}
+        for name in sorted({*dict(expected), *found}):
+            if expected.get(name) != found.get(name):
+                raise DamagedError(f"{folder / name} is not as it was written")
+        state = json.loads((folder / _STATE).read_text())
+        return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
+    except DamagedError:
+        raise
+    except Exception as error:  # of the disk, of what should be JSON, or of another version of Orbax
+        raise DamagedError(f"{folder} cannot be read: {brief(error)}") from error
 
 
 class Checkpoints:
@@ -80,7 +84,7 @@ class Checkpoints:
         self._folder, self._every_steps, self._keep, self._about = folder, every_steps, keep, about or {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: concurrent.futures.Future | None = None
-        self.best_error = min((error for _, error in self._errors()), default=float("inf"))
+        self.best_error = self._least_error()
         for rest in self._folder.glob("making_*"):
             shutil.rmtree(rest, ignore_errors=True)
 
@@ -148,12 +152,16 @@ class Checkpoints:
                 self._remove_old()
         except Exception as error:  # whatever hinders it must not end the run
             say(f"the checkpoint of step {step:,} could not be written, training goes on: {brief(error)}")
+            self.best_error = self._least_error()
 
     def _remove_old(self) -> None:
         best = min(self._errors(), key=lambda pair: pair[1], default=(None, None))[0]
         for step in self.steps[: -self._keep]:
             if step != best:
                 shutil.rmtree(self._path(step))
+
+    def _least_error(self) -> float:
+        return min((error for _, error in self._errors()), default=math.inf)
 
     def _errors(self) -> Iterator[tuple[int, float]]:
         """(step, test error) of the checkpoints that have one, ascending."""
@@ -174,6 +182,7 @@ class Checkpoints:
         self._thread.shutdown()
 
 
+@functools.cache
 def _checkpointer():
     import orbax.checkpoint as ocp
 

@@ -148,22 +148,25 @@ def _architectures() -> dict[str, Arm]:
     arms = {}
     for name, (label, size) in networks.items():
         network = {"model.name": name, **size}
-        arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, baseline=f"{name}_uniform")
-        arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, baseline=f"{name}_uniform")
+        of_network = {"context": True, "baseline": f"{name}_uniform"}
+        arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **of_network)
+        arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **of_network)
     return arms
 
 
 def _stalenesses() -> dict[str, Arm]:
     """From fresh to very stale: number of workers, rounds, delays. A worker scores 200 examples a step."""
-    arms = {"uniform": Arm("SGD", _UNIFORM), "refresh": Arm("refresh alone", _REFRESH_ONLY)}
+    arms = {"uniform": Arm("SGD", _UNIFORM, context=True), "refresh": Arm("refresh alone", _REFRESH_ONLY, context=True)}
     for workers in (1, 3, 7, 15, 31):
         label = f"{workers} worker{'s' if workers > 1 else ''}"
-        arms[f"workers_{workers}"] = Arm(f"{label}, rounds of 2 steps", _workers(400 * workers, 2))
+        arms[f"workers_{workers}"] = Arm(f"{label}, rounds of 2 steps", _workers(400 * workers, 2), context=True)
     for steps in (20, 100):
-        arms[f"round_{steps}"] = Arm(f"3 workers, rounds of {steps} steps", _workers(600 * steps, steps))
+        arms[f"round_{steps}"] = Arm(f"3 workers, rounds of {steps} steps", _workers(600 * steps, steps), context=True)
     for delay in (50, 200, 800):
         arms[f"delay_{delay}"] = Arm(
-            f"3 workers, known after {delay} steps", _workers(600 * 50, 50) | {"schedule.score_delay": delay}
+            f"3 workers, known after {delay} steps",
+            _workers(600 * 50, 50) | {"schedule.score_delay": delay},
+            context=True,
         )
     return arms
 
