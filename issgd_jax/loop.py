@@ -247,7 +247,8 @@ class _Run:
     def hold(self) -> None:
         """Keeps the state as it is now, should a checkpoint be made of it."""
         self.state.wall_seconds = time.monotonic() - self._began
-        make, writer = snapshot(self.state, metrics_bytes=self.writer.position), self.writer
+        make = snapshot(self.state, skipping=self.plan.skip_nonfinite, metrics_bytes=self.writer.position)
+        writer = self.writer
 
         def make_after_metrics():
             writer.to_disk()

@@ -34,6 +34,12 @@ class State(NamedTuple):
     active_seconds: tuple[float, ...] = ()
     idle_seconds: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, fields: dict) -> "State":
+        """From what `_asdict` gave, after its way through JSON."""
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**fields | {"moments": Moments(*fields["moments"])})
+
 
 @dataclasses.dataclass(frozen=True)
 class Payoff:

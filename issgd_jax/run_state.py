@@ -60,10 +60,11 @@ def _copied(arrays) -> tuple[Any, jax.Array]:
     return jax.tree.map(jnp.copy, arrays), jnp.all(jnp.array(finite))
 
 
-def snapshot(state: RunState, **more) -> Callable[[], Checkpoint | None]:
+def snapshot(state: RunState, *, skipping: bool = False, **more) -> Callable[[], Checkpoint | None]:
     """Holds the state as it is now, without waiting; what it returns makes the checkpoint of it, and may wait.
 
-    more: for the checkpoint's state. There is no checkpoint of parameters that are not finite.
+    There is no checkpoint of parameters that are not finite. skipping: whether the pending metrics may be, as such
+    updates are left out. more: for the checkpoint's state.
     """
     (train_state, sampler), finite = _copied((state.train_state, state.sampler))
     rounds, pending = list(state.in_flight), state.pending
@@ -74,7 +75,7 @@ def snapshot(state: RunState, **more) -> Callable[[], Checkpoint | None]:
     def make() -> Checkpoint | None:
         of_rounds, about = _read(rounds)
         is_finite, arrays = jax.device_get((finite, _arrays(train_state, sampler, read, of_rounds)))
-        if not is_finite or (read and not np.isfinite(arrays["pending"][0])):
+        if not is_finite or (read and not skipping and not np.isfinite(arrays["pending"][0])):
             say(f"no checkpoint of step {described['step']:,}: the update before it is not finite")
             return None
         return Checkpoint(_named(arrays), described | {"rounds": about})
@@ -95,8 +96,7 @@ def _read(rounds: list[Round]) -> tuple[list, list[dict]]:
 def restore(checkpoint: Checkpoint, fresh: RunState, device: jax.Device, *, moments: bool) -> RunState:
     """The state that a checkpoint is of.
 
-    fresh: a state of the same run, whose arrays it takes over the places of. device: the learner's. moments: whether
-    the metrics of a step have them.
+    fresh: the state that the run begins with. device: the learner's. moments: whether the metrics of a step have them.
 
     Raises: InputError if the checkpoint is of a run with other arrays, naming one.
     """
@@ -122,13 +122,10 @@ def restore(checkpoint: Checkpoint, fresh: RunState, device: jax.Device, *, mome
     if read:
         loss, found_moments = arrays["pending"]
         pending = (pending_step, learner.StepMetrics(loss, found_moments, None))
-    judged = described["judged"]
     return RunState(
         train_state=arrays["train_state"],
         sampler=arrays["sampler"],
-        judged=payoff.State(**{k: tuple(v) if isinstance(v, list) else v for k, v in judged.items()})._replace(
-            moments=Moments(*judged["moments"])
-        ),
+        judged=payoff.State.of(described["judged"]),
         in_flight=collections.deque(
             Round(scores=scores, indices=indices, **about) for about, (indices, scores) in zip(rounds, arrays["rounds"])
         ),
