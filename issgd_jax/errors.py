@@ -11,8 +11,8 @@ class InputError(Exception):
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient became NaN or infinite: names step, minibatch and last good metrics.
 
-    batch: {"step", "indices", "importance_weights", "losses"} of that minibatch, numbers that are not finite as text;
-      None if a whole split was measured.
+    batch: {"step", "indices", "importance_weights", "losses"} of the minibatch; without losses, but with the minibatch
+      "before", if it was drawn uniformly; None if a whole split was measured.
     """
 
     def __init__(self, message: str, batch: dict | None = None):

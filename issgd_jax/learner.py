@@ -48,12 +48,13 @@ class Minibatch(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss; NaN if it or
-    the gradient is not finite. moments: what the minibatch tells of the gradient's variance; None unless asked for."""
+    """loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss; NaN if one of
+    its losses or, where that is looked at, its gradient is not finite. moments: what the minibatch tells of the
+    gradient's variance; None unless asked for. minibatch: what was drawn; None if uniformly."""
 
     loss: jax.Array
     moments: variance.Moments | None
-    minibatch: Minibatch
+    minibatch: Minibatch | None
 
 
 def init_train_state(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -66,6 +67,15 @@ def init_sampler(proposal, num_examples: int) -> SamplerState:
     store, state, step = ScoreStore.init(num_examples), proposal.init(), jnp.int32(0)
     basis = proposal.basis(state, store, step)
     return SamplerState(store, state, basis, proposal.table(basis, store, step), Rejected.none())
+
+
+def draw_minibatch(table: sampling.Table, step, *, batch_size: int, seed, draw: str) -> sampling.Draw:
+    """What the step draws: a function of the seed, the step and the table. draw: see `make_train_step`."""
+    key = jax.random.key(seed)
+    if draw in EPOCHS:
+        indices = shuffled(key, step, table.num_examples, batch_size, subset=draw == "random_subset")
+        return sampling.Draw(indices, jnp.ones(batch_size, jnp.float32))
+    return sampling.draw(jax.random.fold_in(key, step), table, batch_size, draw)
 
 
 def make_train_step(
@@ -96,18 +106,15 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
         table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
-        if draw in EPOCHS:
-            all_steps = jax.random.key(seed)
-            indices = shuffled(all_steps, state.step, table.num_examples, batch_size, subset=draw == "random_subset")
-            importance_weights = jnp.ones(batch_size, jnp.float32)
-        else:
-            indices, importance_weights = sampling.draw(key, table, batch_size, draw)
+        indices, importance_weights = draw_minibatch(table, state.step, batch_size=batch_size, seed=seed, draw=draw)
         batch = jax.tree.map(lambda x: x[indices], examples)
         losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
-        # The norms are at hand only if something else needs them; elsewhere one pass over the gradient is cheaper.
-        finite = jnp.all(jnp.isfinite(norms if refresh else optax.tree.norm(gradient))) & jnp.all(jnp.isfinite(losses))
+        finite = jnp.all(jnp.isfinite(losses))
+        if refresh:
+            finite &= jnp.all(jnp.isfinite(norms))
+        elif skip_nonfinite:  # else the next loss tells: a pass over the gradient would slow uniform sampling
+            finite &= jnp.isfinite(optax.tree.norm(gradient))
         loss = jnp.where(finite, jnp.mean(importance_weights * losses), jnp.nan)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -131,7 +138,8 @@ def make_train_step(
         return (
             TrainState(params, opt_state, state.step + 1),
             sampler,
-            StepMetrics(loss, found, Minibatch(indices, importance_weights, losses)),
+            # An array more to hand over takes longer than a uniform draw: that can be made again.
+            StepMetrics(loss, found, None if uniform else Minibatch(indices, importance_weights, losses)),
         )
 
     return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")

@@ -29,8 +29,9 @@ MAX_FAILED_ROUNDS = 3
 class Parts:
     """What a run is made of; arrays are on the learner's device.
 
-    pool: None without workers. payoff: None to sample by the proposal throughout. measure: `(params, sampler, step) ->
-    {metric: number}`. are_norms: whether workers' scores are gradient norms.
+    pool: None without workers. payoff: None to sample by the proposal throughout. draw_uniform: `step -> Draw`, what a
+    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`. are_norms: whether
+    workers' scores are gradient norms.
     """
 
     train_state: learner.TrainState
@@ -40,6 +41,7 @@ class Parts:
     schedule: Any
     payoff: payoff.Payoff | None
     train_step: Callable
+    draw_uniform: Callable
     measure: Callable
     train_examples: tuple[jax.Array, jax.Array]
     learner_device: jax.Device
@@ -274,16 +276,24 @@ class _Run:
         raise StoppedError(f"stopped by {name} at step {self.state.step:,}; {self._where_to_go_on()}", number)
 
     def _stop_at_nonfinite(self, step: int, minibatch: learner.Minibatch | None) -> None:
-        if minibatch is None:
-            raise NonFiniteLossError(self._not_finite("minibatch loss or gradient", step))
-        drawn = {name: x.tolist() for name, x in jax.device_get(minibatch)._asdict().items()}
-        rows = sorted(zip(*drawn.values(), strict=True), key=lambda row: (math.isfinite(row[2]), -row[1] * row[2]))
-        worst = ", ".join(f"{n} ({w:.3g}, {loss:.3g})" for n, w, loss in rows[:5])
+        """Names the examples, those first whose loss is not finite."""
         message = self._not_finite("minibatch loss or gradient", step)
-        raise NonFiniteLossError(
-            f"{message}. Its examples (importance weights, losses): {worst}{', …' if len(rows) > 5 else ''}",
-            {"step": step} | {name: [x if math.isfinite(x) else str(x) for x in xs] for name, xs in drawn.items()},
+        before = max(0, step - 1)
+        drawn = {"step": step, **(_lists(minibatch) if minibatch else self._uniformly_drawn(step))}
+        if not minibatch:
+            drawn["before"] = {"step": before, **self._uniformly_drawn(before)}
+            message += f". Uniform steps are not asked for their gradient: the fault may be that of step {before}"
+        losses = drawn.get("losses", [0.0] * len(drawn["indices"]))
+        rows = sorted(
+            zip(drawn["indices"], drawn["importance_weights"], losses),
+            key=lambda row: (math.isfinite(row[2]), -row[1] * row[2]),
         )
+        worst = ", ".join(f"{index} ({weight:.3g})" for index, weight, _ in rows[:5])
+        more = ", …" if len(rows) > 5 else ""
+        raise NonFiniteLossError(f"{message}. Its examples (importance weights): {worst}{more}", drawn)
+
+    def _uniformly_drawn(self, step: int) -> dict[str, list]:
+        return _lists(self.parts.draw_uniform(self._on_learner(step)))
 
     def _not_finite(self, what: str, step: int) -> str:
         row = self.writer.last
@@ -305,6 +315,10 @@ class _Run:
 
     def _on_learner(self, step: int) -> jax.Array:
         return jax.device_put(np.int32(step), self.parts.learner_device)
+
+
+def _lists(minibatch) -> dict[str, list]:
+    return {name: x.tolist() for name, x in jax.device_get(minibatch)._asdict().items()}
 
 
 def _stop_if_rejected(rejected: Rejected, step: int) -> None:

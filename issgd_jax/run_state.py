@@ -121,6 +121,7 @@ def restore(checkpoint: Checkpoint, fresh: RunState, device: jax.Device, *, mome
     pending = None
     if read:
         loss, found_moments = arrays["pending"]
+        # The minibatch is needed only where the loss is not finite, and of such a step there is no checkpoint.
         pending = (pending_step, learner.StepMetrics(loss, found_moments, None))
     return RunState(
         train_state=arrays["train_state"],

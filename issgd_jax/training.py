@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 
 import jax
@@ -92,9 +93,15 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
 def _keep_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
     if error.batch:
         try:
-            workdir_lib.write_atomically(path, json.dumps(error.batch) + "\n")
+            # JSON has no word for NaN.
+            kept = {name: _as_text(x) if name == "losses" else x for name, x in error.batch.items()}
+            workdir_lib.write_atomically(path, json.dumps(kept) + "\n")
         except OSError as problem:  # the error itself matters more
             metrics.say(f"{path} cannot be written: {problem}")
+
+
+def _as_text(losses: list[float]) -> list[float | str]:
+    return [loss if math.isfinite(loss) else str(loss) for loss in losses]
 
 
 def _hindrance(state: dict, workdir: pathlib.Path) -> str | None:

@@ -1,6 +1,7 @@
 """From a config to the parts of a run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -143,6 +144,15 @@ def build(prepared: Prepared) -> loop.Parts:
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
         payoff=payoff,
+        draw_uniform=jax.jit(
+            functools.partial(
+                learner.draw_minibatch,
+                sampling.uniform_table(len(problem.train_data)),
+                batch_size=config.learner.batch_size,
+                seed=config.seed,
+                draw=config.learner.draw,
+            )
+        ),
         train_step=make_train_step(config, problem, optimizer, seed=config.seed, moments=payoff is not None),
         measure=_measure_on(device, make_measure(config, problem), problem, train_examples),
         train_examples=train_examples,
