@@ -30,6 +30,8 @@ _METRICS = {
     "test/error": ("Test error", "fraction misclassified"),
 }
 _VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
+# Arms whose names fit into a panel without hiding a curve.
+_LEGEND_WITHIN = 6
 # Arms of study `fair` that its summary shows.
 _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
@@ -86,8 +88,10 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
             draw_curves(axis, arms, baseline, metric, paid)
             if costs:
                 _set_time(axis, record["steps"])
-            if i == 0:
+            if i == 0 and len(arms) <= _LEGEND_WITHIN:
                 axis.legend(frameon=False, fontsize=8)
+    if len(groups) == 1 and len(arms) > _LEGEND_WITHIN:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
