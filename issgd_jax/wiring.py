@@ -79,8 +79,7 @@ def make_problem(config: ConfigDict) -> Problem:
 
     Raises: InputError if the data is not there or too small, or the network cannot take it; compiles nothing.
     """
-    train_data = data.load(config.data.name, config.data.train_split, config.data.dir)
-    test_data = data.load(config.data.name, config.data.test_split, config.data.dir)
+    train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
     available = len(train_data) // (uniform_lib.SUBSET if config.learner.draw == "random_subset" else 1)
     if config.learner.batch_size > available:
         raise InputError(
@@ -117,6 +116,13 @@ def make_problem(config: ConfigDict) -> Problem:
         ) from error
     _check_memory(config, params)
     return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
+
+
+def _load(config: ConfigDict, split: str) -> data.Dataset:
+    try:
+        return data.load(config.name, config[split], config.dir)
+    except InputError as error:
+        raise InputError(f"{error} (see --config.data.name, --config.data.{split})") from error
 
 
 def _check_memory(config: ConfigDict, params) -> None:
