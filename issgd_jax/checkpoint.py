@@ -8,6 +8,7 @@ disk, so that whatever has the name is complete.
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -46,6 +47,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
+        _check_room(making, checkpoint)
         _checkpointer().save(making.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
         _write_file(making / _STATE, json.dumps(checkpoint.state))
         _write_file(making / _FILES, json.dumps(dict(_checksums(making))))
@@ -194,6 +196,14 @@ def _checkpointer():
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     """What Orbax logs, tracebacks among it, comes as an exception too."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _check_room(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
+    """What a full disk interrupts is told by every thread of the library underneath: better not begun."""
+    wanted, free = sum(array.nbytes for array in checkpoint.arrays.values()), shutil.disk_usage(folder).free
+    if wanted > free:
+        told = f"{os.strerror(errno.ENOSPC)}: {wanted / 1e6:,.1f} MB wanted, {free / 1e6:,.1f} MB free"
+        raise OSError(errno.ENOSPC, told, str(folder.parent))
 
 
 def _save_args(arrays: dict[str, np.ndarray]):

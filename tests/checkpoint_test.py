@@ -149,6 +149,36 @@ def test_an_error_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+TORN_OFF = """
+import pathlib, resource, signal, sys
+from tests.checkpoint_test import made
+from issgd_jax.checkpoint import Checkpoints
+
+with Checkpoints(pathlib.Path(sys.argv[1]), every_steps=1, keep=9) as checkpoints:
+    checkpoints.save(1, lambda: made(1))
+    checkpoints.wait()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    checkpoints.save(2, lambda: made(2, size=10**6))
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoints.save(3, lambda: made(3))
+    checkpoints.wait()
+    assert checkpoints.steps == [1, 3], checkpoints.steps
+"""
+
+
+def test_a_write_that_fails_in_the_middle_costs_that_checkpoint(tmp_path):
+    """There was room when it began. Red if half a checkpoint has a name, or those after it fail too."""
+    done = subprocess.run(
+        [sys.executable, "-c", TORN_OFF, tmp_path / "checkpoints"],
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the checkpoint of step 2 could not be written, training goes on: " in done.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if "making" in path.name] == []
+
+
 FULL_DISK = """
 import os, pathlib, sys
 from tests.checkpoint_test import made, check_equal
@@ -211,5 +241,6 @@ def can_have_a_small_disk():
 def test_a_full_disk_costs_checkpoints_and_no_row(tmp_path):
     done = in_small_disk(tmp_path / "disk", 1_000_000, FULL_DISK)
     assert done.stdout == "survived\n", done.stderr
-    assert "the checkpoint of step 2 could not be written, training goes on" in done.stderr
+    assert "the checkpoint of step 2 could not be written, training goes on: OSError: [Errno 28] No space" in done.stderr
+    assert " MB free" in done.stderr
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
