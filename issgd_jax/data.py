@@ -47,8 +47,8 @@ class Dataset:
         return len(self.labels)
 
 
-def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
-    """Loads a split of a data set.
+def load(name: str, split: str, data_dir: str | None = None, *, rows: tuple[int, int] | None = None) -> Dataset:
+    """Loads a split of a data set, or some rows of it.
 
     Args:
       name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed
@@ -56,13 +56,24 @@ def load(name: str, split: str, data_dir: str | None = None) -> Dataset:
         decoded once and then kept under `~/.cache/issgd_jax`.
       split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`.
       data_dir: where TFDS keeps its data; None = TFDS's own default.
+      rows: the first and the one after the last of those wanted, all others are not read; None = all.
 
     Raises: InputError for an unknown name (with the nearest), an unknown split, data that is not there (with the
-    command that gets it), or data that is not images with class labels.
+    command that gets it), data that is not images with class labels, or rows that the split does not have.
     """
     if name == EMBEDDED:
-        return _load_digits(split)
-    return _load_tfds(name, split, data_dir)
+        images, labels = _load_digits(split)
+        _check_rows(rows, len(labels), name, split)
+        chosen = slice(*rows) if rows else slice(None)
+        return Dataset(images[chosen], labels[chosen], num_classes=10)
+    return _with_tfds(_read_tfds, name, split, data_dir, rows)
+
+
+def count(name: str, split: str, data_dir: str | None = None) -> int:
+    """How many examples a split has; decodes none of them. Raises InputError as `load` does."""
+    if name == EMBEDDED:
+        return len(_load_digits(split)[1])
+    return _with_tfds(lambda *args: len(_find_source(*args)[1]), name, split, data_dir)
 
 
 def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +92,12 @@ def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.maximum(np.sqrt(variance), 1).astype(np.float32)
 
 
-def _load_digits(split: str) -> Dataset:
+def _check_rows(rows: tuple[int, int] | None, available: int, name: str, split: str) -> None:
+    if rows and not 0 <= rows[0] < rows[1] <= available:
+        raise InputError(f"{name} {split} has {available} examples, but those from {rows[0]} to {rows[1]} were wanted")
+
+
+def _load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # half a second, and only here
 
     bunch = load_digits()
@@ -89,7 +105,7 @@ def _load_digits(split: str) -> Dataset:
     splits = {"train": order[:_DIGITS_TRAIN], "test": order[_DIGITS_TRAIN:]}
     rows = np.concatenate([_part_of_split(part.strip(), splits, split) for part in split.split("+")])
     images = bunch.images[rows, :, :, None].astype(np.uint8)
-    return Dataset(images, bunch.target[rows].astype(np.int32), num_classes=10)
+    return images, bunch.target[rows].astype(np.int32)
 
 
 def _part_of_split(part: str, splits: dict[str, np.ndarray], split: str) -> np.ndarray:
@@ -107,16 +123,17 @@ def _part_of_split(part: str, splits: dict[str, np.ndarray], split: str) -> np.n
     return rows[place(match[2]) : place(match[3])]
 
 
-def _load_tfds(name: str, split: str, data_dir: str | None) -> Dataset:
+def _with_tfds(read, *args):
+    """What `read(tfds, *args)` returns."""
     try:
         import tensorflow_datasets as tfds  # seconds, and only here
     except ImportError as error:
         raise InputError(
-            f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
+            f"data set {args[0]!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
         ) from error
 
     with _quiet():
-        return _read_tfds(tfds, name, split, data_dir)
+        return read(tfds, *args)
 
 
 @contextlib.contextmanager
@@ -132,8 +149,9 @@ def _quiet():
         logging.set_verbosity(verbosity)
 
 
-def _read_tfds(tfds, name: str, split: str, data_dir: str | None) -> Dataset:
-    builder = _find_builder(tfds, name, data_dir)
+def _read_tfds(tfds, name: str, split: str, data_dir: str | None, rows: tuple[int, int] | None) -> Dataset:
+    builder, source = _find_source(tfds, name, split, data_dir)
+    _check_rows(rows, len(source), name, split)
     features = builder.info.features
     keys = {
         kind: [k for k, f in features.items() if isinstance(f, cls)]
@@ -143,18 +161,25 @@ def _read_tfds(tfds, name: str, split: str, data_dir: str | None) -> Dataset:
         raise InputError(
             f"{name} has features {list(features)}: an image classification data set has one image, one label"
         )
+    cached = _cache_file(builder, f"{split} {rows}" if rows else split)
+    arrays = _read_cache(cached)
+    if arrays is None:
+        arrays = _decode(
+            source, range(*(rows or (0, len(source)))), keys["image"][0], keys["label"][0], name=f"{name} {split}"
+        )
+        _write_cache(cached, arrays)
+    return Dataset(*arrays, num_classes=features[keys["label"][0]].num_classes)
+
+
+def _find_source(tfds, name: str, split: str, data_dir: str | None):
+    """TFDS's builder, and its random access to the records of the split."""
+    builder = _find_builder(tfds, name, data_dir)
     try:
-        source = builder.as_data_source(split=split)
+        return builder, builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
         raise InputError(
             f"split {split!r} of {name} cannot be read ({error}): it has {sorted(builder.info.splits)}"
         ) from error
-    cached = _cache_file(builder, split)
-    arrays = _read_cache(cached)
-    if arrays is None:
-        arrays = _decode(source, keys["image"][0], keys["label"][0], name=f"{name} {split}")
-        _write_cache(cached, arrays)
-    return Dataset(*arrays, num_classes=features[keys["label"][0]].num_classes)
 
 
 def _find_builder(tfds, name: str, data_dir: str | None):
@@ -181,13 +206,13 @@ def _find_builder(tfds, name: str, data_dir: str | None):
     return builder
 
 
-def _decode(source, image_key: str, label_key: str, *, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode(source, rows: range, image_key: str, label_key: str, *, name: str) -> tuple[np.ndarray, np.ndarray]:
     from tqdm import tqdm
 
     images, labels = [], []
-    with tqdm(total=len(source), desc=f"decoding {name}", unit="image", leave=False) as bar:
-        for start in range(0, len(source), _DECODE_CHUNK):
-            records = source.__getitems__(range(start, min(start + _DECODE_CHUNK, len(source))))
+    with tqdm(total=len(rows), desc=f"decoding {name}", unit="image", leave=False) as bar:
+        for start in range(0, len(rows), _DECODE_CHUNK):
+            records = source.__getitems__(rows[start : start + _DECODE_CHUNK])
             shapes = {record[image_key].shape for record in records} | {image.shape[1:] for image in images[:1]}
             if len(shapes) > 1:
                 raise InputError(f"{name} has images of different sizes, {sorted(shapes)[:3]}: resize them to one")

@@ -35,15 +35,21 @@ def make_parts(config: ConfigDict) -> loop.Parts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Objective:
     """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
 
-    train_data: data.Dataset
-    test_data: data.Dataset
     init: Callable
     logits_fn: Callable
     loss_fn: Callable
     outcome_fn: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Objective):
+    """What is to be learned, and from which data."""
+
+    train_data: data.Dataset
+    test_data: data.Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,31 +97,37 @@ def make_problem(config: ConfigDict) -> Problem:
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
         raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
 
-    model = models.MODELS[config.model.name](train_data.num_classes, **config.model[config.model.name].to_dict())
-    mean, std = data.standardization(train_data.images)
+    objective = make_objective(config, train_data.num_classes, *data.standardization(train_data.images))
+    try:
+        params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+        jax.eval_shape(objective.outcome_fn, params, train_data.images[0], train_data.labels[0])
+    except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
+        raise InputError(
+            f"model {config.model.name} cannot take images of shape {train_data.images.shape[1:]} (see "
+            f"--config.model): {error}"
+        ) from error
+    _check_memory(config, params)
+    return Problem(train_data=train_data, test_data=test_data, **vars(objective))
+
+
+def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Objective:
+    """The config's network and loss, for images standardized by mean and std f32[H, W, C]."""
+    model = models.MODELS[config.model.name](num_classes, **config.model[config.model.name].to_dict())
 
     def init(key):
         return model.init(key, jnp.asarray(mean))
 
-    def logits(params, image):
+    def logits_fn(params, image):
         return model.apply(params, (image - mean) / std)
 
     def loss_fn(params, image, label):
-        return losses.example_loss(logits(params, image), label)
+        return losses.example_loss(logits_fn(params, image), label)
 
     def outcome_fn(params, image, label):
-        outputs = logits(params, image)
+        outputs = logits_fn(params, image)
         return losses.example_loss(outputs, label), losses.example_error(outputs, label)
 
-    try:
-        params = jax.eval_shape(lambda: init(jax.random.key(0)))
-        jax.eval_shape(outcome_fn, params, train_data.images[0], train_data.labels[0])
-    except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
-        raise InputError(
-            f"model {config.model.name} cannot take images of shape {mean.shape} (see --config.model): {error}"
-        ) from error
-    _check_memory(config, params)
-    return Problem(train_data, test_data, init, logits, loss_fn, outcome_fn)
+    return Objective(init, logits_fn, loss_fn, outcome_fn)
 
 
 def _load(config: ConfigDict, split: str) -> data.Dataset:
@@ -289,17 +301,17 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train
         raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
 
 
-def _gradient_norm(problem: Problem) -> Callable:
-    return scores_lib.GradientNorm(problem.loss_fn, SCORING_MICROBATCH)
+def _gradient_norm(objective: Objective) -> Callable:
+    return scores_lib.GradientNorm(objective.loss_fn, SCORING_MICROBATCH)
 
 
-def make_score_fn(config: ConfigDict, problem: Problem) -> Callable:
+def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
     """What the workers find out about each example: `(params, *batch) -> f32[B]`."""
     if config.workers.score == "last_layer":
-        return scores_lib.last_layer(problem.logits_fn, SCORING_MICROBATCH)
+        return scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH)
     if config.workers.score == "loss":
-        return scores_lib.loss(problem.loss_fn, SCORING_MICROBATCH)
-    return _gradient_norm(problem)
+        return scores_lib.loss(objective.loss_fn, SCORING_MICROBATCH)
+    return _gradient_norm(objective)
 
 
 def explain_norms(problem: Problem):

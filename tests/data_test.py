@@ -171,3 +171,20 @@ TwoImages(data_dir={str(tmp_path)!r}, file_format="array_record").download_and_p
         InputError, match=r"has features \['a'\]: an image classification data set has one image, one label"
     ):
         data.load("two_images", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [(0, 5), (17, 40), (30, 60)])
+def test_rows_are_those_of_the_whole_split(rows):
+    """Red if a worker that loads its shard gets other examples than the learner has under these numbers."""
+    need_svhn()
+    for name, split, folder in (("digits", "test[:60]", None), ("svhn_cropped", "test[10:50]+test[:20]", str(SVHN))):
+        whole, part = data.load(name, split, folder), data.load(name, split, folder, rows=rows)
+        assert data.count(name, split, folder) == 60
+        np.testing.assert_array_equal(part.images, whole.images[slice(*rows)])
+        np.testing.assert_array_equal(part.labels, whole.labels[slice(*rows)])
+
+
+@pytest.mark.parametrize("rows", [(0, 61), (5, 5), (-1, 4)])
+def test_rows_that_a_split_does_not_have(rows):
+    with pytest.raises(InputError, match=f"test.* has 60 examples, but those from {rows[0]} to {rows[1]} were wanted"):
+        data.load("digits", "test[:60]", rows=rows)
