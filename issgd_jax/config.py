@@ -26,6 +26,7 @@ _INTEGERS = {
     "workers.chunk_size": (1, _LARGEST),
     "devices.workers": (1, _LARGEST),
     "devices.host_platform_count": (0, 1024),
+    "cluster.workers": (1, 100_000),
     "schedule.steps_per_round": (1, _LARGEST),
     "schedule.score_delay": (0, _LARGEST),
     "proposal.max_staleness": (0, _LARGEST),
@@ -91,8 +92,12 @@ def default() -> ConfigDict:
                 "strict": False,  # True: a score that is NaN, infinite or negative stops the run; else it is left out
             },
             "devices": {
-                "workers": config_dict.placeholder(int),  # None: all devices but the learner's
+                "workers": config_dict.placeholder(int),  # None: all but the learner's; in a cluster, of each machine
                 "host_platform_count": 0,  # k > 0: simulate k devices on the CPU
+            },
+            "cluster": {
+                "address": config_dict.placeholder(str),  # of Ray: auto, HOST:PORT, or local, which starts one here
+                "workers": config_dict.placeholder(int),  # None: one on every machine but the learner's
             },
             "schedule": {
                 "name": "relaxed",

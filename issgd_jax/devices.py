@@ -37,6 +37,20 @@ def assign_roles(num_workers: int | None = None, host_platform_count: int = 0) -
     return Roles(learner=devices[0], workers=tuple(workers[:num_workers]))
 
 
+def scoring_devices(num_devices: int | None = None, host_platform_count: int = 0) -> tuple[jax.Device, ...]:
+    """The first `num_devices` (None: all) of a machine that only scores. host_platform_count: see `assign_roles`.
+
+    Raises: InputError if there are fewer devices than asked for.
+    """
+    devices = _cpu_devices(host_platform_count) if host_platform_count else jax.local_devices()
+    if num_devices is not None and not 1 <= num_devices <= len(devices):
+        raise InputError(
+            f"devices.workers is {num_devices}, but this machine has {len(devices)} device(s): lower "
+            "--config.devices.workers"
+        )
+    return tuple(devices[:num_devices])
+
+
 def memory_bytes(device: jax.Device) -> float:
     """What the device can hold at most; infinity where it does not tell."""
     if device.platform == "cpu":

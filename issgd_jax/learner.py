@@ -181,17 +181,20 @@ def _renew(proposal, sampler: SamplerState, step) -> SamplerState:
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
-@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True, static_argnames="are_norms")
-def take_in(proposal, sampler: SamplerState, indices, scores, *, scored_at, step, are_norms=True) -> SamplerState:
+@functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True, static_argnames=("are_norms", "renewing"))
+def take_in(
+    proposal, sampler: SamplerState, indices, scores, *, scored_at, step, are_norms=True, renewing=True
+) -> SamplerState:
     """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N), once a round.
 
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
     `scored_at`; `step` is the learner's own. are_norms: whether the scores are gradient norms; others teach the
-    proposal nothing. The sampler given is donated.
+    proposal nothing. renewing: False where another round follows at once, whose table has all that is known. The
+    sampler given is donated.
     """
     indices, scores = indices.reshape(-1), scores.reshape(-1)
     sampler = _write(proposal, sampler, indices, scores, scores if are_norms else None, 1.0, scored_at=scored_at)
-    return _renew(proposal, sampler, step)
+    return _renew(proposal, sampler, step) if renewing else sampler
 
 
 @functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True)

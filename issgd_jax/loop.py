@@ -1,5 +1,6 @@
 """The loop: one thread for all devices. It dispatches and does not wait; the loss is read one step late."""
 
+import collections
 import dataclasses
 import math
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 
 from issgd_jax import learner, metrics, payoff, sampling, supervision
 from issgd_jax.checkpoint import Checkpoints
+from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
@@ -37,7 +39,7 @@ class Parts:
     train_state: learner.TrainState
     sampler: learner.SamplerState
     proposal: Any
-    pool: WorkerPool | None
+    pool: WorkerPool | ClusterPool | None
     schedule: Any
     payoff: payoff.Payoff | None
     train_step: Callable
@@ -141,8 +143,11 @@ class _Run:
             state.window_seconds = 0.0
         if self._pool:
             self._start_rounds()
-            while state.in_flight and parts.schedule.may_enter(state.in_flight[0], state.step):
-                self._enter(state.in_flight.popleft())
+            # One that is late must not hold up those behind it.
+            entering = [round_ for round_ in state.in_flight if parts.schedule.may_enter(round_, state.step)]
+            state.in_flight = collections.deque(round_ for round_ in state.in_flight if round_ not in entering)
+            for round_ in entering:
+                self._enter(round_, is_last=round_ is entering[-1])
         elif state.judged.active and state.step % self.plan.window == 0:
             state.sampler = learner.renew(parts.proposal, state.sampler, step=self._on_learner(state.step))
         state.window_seconds += time.monotonic() - begun
@@ -159,7 +164,8 @@ class _Run:
         if self._pool:
             state.place = self._pool.place
 
-    def _enter(self, round_: Round) -> None:
+    def _enter(self, round_: Round, *, is_last: bool) -> None:
+        """is_last: of those that enter before this step, after which the table is made anew."""
         state, parts = self.state, self.parts
         try:
             # What failed on a worker must not reach the learner's arrays.
@@ -173,7 +179,14 @@ class _Run:
             (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.learner_device
         )
         state.sampler = learner.take_in(
-            parts.proposal, state.sampler, indices, scores, scored_at=scored_at, step=now, are_norms=parts.are_norms
+            parts.proposal,
+            state.sampler,
+            indices,
+            scores,
+            scored_at=scored_at,
+            step=now,
+            are_norms=parts.are_norms,
+            renewing=is_last,
         )
 
     def _round_failed(self, error: Exception) -> None:
@@ -249,7 +262,12 @@ class _Run:
     def hold(self) -> None:
         """Keeps the state as it is now, should a checkpoint be made of it."""
         self.state.wall_seconds = time.monotonic() - self._began
-        make = snapshot(self.state, skipping=self.plan.skip_nonfinite, metrics_bytes=self.writer.position)
+        make = snapshot(
+            self.state,
+            skipping=self.plan.skip_nonfinite,
+            waiting=self.parts.schedule.is_reproducible,
+            metrics_bytes=self.writer.position,
+        )
         writer = self.writer
 
         def make_after_metrics():

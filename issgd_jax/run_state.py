@@ -60,11 +60,14 @@ def _copied(arrays) -> tuple[Any, jax.Array]:
     return jax.tree.map(jnp.copy, arrays), jnp.all(jnp.array(finite))
 
 
-def snapshot(state: RunState, *, skipping: bool = False, **more) -> Callable[[], Checkpoint | None]:
+def snapshot(
+    state: RunState, *, skipping: bool = False, waiting: bool = True, **more
+) -> Callable[[], Checkpoint | None]:
     """Holds the state as it is now, without waiting; what it returns makes the checkpoint of it, and may wait.
 
     There is no checkpoint of parameters that are not finite. skipping: whether the pending metrics may be, as such
-    updates are left out. more: for the checkpoint's state.
+    updates are left out. waiting: whether rounds in flight are waited for, or left out if they are not ready, and their
+    examples scored a sweep later. more: for the checkpoint's state.
     """
     (train_state, sampler), finite = _copied((state.train_state, state.sampler))
     rounds, pending = list(state.in_flight), state.pending
@@ -73,7 +76,7 @@ def snapshot(state: RunState, *, skipping: bool = False, **more) -> Callable[[],
     read = (pending[1].loss, pending[1].moments) if pending else None
 
     def make() -> Checkpoint | None:
-        of_rounds, about = _read(rounds)
+        of_rounds, about = _read([round_ for round_ in rounds if waiting or round_.is_ready()])
         is_finite, arrays = jax.device_get((finite, _arrays(train_state, sampler, read, of_rounds)))
         if not is_finite or (read and not skipping and not np.isfinite(arrays["pending"][0])):
             say(f"no checkpoint of step {described['step']:,}: the update before it is not finite")

@@ -1,9 +1,12 @@
-"""When rounds of scoring start, and when their scores may enter the store."""
+"""When rounds of scoring start, and when their scores may enter the store.
+
+is_reproducible: whether a run is a function of its seed alone, whatever the speed of its machines.
+"""
 
 import dataclasses
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Round:
     """One broadcast of parameters and what the workers made of it; the arrays may still be in the making.
 
@@ -25,6 +28,7 @@ class Exact:
     """Barriers kept: every example is scored with the current parameters before every step."""
 
     sweep: int  # rounds that score every example once
+    is_reproducible = True
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
         del step, num_in_flight
@@ -45,6 +49,7 @@ class Relaxed:
 
     steps_per_round: int
     score_delay: int
+    is_reproducible = True
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
         del num_in_flight
@@ -56,9 +61,10 @@ class Relaxed:
 
 @dataclasses.dataclass(frozen=True)
 class FreeRunning:
-    """Nobody waits: scores enter when they are ready, and workers always have one more round to go on with."""
+    """Nobody waits: scores enter when they are ready, and workers always have something to go on with."""
 
     max_in_flight: int = 2
+    is_reproducible = False
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
         del step

@@ -29,7 +29,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     prepared = wiring.prepare(config)
     asked_for = prepared.config.to_dict()
     workdir_lib.check(workdir, asked_for, overwrite=overwrite)
-    with jax.default_device(prepared.roles.learner), workdir_lib.locked(workdir) as folder:
+    with (
+        jax.default_device(prepared.roles.learner),
+        prepared.pool or contextlib.nullcontext(),
+        workdir_lib.locked(workdir) as folder,
+    ):
         if config.log.explain:
             print(wiring.explain_norms(prepared.problem))
         before = workdir_lib.check(workdir, asked_for, overwrite=overwrite)  # nobody else can change it any more

@@ -17,6 +17,8 @@ from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
 from issgd_jax import uniform as uniform_lib
 from issgd_jax.calibrated import Calibrated
+from issgd_jax.cluster.pool import ClusterPool
+from issgd_jax.cluster.worker import Work
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
 from issgd_jax.workers import WorkerPool
@@ -46,10 +48,11 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Problem(Objective):
-    """What is to be learned, and from which data."""
+    """What is to be learned, and from which data. standardization: mean and deviation of the training images."""
 
     train_data: data.Dataset
     test_data: data.Dataset
+    standardization: tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Prepared:
     problem: Problem
     optimizer: optax.GradientTransformation
     train_examples: tuple[jax.Array, jax.Array]
-    pool: WorkerPool | None
+    pool: WorkerPool | ClusterPool | None
 
 
 def prepare(config: ConfigDict) -> Prepared:
@@ -97,7 +100,8 @@ def make_problem(config: ConfigDict) -> Problem:
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
         raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
 
-    objective = make_objective(config, train_data.num_classes, *data.standardization(train_data.images))
+    standardization = data.standardization(train_data.images)
+    objective = make_objective(config, train_data.num_classes, *standardization)
     try:
         params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
         jax.eval_shape(objective.outcome_fn, params, train_data.images[0], train_data.labels[0])
@@ -107,7 +111,7 @@ def make_problem(config: ConfigDict) -> Problem:
             f"--config.model): {error}"
         ) from error
     _check_memory(config, params)
-    return Problem(train_data=train_data, test_data=test_data, **vars(objective))
+    return Problem(train_data=train_data, test_data=test_data, standardization=standardization, **vars(objective))
 
 
 def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Objective:
@@ -286,9 +290,11 @@ def make_proposal(config: ConfigDict) -> proposal.Proposal:
     return proposal.Mixture(Calibrated(config.half_life), config.uniform_fraction)
 
 
-def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train_examples) -> WorkerPool | None:
+def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train_examples):
     if config.proposal.name == "uniform" or not config.workers.enabled:
         return None
+    if config.cluster.address is not None:
+        return _make_cluster_pool(config, problem)
     shared = roles.workers == (roles.learner,)
     try:
         return WorkerPool(
@@ -299,6 +305,39 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train
         )
     except ValueError as error:
         raise InputError(f"{error} (see --config.workers.chunk_size, --config.devices.workers)") from error
+
+
+def _make_cluster_pool(config: ConfigDict, problem: Problem) -> ClusterPool:
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    return ClusterPool(
+        functools.partial(make_work, config.to_dict(), problem.train_data.num_classes, *problem.standardization),
+        num_examples=len(problem.train_data),
+        chunk_size=config.workers.chunk_size,
+        address=config.cluster.address,
+        num_workers=config.cluster.workers,
+        reproducible=config.schedule.name != "free_running",
+        params_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+    )
+
+
+def make_work(config: dict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Work:
+    """What a worker on another machine is for; called there, and reads nothing of the data but its size.
+
+    Raises: InputError if the machine has not the data, or not the devices.
+    """
+    config = ConfigDict(config)
+    name, split, folder = config.data.name, config.data.train_split, config.data.dir
+
+    def load(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = data.load(name, split, folder, rows=(first, last))
+        return rows.images, rows.labels
+
+    return Work(
+        make_score_fn(config, make_objective(config, num_classes, mean, std)),
+        load,
+        data.count(name, split, folder),
+        devices.scoring_devices(config.devices.workers, config.devices.host_platform_count),
+    )
 
 
 def _gradient_norm(objective: Objective) -> Callable:
@@ -325,4 +364,4 @@ def _make_schedule(config: ConfigDict, pool: WorkerPool | None):
         return schedule.Exact(pool.rounds_per_sweep if pool else 0)
     if config.name == "relaxed":
         return schedule.Relaxed(config.steps_per_round, config.score_delay)
-    return schedule.FreeRunning()
+    return schedule.FreeRunning(pool.rounds_ahead if pool else 1)

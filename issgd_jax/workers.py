@@ -1,5 +1,6 @@
 """The workers: they score the training examples chunk by chunk, each its own shard, on their own devices."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -60,9 +61,7 @@ class WorkerPool:
             self._shards, axis = jax.device_put(examples, self._replicated), None
         else:
             self._shards, axis = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples), 0
-        self._score = jax.pmap(
-            self._score_chunk_fn(score_fn), axis_name="worker", in_axes=(None, axis, 0, None), devices=devices
-        )
+        self._score = _compiled(score_fn, tuple(devices), self._shard_size, chunk_size, axis)
 
     @property
     def place(self) -> dict[str, int]:
@@ -77,6 +76,17 @@ class WorkerPool:
     def rounds_per_sweep(self) -> int:
         """Rounds after which every example has been scored at least once."""
         return -(-self._shard_size // self._chunk_size)
+
+    @property
+    def rounds_ahead(self) -> int:
+        """Rounds in flight that keep all workers busy: the one that they score, and the next."""
+        return 2
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *exception):
+        """Nothing is left open."""
 
     def score_next(self, params, step: int, num_rounds: int = 1) -> list[Round]:
         """Dispatches rounds: broadcasts the parameters of `step` once and scores the next chunks of every shard.
@@ -102,17 +112,6 @@ class WorkerPool:
         items = (self._next_start + np.arange(self._chunk_size)) % self._shard_size
         return int(np.sum(items[:, None] * self._num_workers + np.arange(self._num_workers) < self._num_examples))
 
-    def _score_chunk_fn(self, score_fn):
-        num_workers, shard_size, chunk_size = self._num_workers, self._shard_size, self._chunk_size
-
-        def score_chunk(params, shard, worker, start):
-            items = (start + jnp.arange(chunk_size, dtype=jnp.int32)) % shard_size
-            chunk = jax.tree.map(lambda x: x[items], shard)
-            # The index of padding lies past the data, where the store ignores it.
-            return items * num_workers + worker, score_fn(params, *chunk)
-
-        return score_chunk
-
     def _shard(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """[N, ...] -> [W, ceil(N / W), ...], one row a worker, without a padded copy of the whole on the host."""
         shape = (self._num_workers, self._shard_size, *array.shape[1:])
@@ -124,3 +123,16 @@ class WorkerPool:
             return np.concatenate([items, items[:missing]])[None] if missing else items[None]
 
         return jax.make_array_from_callback(shape, sharding, rows)
+
+
+@functools.lru_cache(maxsize=8)  # a machine with many shards has many pools
+def _compiled(score_fn: Callable, devices: tuple[jax.Device, ...], shard_size: int, chunk_size: int, axis: int | None):
+    """`(params, shards, worker, start) -> (indices, scores)`, over the devices; pools that are alike share it."""
+
+    def score_chunk(params, shard, worker, start):
+        items = (start + jnp.arange(chunk_size, dtype=jnp.int32)) % shard_size
+        chunk = jax.tree.map(lambda x: x[items], shard)
+        # The index of padding lies past the data, where the store ignores it.
+        return items * len(devices) + worker, score_fn(params, *chunk)
+
+    return jax.pmap(score_chunk, axis_name="worker", in_axes=(None, axis, 0, None), devices=devices)

@@ -1,0 +1,1 @@
+"""The worker pool over many machines: Ray carries parameters out and scores back, `leases` says who scores what."""

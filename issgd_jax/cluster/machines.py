@@ -1,0 +1,143 @@
+"""Ray, as far as the pool needs it: which machines there are, workers on them, a board for the status."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from issgd_jax.errors import InputError, brief
+
+LOCAL = "local"
+NAMESPACE = "issgd_jax"
+_BOARD = "status"
+# Read when Ray is imported: without it, a cluster of this machine alone listens on all its interfaces.
+_LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_REACH_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One of the cluster. node: Ray's name of it. resources: what it offers. is_here: whether the learner is on it."""
+
+    node: str
+    name: str
+    resources: dict[str, float]
+    is_here: bool
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Joins the Ray cluster at `address`: `auto` (the one that this machine is part of), `host:port`, or `local`, which
+    starts one on this machine that listens on the loopback interface only. Where Ray runs in this process already, that
+    cluster is taken, and left as it is.
+
+    Raises: InputError if Ray is not installed, or there is no cluster that can be joined.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
+    if address == LOCAL:
+        os.environ.update(_LOOPBACK_ONLY)
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            f"cluster.address is {address!r}, which needs Ray ({error}): pip install 'issgd-jax[cluster]'"
+        ) from error
+    if ray.is_initialized():
+        yield
+        return
+    _check_reachable(address)
+    options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == LOCAL else {}
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, or another version of Ray or Python
+        raise InputError(
+            f"the Ray cluster at {address!r} cannot be joined ({brief(error)}): start one with `ray start --head`, or "
+            "use --config.cluster.address=local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for a minute."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        if address not in (LOCAL, "auto"):
+            raise InputError(f"cluster.address must be local, auto or HOST:PORT, got {address!r}")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster can be reached at cluster.address {address!r} ({error}): start one with `ray start "
+            "--head`, or use --config.cluster.address=local"
+        ) from error
+
+
+def machines() -> list[Machine]:
+    """Those that are alive. Blocks for as long as the network does."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return [
+        Machine(node["NodeID"], node["NodeManagerHostname"], node["Resources"], node["NodeID"] == here)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def start_worker(machine: Machine | None, *args) -> Any:
+    """A `Worker` of these arguments, as a Ray actor on the machine, with all its accelerators; None = wherever there is
+    room. Returns at once."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from issgd_jax.cluster.worker import Worker
+
+    # Whoever starts workers also starts them again: with Ray doing so, nobody would know which data they have.
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+    if machine is None:
+        options["scheduling_strategy"] = "SPREAD"
+    else:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(machine.node, soft=False)
+        options["num_gpus"] = machine.resources.get("GPU", 0)
+        options["resources"] = {"TPU": tpus} if (tpus := machine.resources.get("TPU", 0)) else {}
+    return ray.remote(**options)(Worker).remote(*args)
+
+
+class _Board:
+    """Keeps the last status, for whoever asks."""
+
+    def __init__(self):
+        self._text = None
+
+    def write(self, text: str) -> None:
+        self._text = text
+
+    def read(self) -> str | None:
+        return self._text
+
+
+def make_board() -> Any:
+    """The board of this run, as a Ray actor that ends with the run."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()[:8]
+    return ray.remote(num_cpus=0)(_Board).options(name=f"{_BOARD}-{here}-{os.getpid()}").remote()
+
+
+def read_boards(timeout_seconds: float) -> list[str]:
+    """What is written on the boards of all runs of the cluster."""
+    import ray
+
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_BOARD):
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):  # it has just ended
+                board = ray.get_actor(actor["name"], namespace=NAMESPACE)
+                found.append(ray.get(board.read.remote(), timeout=timeout_seconds))
+    return [text for text in found if text]

@@ -1,0 +1,151 @@
+"""Who scores what: an example left out, a lease done twice, a chunk that waits for a dead worker turn these red."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from issgd_jax.cluster.leases import LATE_SECONDS, SHARDS_A_WORKER, Layout, Leases
+
+SIZES = st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n), st.integers(1, 9)))
+
+
+@given(SIZES)
+def test_a_sweep_scores_every_example_and_a_shard_is_what_was_loaded_for_it(sizes):
+    num_examples, chunk_size, num_workers = sizes
+    layout = Layout.of(num_examples, chunk_size=chunk_size, num_workers=num_workers)
+    assert 1 <= layout.num_shards <= SHARDS_A_WORKER * num_workers
+    shards = [layout.shard(number) for number in range(layout.num_shards)]
+    assert shards[0][0] == 0 and shards[-1][1] == num_examples
+    assert all(before[1] == after[0] for before, after in zip(shards, shards[1:], strict=False))
+    sizes = [stop - start for start, stop in shards]
+    assert min(sizes) >= chunk_size and max(sizes) - min(sizes) <= 1
+    for first in (0, 3):
+        examples = [layout.examples(lease) for lease in range(first, first + layout.leases_per_sweep)]
+        assert set(np.concatenate(examples)) == set(range(num_examples))
+    for lease in range(layout.leases_per_sweep):
+        shard, item = layout.place(lease)
+        start, stop = layout.shard(shard)
+        assert start + item == layout.examples(lease)[0] and layout.examples(lease)[-1] < stop
+        assert len(set(layout.examples(lease))) == chunk_size
+
+
+@pytest.mark.parametrize("chunk_size", [0, 11])
+def test_a_chunk_that_does_not_fit(chunk_size):
+    with pytest.raises(ValueError, match=r"chunk_size must be between 1 and 10 \(all examples\)"):
+        Layout.of(10, chunk_size=chunk_size, num_workers=2)
+
+
+def make_leases(num_workers=2, issued=0):
+    leases = Leases(Layout.of(240, chunk_size=10, num_workers=num_workers))
+    for worker in range(num_workers):
+        leases.join(worker)
+    for lease in range(issued):
+        leases.issue(lease, 0.0)
+    return leases
+
+
+def test_each_worker_keeps_its_share_of_the_shards():
+    """Red if every worker comes to load all the data."""
+    leases, held = make_leases(num_workers=3), {}
+    for lease in range(240):
+        leases.issue(lease, float(lease))
+    now = 0.0
+    for _ in range(80):
+        for worker in range(3):
+            lease = leases.offer(worker, now)
+            held.setdefault(worker, set()).add(leases._layout.place(lease)[0])
+            assert leases.done(lease, worker, now + 1)
+        now += 1
+    assert all(len(shards) == SHARDS_A_WORKER for shards in held.values())
+
+
+def test_what_a_dead_worker_had_goes_to_the_others_first():
+    leases = make_leases(issued=6)
+    assert [leases.offer(0, 0.0), leases.offer(0, 0.0), leases.offer(1, 0.0)] == [0, 1, 2]
+    leases.leave(0)
+    assert [leases.offer(1, 1.0), leases.offer(1, 1.0), leases.offer(1, 1.0)] == [0, 1, 3]
+    assert leases.num_reissued == 2
+
+
+def test_a_late_lease_is_done_by_another_and_counts_once():
+    leases = make_leases(issued=8)
+    assert leases.offer(0, 0.0) == 0
+    for _ in range(3):
+        assert leases.done(leases.offer(1, 0.0), 1, 0.1)
+    late = LATE_SECONDS + 0.1
+    assert leases.offer(0, late) == 4  # not by who is late with it
+    assert leases.offer(1, late) == 0
+    assert leases.done(0, 1, late + 2) and not leases.done(0, 0, late + 3)
+    assert leases.num_reissued == 1
+
+
+def test_a_late_result_counts_if_nobody_was_faster():
+    leases = make_leases(issued=4)
+    assert leases.offer(0, 0.0) == 0
+    assert leases.done(leases.offer(1, 0.0), 1, 0.1)
+    assert leases.offer(0, LATE_SECONDS + 1) == 2  # it is late, and waits for another
+    assert leases.num_reissued == 1 and leases.done(0, 0, LATE_SECONDS + 2)
+    assert [leases.offer(1, LATE_SECONDS + 9), leases.offer(1, LATE_SECONDS + 9)] == [2, 3]  # it is not offered again
+
+
+def test_an_idle_worker_takes_over_shards_of_a_slow_one():
+    leases = make_leases(issued=8)
+    slow = [leases.offer(0, 0.0) for _ in range(2)]
+    for now in range(6):
+        lease = leases.offer(1, float(now))
+        assert lease is not None and lease not in slow
+        assert leases.done(lease, 1, now + 1.0)
+    leases.issue(8, 6.0)  # of the shard that the slow one holds
+    assert {leases.offer(1, 6.5), leases.offer(1, 6.5)} == set(slow)  # late by now
+    assert leases.offer(1, 6.5) is None and leases.offer(1, 9.0) == 8
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("issue")),
+        st.tuples(st.sampled_from(["offer", "done", "give_back", "die"]), st.integers(0, 2)),
+        st.tuples(st.just("wait"), st.floats(0.01, 5)),
+    ),
+    max_size=120,
+)
+
+
+@given(EVENTS)
+def test_whatever_happens_no_lease_is_lost_and_none_is_done_twice(events):
+    leases, now, issued, done, doing = make_leases(num_workers=3), 0.0, 0, [], {0: [], 1: [], 2: []}
+
+    def finish(worker):
+        lease = doing[worker].pop(0)
+        if leases.done(lease, worker, now):
+            done.append(lease)
+
+    for name, *arguments in events:
+        if name == "issue":
+            leases.issue(issued, now)
+            issued += 1
+        elif name == "wait":
+            now += arguments[0]
+        elif name == "offer":
+            if (lease := leases.offer(arguments[0], now)) is not None:
+                assert lease not in doing[arguments[0]] and lease not in done
+                doing[arguments[0]].append(lease)
+        elif name == "die":
+            doing[arguments[0]] = []
+            leases.leave(arguments[0])
+            leases.join(arguments[0])
+        elif doing[arguments[0]]:
+            if name == "done":
+                finish(arguments[0])
+            else:
+                leases.give_back(doing[arguments[0]].pop(0), arguments[0])
+        assert leases.num_waiting + leases.num_out >= issued - len(done)
+        assert all(len(leases.held_by(worker)) <= 8 for worker in range(3))
+    for _ in range(3 * issued + 3):
+        now += 100.0
+        for worker in range(3):
+            if (lease := leases.offer(worker, now)) is not None:
+                doing[worker].append(lease)
+            while doing[worker]:
+                finish(worker)
+    assert sorted(done) == list(range(issued)) and leases.num_waiting == leases.num_out == 0
