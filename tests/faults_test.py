@@ -55,11 +55,16 @@ def test_killed_at_random_moments_and_gone_on_bit_by_bit(seed, reference, tmp_pa
         begun = context.Event()
         process = context.Process(target=victims.train, args=(workdir, cache, begun, {}))
         process.start()
-        if rng.random() < 0.8:
+        moment = rng.random()
+        if moment < 0.2:  # while it starts
+            process.join(rng.uniform(0, 2.5))
+        else:
             assert begun.wait(120)
-            process.join(rng.uniform(0, 2.5))
-        else:  # while it starts
-            process.join(rng.uniform(0, 2.5))
+            if moment < 0.4:  # while it writes
+                while process.is_alive() and not any((workdir / "checkpoints").glob("making_*")):
+                    time.sleep(0.001)
+            else:
+                process.join(rng.uniform(0, 2.5))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:

@@ -1,5 +1,7 @@
 """Who scores what: an example left out, a lease done twice, a chunk that waits for a dead worker turn these red."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,7 +19,7 @@ def test_a_sweep_scores_every_example_and_a_shard_is_what_was_loaded_for_it(size
     assert 1 <= layout.num_shards <= SHARDS_A_WORKER * num_workers
     shards = [layout.shard(number) for number in range(layout.num_shards)]
     assert shards[0][0] == 0 and shards[-1][1] == num_examples
-    assert all(before[1] == after[0] for before, after in zip(shards, shards[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(shards))
     sizes = [stop - start for start, stop in shards]
     assert min(sizes) >= chunk_size and max(sizes) - min(sizes) <= 1
     for first in (0, 3):
@@ -98,54 +100,74 @@ def test_an_idle_worker_takes_over_shards_of_a_slow_one():
         assert leases.done(lease, 1, now + 1.0)
     leases.issue(8, 6.0)  # of the shard that the slow one holds
     assert {leases.offer(1, 6.5), leases.offer(1, 6.5)} == set(slow)  # late by now
-    assert leases.offer(1, 6.5) is None and leases.offer(1, 9.0) == 8
+    assert leases.offer(1, 6.5) == 8
+
+
+def test_a_lease_is_left_for_a_while_to_who_holds_its_shard():
+    leases = make_leases(issued=2)
+    for worker in range(2):
+        assert leases.done(leases.offer(worker, 0.0), worker, 1.0)
+    leases.issue(8, 1.0)  # of shard 0, as the first
+    assert leases.offer(1, 1.5) is None and leases.offer(1, 4.0) == 8
 
 
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("issue")),
-        st.tuples(st.sampled_from(["offer", "done", "give_back", "die"]), st.integers(0, 2)),
+        st.tuples(st.sampled_from(["offer", "finish", "give_back", "die"]), st.integers(0, 2)),
         st.tuples(st.just("wait"), st.floats(0.01, 5)),
     ),
     max_size=120,
 )
 
 
+class Play:
+    """Workers 0 to 2 and what they are doing; each event checks that it may happen."""
+
+    def __init__(self):
+        self.leases, self.now, self.issued, self.done = make_leases(num_workers=3), 0.0, 0, []
+        self.doing = {worker: [] for worker in range(3)}
+
+    def issue(self):
+        self.leases.issue(self.issued, self.now)
+        self.issued += 1
+
+    def wait(self, seconds):
+        self.now += seconds
+
+    def offer(self, worker):
+        if (lease := self.leases.offer(worker, self.now)) is not None:
+            assert lease not in self.doing[worker] and lease not in self.done
+            self.doing[worker].append(lease)
+
+    def finish(self, worker):
+        if self.doing[worker]:
+            lease = self.doing[worker].pop(0)
+            if self.leases.done(lease, worker, self.now):
+                self.done.append(lease)
+
+    def give_back(self, worker):
+        if self.doing[worker]:
+            self.leases.give_back(self.doing[worker].pop(0), worker)
+
+    def die(self, worker):
+        self.doing[worker] = []
+        self.leases.leave(worker)
+        self.leases.join(worker)
+
+
 @given(EVENTS)
 def test_whatever_happens_no_lease_is_lost_and_none_is_done_twice(events):
-    leases, now, issued, done, doing = make_leases(num_workers=3), 0.0, 0, [], {0: [], 1: [], 2: []}
-
-    def finish(worker):
-        lease = doing[worker].pop(0)
-        if leases.done(lease, worker, now):
-            done.append(lease)
-
+    play = Play()
     for name, *arguments in events:
-        if name == "issue":
-            leases.issue(issued, now)
-            issued += 1
-        elif name == "wait":
-            now += arguments[0]
-        elif name == "offer":
-            if (lease := leases.offer(arguments[0], now)) is not None:
-                assert lease not in doing[arguments[0]] and lease not in done
-                doing[arguments[0]].append(lease)
-        elif name == "die":
-            doing[arguments[0]] = []
-            leases.leave(arguments[0])
-            leases.join(arguments[0])
-        elif doing[arguments[0]]:
-            if name == "done":
-                finish(arguments[0])
-            else:
-                leases.give_back(doing[arguments[0]].pop(0), arguments[0])
-        assert leases.num_waiting + leases.num_out >= issued - len(done)
-        assert all(len(leases.held_by(worker)) <= 8 for worker in range(3))
-    for _ in range(3 * issued + 3):
-        now += 100.0
+        getattr(play, name)(*arguments)
+        assert play.leases.num_waiting + play.leases.num_out >= play.issued - len(play.done)
+        assert all(len(play.leases.held_by(worker)) <= 8 for worker in range(3))
+    for _ in range(3 * play.issued + 3):
+        play.wait(100.0)
         for worker in range(3):
-            if (lease := leases.offer(worker, now)) is not None:
-                doing[worker].append(lease)
-            while doing[worker]:
-                finish(worker)
-    assert sorted(done) == list(range(issued)) and leases.num_waiting == leases.num_out == 0
+            play.offer(worker)
+            while play.doing[worker]:
+                play.finish(worker)
+    assert sorted(play.done) == list(range(play.issued))
+    assert play.leases.num_waiting == play.leases.num_out == 0

@@ -4,8 +4,12 @@ import contextlib
 import dataclasses
 import os
 import socket
+import uuid
+import warnings
 from collections.abc import Iterator
 from typing import Any
+
+import psutil
 
 from issgd_jax.errors import InputError, brief
 
@@ -14,6 +18,8 @@ NAMESPACE = "issgd_jax"
 _BOARD = "status"
 # Read when Ray is imported: without it, a cluster of this machine alone listens on all its interfaces.
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Also read then: what Ray prints of a worker's death, which the pool tells of itself.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed"}
 _REACH_SECONDS = 5.0
 
 
@@ -35,9 +41,7 @@ def connected(address: str) -> Iterator[None]:
 
     Raises: InputError if Ray is not installed, or there is no cluster that can be joined.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody
-    if address == LOCAL:
-        os.environ.update(_LOOPBACK_ONLY)
+    os.environ.update(_QUIET | (_LOOPBACK_ONLY if _is_on_loopback(address) else {}))
     try:
         import ray
     except ImportError as error:
@@ -50,7 +54,10 @@ def connected(address: str) -> Iterator[None]:
     _check_reachable(address)
     options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == LOCAL else {}
     try:
-        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", **options)
+        with warnings.catch_warnings():
+            # JAX warns of any fork; what Ray forks becomes another program at once.
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+            ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, or another version of Ray or Python
         raise InputError(
             f"the Ray cluster at {address!r} cannot be joined ({brief(error)}): start one with `ray start --head`, or "
@@ -60,6 +67,16 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether the cluster is, or will be, one that only this machine can speak with."""
+    if address != "auto":
+        return address == LOCAL or address.startswith(("127.", "localhost:"))
+    servers = [process.info for process in psutil.process_iter(["name", "cmdline"])]
+    return any(
+        info["name"] == "gcs_server" and "--node-ip-address=127.0.0.1" in (info["cmdline"] or ()) for info in servers
+    )
 
 
 def _check_reachable(address: str) -> None:
@@ -109,6 +126,14 @@ def start_worker(machine: Machine | None, *args) -> Any:
     return ray.remote(**options)(Worker).remote(*args)
 
 
+def stop(actor) -> None:
+    """Ends a process that was started here, whatever it is doing."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):  # it has ended already, or the cluster has
+        ray.kill(actor)
+
+
 class _Board:
     """Keeps the last status, for whoever asks."""
 
@@ -126,8 +151,7 @@ def make_board() -> Any:
     """The board of this run, as a Ray actor that ends with the run."""
     import ray
 
-    here = ray.get_runtime_context().get_node_id()[:8]
-    return ray.remote(num_cpus=0)(_Board).options(name=f"{_BOARD}-{here}-{os.getpid()}").remote()
+    return ray.remote(num_cpus=0)(_Board).options(name=f"{_BOARD}-{uuid.uuid4()}", namespace=NAMESPACE).remote()
 
 
 def read_boards(timeout_seconds: float) -> list[str]:

@@ -311,6 +311,7 @@ class ClusterPool:
         with contextlib.suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join()
+        machines.stop(self._board)
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -363,7 +364,7 @@ class ClusterPool:
                     say(f"{slot.name} is left out: {error}")
                 slot.problem = str(error)
             except RayError as error:
-                lost = brief(error)
+                lost = _reason(error)
                 if slot.hello is None:  # nobody has ever come: what hinders one will hinder the next
                     slot.problem = f"{_where(slot)} cannot start: {lost}"
             slot.alive = False
@@ -379,7 +380,6 @@ class ClusterPool:
 
     async def _employ(self, slot: _Slot) -> None:
         """Starts a worker and gives it leases until it is lost. Raises: RayError, _Unfit."""
-        import ray
 
         actor = machines.start_worker(slot.machine, self._make_work, self._layout)
         worker = object()
@@ -397,7 +397,7 @@ class ClusterPool:
         finally:
             self._leases.leave(worker)
             self._tell()
-            ray.kill(actor)
+            machines.stop(actor)
 
     async def _check(self, slot: _Slot, actor) -> None:
         import ray
@@ -487,6 +487,13 @@ def _put(params):
 def _where(slot: _Slot) -> str:
     machine = slot.hello.machine if slot.hello else slot.machine.name if slot.machine else "no machine yet"
     return f"{slot.name} on {machine}"
+
+
+def _reason(error: Exception) -> str:
+    import ray
+
+    died = isinstance(error, ray.exceptions.ActorDiedError) and not isinstance(error.__cause__, Exception)
+    return "its process has died" if died else brief(error)
 
 
 def _here() -> str:
