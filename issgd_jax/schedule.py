@@ -4,6 +4,7 @@ is_reproducible: whether a run is a function of its seed alone, whatever the spe
 """
 
 import dataclasses
+from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,14 +62,17 @@ class Relaxed:
 
 @dataclasses.dataclass(frozen=True)
 class FreeRunning:
-    """Nobody waits: scores enter when they are ready, and workers always have something to go on with."""
+    """Nobody waits: scores enter when they are ready, and workers always have something to go on with.
 
-    max_in_flight: int = 2
+    rounds_ahead: how many rounds in flight that takes; it changes with the workers there are.
+    """
+
+    rounds_ahead: Callable[[], int]
     is_reproducible = False
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
         del step
-        return self.max_in_flight - num_in_flight
+        return max(0, self.rounds_ahead() - num_in_flight)
 
     def may_enter(self, round_: Round, step: int) -> bool:
         del step

@@ -364,4 +364,4 @@ def _make_schedule(config: ConfigDict, pool: WorkerPool | None):
         return schedule.Exact(pool.rounds_per_sweep if pool else 0)
     if config.name == "relaxed":
         return schedule.Relaxed(config.steps_per_round, config.score_delay)
-    return schedule.FreeRunning(pool.rounds_ahead if pool else 1)
+    return schedule.FreeRunning(lambda: pool.rounds_ahead if pool else 0)

@@ -204,8 +204,8 @@ class ClusterPool:
 
     @property
     def rounds_ahead(self) -> int:
-        """Rounds in flight that keep all workers busy."""
-        return -(-(LEASES_A_WORKER + 1) * self.num_workers // self.leases_per_round)
+        """Rounds in flight that keep all workers busy, also those that came later."""
+        return -(-(LEASES_A_WORKER + 1) * max(self.num_workers, len(self._slots)) // self.leases_per_round)
 
     @property
     def place(self) -> dict[str, int]:
@@ -224,7 +224,7 @@ class ClusterPool:
         if num_rounds <= 0:
             return []
         # All machines are sent what the ones before them were, so that parameters go out once a round.
-        if self._reproducible or self._newest is None or self._newest.num_served >= self.num_workers:
+        if self._reproducible or self._newest is None or self._newest.num_served >= len(self._slots):
             self._newest = _Broadcast(step, _copied(params))
         broadcast = self._newest if self._reproducible else None
         rounds = []
