@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.proposal import TINY, Completion, Proposal, complete, completion_of, new_level, relative
+from issgd_jax.proposal import TINY, Completion, Proposal, complete, completion_of, new_level, relative, thinned
 from issgd_jax.store import NEVER, ScoreStore
 
 
@@ -82,16 +82,17 @@ class Calibrated(Proposal):
         """
         del basis
         num_examples = len(store)
+        indices, norm, importance_weights, each = thinned(indices, norm, importance_weights)
         inside = (indices >= 0) & (indices < num_examples)
         valid = inside & jnp.isfinite(norm) & (norm >= 0)
         norm = jnp.where(valid, norm, 0)
-        level = new_level(state.level, norm, jnp.where(valid, importance_weights, 0), num_examples)
+        level = new_level(state.level, norm, jnp.where(valid, each * importance_weights, 0), num_examples)
         old_score, scored_at = store.at(jnp.clip(indices, 0, num_examples - 1))
         staleness = step - scored_at
         known = valid & (scored_at != NEVER) & (staleness > 0)
         row = jnp.clip(jnp.floor(_octave(relative(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
-        forget = 0.5 ** (jnp.sum(known) / (self.half_life * num_examples))
+        forget = 0.5 ** (each * jnp.sum(known) / (self.half_life * num_examples))
         square = relative(norm, level) ** 2
         # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
         rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
@@ -100,8 +101,8 @@ class Calibrated(Proposal):
             return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
 
         return Calibration(
-            squares=forget * state.squares + binned(jnp.where(known, square, 0)),
-            counts=forget * state.counts + binned(known.astype(jnp.float32)),
+            squares=forget * state.squares + binned(jnp.where(known, each * square, 0)),
+            counts=forget * state.counts + binned(each * known.astype(jnp.float32)),
             level=level,
         )
 

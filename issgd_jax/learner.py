@@ -185,16 +185,19 @@ def _renew(proposal, sampler: SamplerState, step) -> SamplerState:
 def take_in(
     proposal, sampler: SamplerState, indices, scores, *, scored_at, step, are_norms=True, renewing=True
 ) -> SamplerState:
-    """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N), once a round.
+    """One round enters: the proposal learns from it, the store keeps it, the table is made anew; O(N).
 
     indices: i32[...], scores: f32[...] of the same shape, on the learner's device, measured with the parameters of step
     `scored_at`; `step` is the learner's own. are_norms: whether the scores are gradient norms; others teach the
-    proposal nothing. renewing: False where another round follows at once, whose table has all that is known. The
-    sampler given is donated.
+    proposal nothing. renewing: False to only let the table have the v of these examples, O(m log N). The sampler given
+    is donated.
     """
     indices, scores = indices.reshape(-1), scores.reshape(-1)
     sampler = _write(proposal, sampler, indices, scores, scores if are_norms else None, 1.0, scored_at=scored_at)
-    return _renew(proposal, sampler, step) if renewing else sampler
+    if renewing:
+        return _renew(proposal, sampler, step)
+    v = proposal.v(sampler.basis, *sampler.store.at(jnp.clip(indices, 0, len(sampler.store) - 1)), step)
+    return sampler._replace(table=sampler.table.write(indices, v))
 
 
 @functools.partial(jax.jit, donate_argnames="sampler", keep_unused=True)

@@ -54,8 +54,8 @@ class Parts:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """steps: learner steps. eval_every: between rows of metrics. window: steps between renewals of the table without
-    workers, and between judgements of the payoff. strict: whether a bad score stops the run. skip_nonfinite: whether an
-    update that is not finite is left out, and does not stop the run."""
+    workers, or if rounds enter whenever they are ready; and between judgements of the payoff. strict: whether a bad
+    score stops the run. skip_nonfinite: whether an update that is not finite is left out, and does not stop the run."""
 
     steps: int
     eval_every: int
@@ -130,6 +130,7 @@ class _Run:
         if self._pool:
             self._pool.go_to(state.place)
         self._failed_in_a_row = 0
+        self._renewed = -plan.window  # the last step before which the table was made anew
         self._began = time.monotonic() - state.wall_seconds
         self._uniform_table = sampling.uniform_table(len(state.sampler.store))
         self._held: Callable | None = None
@@ -146,8 +147,10 @@ class _Run:
             # One that is late must not hold up those behind it.
             entering = [round_ for round_ in state.in_flight if parts.schedule.may_enter(round_, state.step)]
             state.in_flight = collections.deque(round_ for round_ in state.in_flight if round_ not in entering)
+            # With rounds at every step, to make the table anew each time would be most of the work.
+            renewing = parts.schedule.is_reproducible or state.step - self._renewed >= self.plan.window
             for round_ in entering:
-                self._enter(round_, is_last=round_ is entering[-1])
+                self._enter(round_, renewing=renewing and round_ is entering[-1])
         elif state.judged.active and state.step % self.plan.window == 0:
             state.sampler = learner.renew(parts.proposal, state.sampler, step=self._on_learner(state.step))
         state.window_seconds += time.monotonic() - begun
@@ -164,8 +167,8 @@ class _Run:
         if self._pool:
             state.place = self._pool.place
 
-    def _enter(self, round_: Round, *, is_last: bool) -> None:
-        """is_last: of those that enter before this step, after which the table is made anew."""
+    def _enter(self, round_: Round, *, renewing: bool) -> None:
+        """renewing: whether the table of all examples is then made anew."""
         state, parts = self.state, self.parts
         try:
             # What failed on a worker must not reach the learner's arrays.
@@ -186,8 +189,10 @@ class _Run:
             scored_at=scored_at,
             step=now,
             are_norms=parts.are_norms,
-            renewing=is_last,
+            renewing=renewing,
         )
+        if renewing:
+            self._renewed = state.step
 
     def _round_failed(self, error: Exception) -> None:
         self.state.failed_rounds += 1

@@ -28,6 +28,8 @@ MIN_RELATIVE_V = 2.0**-16
 TINY = jnp.finfo(jnp.float32).tiny
 # Norms beyond this multiple of their unit count as this: their squares must not overflow.
 MAX_RELATIVE_SCORE = 2.0**24
+# Norms of one round that a proposal learns from.
+MAX_OBSERVED = 2**16
 # Uniform shares that a mixture chooses from: half is close to plain SGD; the least costs scores that stay true 1 %.
 # The largest comes first: it is taken until there is evidence.
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -78,6 +80,14 @@ def new_level(level: jax.Array, norm: jax.Array, importance_weights: jax.Array, 
     kept = jnp.where(known, 0.5 ** (count / num_examples), 0)
     square = kept + (1 - kept) * jnp.sum(importance_weights * relative(norm, unit) ** 2) / jnp.maximum(count, TINY)
     return jnp.where(count > 0, unit * jnp.sqrt(square), level)
+
+
+def thinned(indices: jax.Array, norm: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
+    """At most MAX_OBSERVED of the norms f32[m], evenly spaced, and how many each of them stands for: enough to learn
+    from, however large a round is."""
+    each = -(-indices.size // MAX_OBSERVED)
+    some = [x if jnp.ndim(x) == 0 else x[::each] for x in (indices, norm, importance_weights)]
+    return *some, each
 
 
 def relative(norm: jax.Array, level: jax.Array) -> jax.Array:
@@ -213,10 +223,11 @@ class Mixture(Proposal):
         if self.uniform_fraction is not None:
             return state
         num_examples = len(store)
+        indices, norm, importance_weights, each = thinned(indices, norm, importance_weights)
         at = jnp.clip(indices, 0, num_examples - 1)
         score, scored_at = store.at(at)
         valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (scored_at < step)
-        importance_weights = jnp.where(valid, importance_weights, 0)
+        importance_weights = jnp.where(valid, each * importance_weights, 0)
         norm = jnp.where(valid, norm, 0)
         level = new_level(state.level, norm, importance_weights, num_examples)
         v = self.proposal.v(basis.of_proposal, score, scored_at, step)
