@@ -24,6 +24,7 @@ _INTEGERS = {
     "eval_every": (1, _LARGEST),
     "learner.batch_size": (1, _LARGEST),
     "workers.chunk_size": (1, _LARGEST),
+    "devices.learners": (1, _LARGEST),
     "devices.workers": (1, _LARGEST),
     "devices.host_platform_count": (0, 1024),
     "schedule.steps_per_round": (1, _LARGEST),
@@ -74,7 +75,7 @@ def default() -> ConfigDict:
                 "transformer": {"num_layers": 2, "width": 64, "num_heads": 4, "patch_size": 4},
             },
             "learner": {
-                "batch_size": 128,
+                "batch_size": 128,  # of each learner device
                 "optimizer": "sgd",  # any of optax by name
                 "learning_rate": 0.01,
                 "lr_schedule": "constant",  # or cosine, linear: decay to 0 at `steps`
@@ -91,7 +92,8 @@ def default() -> ConfigDict:
                 "strict": False,  # True: a score that is NaN, infinite or negative stops the run; else it is left out
             },
             "devices": {
-                "workers": config_dict.placeholder(int),  # None: all devices but the learner's
+                "learners": 1,  # devices that share every minibatch of learners * batch_size
+                "workers": config_dict.placeholder(int),  # None: all devices but the learners'; if none is left, those
                 "host_platform_count": 0,  # k > 0: simulate k devices on the CPU
             },
             "schedule": {

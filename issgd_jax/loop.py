@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from issgd_jax import learner, metrics, payoff, sampling, supervision
 from issgd_jax.checkpoint import Checkpoints
+from issgd_jax.devices import one_copy
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
@@ -27,11 +29,12 @@ MAX_FAILED_ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of; arrays are on the learner's device.
+    """What a run is made of; arrays are on the learner's device, or whole on each of its devices.
 
     pool: None without workers. payoff: None to sample by the proposal throughout. draw_uniform: `step -> Draw`, what a
-    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`. are_norms: whether
-    workers' scores are gradient norms.
+    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`, on the
+    learner's first device. placement: where the learner's arrays are. are_norms: whether workers' scores are gradient
+    norms.
     """
 
     train_state: learner.TrainState
@@ -45,6 +48,7 @@ class Parts:
     measure: Callable
     train_examples: tuple[jax.Array, jax.Array]
     learner_device: jax.Device
+    placement: jax.Device | Sharding
     batch_size: int
     are_norms: bool
 
@@ -153,7 +157,8 @@ class _Run:
             return
         num_rounds = self.parts.schedule.rounds_to_start(state.step, len(state.in_flight))
         try:
-            state.in_flight.extend(self._pool.score_next(state.train_state.params, state.step, num_rounds))
+            params = one_copy(state.train_state.params)
+            state.in_flight.extend(self._pool.score_next(params, state.step, num_rounds))
         except jax.errors.JaxRuntimeError as error:
             self._round_failed(error)
         if self._pool:
@@ -170,7 +175,7 @@ class _Run:
         self._failed_in_a_row = 0
         state.worker_examples += round_.num_examples
         indices, scores, scored_at, now = jax.device_put(
-            (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.learner_device
+            (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.placement
         )
         state.sampler = learner.take_in(
             parts.proposal, state.sampler, indices, scores, scored_at=scored_at, step=now, are_norms=parts.are_norms
@@ -220,7 +225,7 @@ class _Run:
         """Writes a row of metrics."""
         state, parts = self.state, self.parts
         drawn_from = state.sampler if state.judged.active else state.sampler._replace(table=self._uniform_table)
-        measured = parts.measure(state.train_state.params, drawn_from, self._on_learner(state.step))
+        measured = parts.measure(*one_copy((state.train_state.params, drawn_from, self._on_learner(state.step))))
         row = {
             "step": state.step,
             "wall_seconds": time.monotonic() - self._began,
@@ -314,7 +319,7 @@ class _Run:
         return f"the same command goes on from the checkpoint of step {steps[-1]:,}"
 
     def _on_learner(self, step: int) -> jax.Array:
-        return jax.device_put(np.int32(step), self.parts.learner_device)
+        return jax.device_put(np.int32(step), self.parts.placement)
 
 
 def _lists(minibatch) -> dict[str, list]:
