@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from issgd_jax import learner, metrics, payoff, sampling, supervision
 from issgd_jax.checkpoint import Checkpoints
-from issgd_jax.devices import one_copy
+from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
@@ -29,12 +29,12 @@ MAX_FAILED_ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of; arrays are on the learner's device, or whole on each of its devices.
+    """What a run is made of; arrays are on the learner's device, or whole on each of its devices, of all processes.
 
     pool: None without workers. payoff: None to sample by the proposal throughout. draw_uniform: `step -> Draw`, what a
     step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`, on the
-    learner's first device. placement: where the learner's arrays are. are_norms: whether workers' scores are gradient
-    norms.
+    learner's first device. placement: where the learner's arrays are. agree: the largest of the numbers
+    that processes pass, see `processes.agreement`. are_norms: whether workers' scores are gradient norms.
     """
 
     train_state: learner.TrainState
@@ -49,6 +49,7 @@ class Parts:
     train_examples: tuple[jax.Array, jax.Array]
     learner_device: jax.Device
     placement: jax.Device | Sharding
+    agree: Callable[[int], int]
     batch_size: int
     are_norms: bool
 
@@ -103,7 +104,7 @@ def run(
             stopped_by = None
             if watch:
                 watch.finished(step)
-                stopped_by = watch.signal
+                stopped_by = parts.agree(watch.signal or 0)
             due = checkpoints is not None and step > first and (ends or checkpoints.is_due(step))
             if checkpoints and (due or measured or stopped_by):
                 the_run.hold()
@@ -174,14 +175,17 @@ class _Run:
             return
         self._failed_in_a_row = 0
         state.worker_examples += round_.num_examples
-        indices, scores, scored_at, now = jax.device_put(
-            (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.placement
+        indices, scores = one_copy((round_.indices, round_.scores))
+        indices, scores, scored_at, now = put(
+            (indices, scores, np.int32(round_.step), np.int32(state.step)), parts.placement
         )
         state.sampler = learner.take_in(
             parts.proposal, state.sampler, indices, scores, scored_at=scored_at, step=now, are_norms=parts.are_norms
         )
 
     def _round_failed(self, error: Exception) -> None:
+        if jax.process_count() > 1:  # the others know nothing of it, and would take another way
+            raise error
         self.state.failed_rounds += 1
         self._failed_in_a_row += 1
         step, reason = self.state.step, brief(error)
@@ -274,6 +278,7 @@ class _Run:
 
     def stop(self, number: int) -> None:
         """Ends the run with a checkpoint of what is held."""
+        jax.block_until_ready(self.state.train_state)  # other processes need this one's part of the last step
         if self._held:
             self.checkpoints.save(self.state.step, self._held)
             self.checkpoints.wait()
@@ -311,6 +316,8 @@ class _Run:
         )
 
     def _where_to_go_on(self) -> str:
+        if jax.process_index():
+            return "process 0 has the checkpoints"
         if self.checkpoints:
             self.checkpoints.wait()
         steps = self.checkpoints.steps if self.checkpoints else []
@@ -319,7 +326,7 @@ class _Run:
         return f"the same command goes on from the checkpoint of step {steps[-1]:,}"
 
     def _on_learner(self, step: int) -> jax.Array:
-        return jax.device_put(np.int32(step), self.parts.placement)
+        return put(np.int32(step), self.parts.placement)
 
 
 def _lists(minibatch) -> dict[str, list]:

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from issgd_jax import learner, payoff
 from issgd_jax.checkpoint import Checkpoint
-from issgd_jax.devices import one_copy
+from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import InputError
 from issgd_jax.metrics import say
 from issgd_jax.schedule import Round
@@ -119,7 +119,7 @@ def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sha
                 f"{array.dtype}{array.shape}. The data or the network are not those it was made with: choose another "
                 "--workdir, or begin anew with --overwrite"
             )
-    leaves = jax.device_put([checkpoint.arrays[name] for name in expected], placement)
+    leaves = put([checkpoint.arrays[name] for name in expected], placement)
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)
     pending = None
     if read:

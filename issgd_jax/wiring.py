@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, loop, losses, models, proposal, sampling, schedule
+from issgd_jax import data, devices, evaluate, learner, loop, losses, models, processes, proposal, sampling, schedule
 from issgd_jax import optimizer as optimizer_lib
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
@@ -65,11 +65,12 @@ def prepare(config: ConfigDict) -> Prepared:
     if config.proposal.when == "off":
         config = config.copy_and_resolve_references()
         config.proposal.name = "uniform"
+    processes.join(**config.distributed)
     roles = devices.assign_roles(config.devices.learners, config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
         problem = make_problem(config)
         optimizer = make_optimizer(config)
-        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.placement)
+        train_examples = devices.put((problem.train_data.images, problem.train_data.labels), roles.placement)
         return Prepared(
             config, roles, problem, optimizer, train_examples, _make_pool(config, roles, problem, train_examples)
         )
@@ -151,9 +152,9 @@ def build(prepared: Prepared) -> loop.Parts:
     params = jax.jit(problem.init)(jax.random.key(config.seed))
     payoff = _make_payoff(config, len(problem.train_data), pool)
     return loop.Parts(
-        train_state=jax.device_put(learner.init_train_state(params, optimizer), roles.placement),
-        sampler=jax.device_put(learner.init_sampler(chosen, len(problem.train_data)), roles.placement),
-        proposal=jax.device_put(chosen, roles.placement),
+        train_state=devices.put(learner.init_train_state(params, optimizer), roles.placement),
+        sampler=devices.put(learner.init_sampler(chosen, len(problem.train_data)), roles.placement),
+        proposal=devices.put(chosen, roles.placement),
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
         payoff=payoff,
@@ -173,6 +174,7 @@ def build(prepared: Prepared) -> loop.Parts:
         train_examples=train_examples,
         learner_device=roles.learner,
         placement=roles.placement,
+        agree=processes.agreement(roles.mesh),
         batch_size=minibatch_size(config),
         are_norms=config.workers.score == "gradient_norm",
     )
