@@ -32,9 +32,9 @@ class Parts:
     """What a run is made of; arrays are on the learner's device, or whole on each of its devices, of all processes.
 
     pool: None without workers. payoff: None to sample by the proposal throughout. draw_uniform: `step -> Draw`, what a
-    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`, on the
-    learner's first device. placement: where the learner's arrays are. agree: the largest of the numbers
-    that processes pass, see `processes.agreement`. are_norms: whether workers' scores are gradient norms.
+    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`, on the learner's
+    first device. placement: where the learner's arrays are. agree: the largest of the numbers that processes pass, see
+    `processes.agreement`. are_norms: whether workers' scores are gradient norms.
     """
 
     train_state: learner.TrainState
