@@ -157,6 +157,8 @@ class _Run:
         if not state.judged.active:
             return
         num_rounds = self.parts.schedule.rounds_to_start(state.step, len(state.in_flight))
+        if num_rounds == 0:
+            return
         try:
             params = one_copy(state.train_state.params)
             state.in_flight.extend(self._pool.score_next(params, state.step, num_rounds))
