@@ -30,6 +30,7 @@ _HOME = {
     "NonFiniteLossError": "errors",
     "BadScoreError": "errors",
     "StoppedError": "errors",
+    "ProcessLostError": "errors",
 }
 _MODULES = (
     "calibrated", "checkpoint", "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models",

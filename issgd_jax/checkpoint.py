@@ -189,8 +189,11 @@ def _checkpointer():
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    # Of the processes of a run the first alone writes; the others would not come to a barrier.
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     # Noise does not compress, and the time would be taken from the learner.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True))
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """The fields of an experiment: every config has these, with these types; and the check that they make sense."""
 
 import difflib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -24,9 +25,12 @@ _INTEGERS = {
     "eval_every": (1, _LARGEST),
     "learner.batch_size": (1, _LARGEST),
     "workers.chunk_size": (1, _LARGEST),
+    "devices.learners": (1, _LARGEST),
     "devices.workers": (1, _LARGEST),
     "devices.host_platform_count": (0, 1024),
     "cluster.workers": (1, 100_000),
+    "distributed.num_processes": (1, _LARGEST),
+    "distributed.process_id": (0, _LARGEST),
     "schedule.steps_per_round": (1, _LARGEST),
     "schedule.score_delay": (0, _LARGEST),
     "proposal.max_staleness": (0, _LARGEST),
@@ -75,7 +79,7 @@ def default() -> ConfigDict:
                 "transformer": {"num_layers": 2, "width": 64, "num_heads": 4, "patch_size": 4},
             },
             "learner": {
-                "batch_size": 128,
+                "batch_size": 128,  # of each learner device
                 "optimizer": "sgd",  # any of optax by name
                 "learning_rate": 0.01,
                 "lr_schedule": "constant",  # or cosine, linear: decay to 0 at `steps`
@@ -92,8 +96,16 @@ def default() -> ConfigDict:
                 "strict": False,  # True: a score that is NaN, infinite or negative stops the run; else it is left out
             },
             "devices": {
-                "workers": config_dict.placeholder(int),  # None: all but the learner's; in a cluster, of each machine
-                "host_platform_count": 0,  # k > 0: simulate k devices on the CPU
+                "learners": 1,  # devices, of all processes, that share every minibatch of learners * batch_size
+                "workers": config_dict.placeholder(
+                    int
+                ),  # None: all but the learners', or those; in a cluster, of each machine
+                "host_platform_count": 0,  # k > 0: simulate k devices on the CPU of each process
+            },
+            "distributed": {  # a learner that spans processes: all run the same command, but for process_id
+                "coordinator": config_dict.placeholder(str),  # host:port of process 0; auto: as JAX finds out
+                "num_processes": config_dict.placeholder(int),
+                "process_id": config_dict.placeholder(int),
             },
             "cluster": {
                 "address": config_dict.placeholder(str),  # of Ray: auto, HOST:PORT, or local, which starts one here
@@ -212,6 +224,7 @@ def validate(config: ConfigDict) -> None:
     if config.proposal.name != "uniform":
         _check_scoring(config)
     _check_transformer(config.model.transformer)
+    _check_distributed(config)
     for name, choices in {
         "model.name": [group for group in config.model if group != "name"],
         "learner.lr_schedule": LR_SCHEDULES,
@@ -231,6 +244,37 @@ def _check_transformer(transformer):
         raise InputError(
             f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
             f"and {transformer.num_heads}"
+        )
+
+
+def _check_distributed(config):
+    coordinator, *place = given = [config.distributed[name] for name in ("coordinator", "num_processes", "process_id")]
+    if given == [None] * 3:
+        return
+    if coordinator == "auto":
+        if place != [None, None]:
+            raise InputError(
+                f"distributed.coordinator is auto, which finds num_processes and process_id, but they are {place[0]} "
+                f"and {place[1]}: leave them out, or give host:port"
+            )
+    elif None in given or not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError(
+            f"distributed.coordinator must be host:port of process 0, with num_processes and process_id, or auto, got "
+            f"{coordinator!r}, {place[0]} and {place[1]} (see --config.distributed)"
+        )
+    elif place[1] >= place[0]:
+        raise InputError(f"distributed.process_id must be below num_processes, got {place[1]} of {place[0]}")
+    if config.proposal.name == "uniform":
+        return
+    if config.schedule.name == "free_running" and config.workers.enabled:
+        raise InputError(
+            "schedule.name is free_running, whose scores enter when they are ready, but with --config.distributed they "
+            "must enter everywhere at the same step: use relaxed or exact"
+        )
+    if config.proposal.when == "auto" and config.proposal.cost is None:
+        raise InputError(
+            "proposal.when is auto and measures the cost of a step, which differs between processes: give it by "
+            "--config.proposal.cost, or use --config.proposal.when=on"
         )
 
 

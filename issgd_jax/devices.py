@@ -1,40 +1,114 @@
-"""Device roles: one learner, the rest workers; a single device plays both."""
+"""Device roles: the first are learners, the rest workers; where none is left, the learners are workers too.
+
+Of several processes each has as many of both.
+"""
 
 import contextlib
 import dataclasses
 import math
 import os
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from issgd_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """learner: the device that updates the parameters. workers: the devices that score, at least one."""
+    """learners: the devices that update the parameters, each its own copy. workers: those that score, at least one.
 
-    learner: jax.Device
+    Both of all processes, in their order.
+    """
+
+    learners: tuple[jax.Device, ...]
     workers: tuple[jax.Device, ...]
 
+    @property
+    def learner(self) -> jax.Device:
+        """The first learner of this process: what one device does alone is done there."""
+        return next(device for device in self.learners if device.process_index == jax.process_index())
 
-def assign_roles(num_workers: int | None = None, host_platform_count: int = 0) -> Roles:
-    """Splits the machine's devices into the first as learner and the next `num_workers` (None: all) as workers.
+    @property
+    def mesh(self) -> Mesh | None:
+        """The learners that share every minibatch; None where one has it all."""
+        return Mesh(np.asarray(self.learners), ("learner",)) if len(self.learners) > 1 else None
 
-    host_platform_count: 0 takes the devices that JAX finds by default; k > 0 simulates k devices on the CPU, which must
-    be settled before JAX runs anything. With one device, learner and worker share it.
+    @property
+    def placement(self) -> jax.Device | NamedSharding:
+        """Where the learners' arrays lie: whole on each of them."""
+        return NamedSharding(self.mesh, PartitionSpec()) if self.mesh else self.learner
 
-    Raises: InputError if there are fewer devices than asked for.
+
+def assign_roles(num_learners: int = 1, num_workers: int | None = None, host_platform_count: int = 0) -> Roles:
+    """Splits the devices into the first as learners and the next `num_workers` (None: all) as workers.
+
+    Both numbers are of all processes together, and each takes its part from its own devices. host_platform_count: 0
+    takes the devices that JAX finds by default; k > 0 simulates k devices on each process's CPU, which must be settled
+    before JAX runs anything. Where all devices are learners, they are the workers too.
+
+    Raises: InputError if there are fewer devices than asked for, or the processes would differ.
     """
-    devices = _cpu_devices(host_platform_count) if host_platform_count else jax.local_devices()
-    available = max(1, len(devices) - 1)
-    if num_workers is not None and not 1 <= num_workers <= available:
+    of_processes = _devices(host_platform_count)
+    count, size = len(of_processes), len(of_processes[0])
+    if any(len(devices) != size for devices in of_processes):
+        sizes = ", ".join(str(len(devices)) for devices in of_processes)
+        raise InputError(f"the processes have {sizes} devices: all must have as many (see CUDA_VISIBLE_DEVICES)")
+    total = f"{count * size} device(s)" + (f" of {count} processes" if count > 1 else "")
+    if not 1 <= num_learners <= count * size:
         raise InputError(
-            f"devices.workers must be between 1 and {available} with {len(devices)} device(s), got {num_workers}: "
-            f"lower --config.devices.workers, or set --config.devices.host_platform_count={num_workers + 1}"
+            f"devices.learners must be between 1 and {count * size} with {total}, got {num_learners}: lower "
+            f"--config.devices.learners, or set --config.devices.host_platform_count={-(-num_learners // count)}"
         )
-    workers = devices[1:] or devices
-    return Roles(learner=devices[0], workers=tuple(workers[:num_workers]))
+    _check_multiple("learners", num_learners, count)
+    learners = [device for devices in of_processes for device in devices[: num_learners // count]]
+    left = [devices[num_learners // count :] or devices for devices in of_processes]
+    available = count * len(left[0])
+    if num_workers is None:
+        num_workers = available
+    if not 1 <= num_workers <= available:
+        beside = f", {num_learners} of them learners" if num_learners > 1 else ""
+        raise InputError(
+            f"devices.workers must be between 1 and {available} with {total}{beside}, got {num_workers}: lower "
+            "--config.devices.workers, or set "
+            f"--config.devices.host_platform_count={-(-(num_learners + num_workers) // count)}"
+        )
+    _check_multiple("workers", num_workers, count)
+    workers = [device for devices in left for device in devices[: num_workers // count]]
+    return Roles(learners=tuple(learners), workers=tuple(workers))
+
+
+def _check_multiple(name: str, number: int, num_processes: int) -> None:
+    if number % num_processes:
+        raise InputError(
+            f"devices.{name} must be a multiple of the {num_processes} processes, among which they are divided, got "
+            f"{number}: set --config.devices.{name}={-(-number // num_processes) * num_processes}"
+        )
+
+
+def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
+    """`jax.device_put`, whole on every device of the placement; where it spans processes, each puts its own, equal."""
+    if not isinstance(placement, NamedSharding) or placement.is_fully_addressable:
+        return jax.device_put(arrays, placement, **options)
+    here = [device for device in placement.mesh.devices.flat if device.process_index == jax.process_index()]
+    local = jax.device_put(arrays, NamedSharding(Mesh(np.asarray(here), ("here",)), PartitionSpec()), **options)
+
+    def joined(x):
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, placement, parts)
+
+    return jax.tree.map(joined, local)
+
+
+def one_copy(arrays: Any) -> Any:
+    """Of arrays that lie whole on each of several devices, those on this process's first; nothing is copied."""
+
+    def one(x):
+        return x.addressable_data(0) if isinstance(x, jax.Array) and x.is_fully_replicated else x
+
+    return jax.tree.map(one, arrays)
 
 
 def scoring_devices(num_devices: int | None = None, host_platform_count: int = 0) -> tuple[jax.Device, ...]:
@@ -42,7 +116,7 @@ def scoring_devices(num_devices: int | None = None, host_platform_count: int = 0
 
     Raises: InputError if there are fewer devices than asked for.
     """
-    devices = _cpu_devices(host_platform_count) if host_platform_count else jax.local_devices()
+    (devices,) = _devices(host_platform_count)
     if num_devices is not None and not 1 <= num_devices <= len(devices):
         raise InputError(
             f"devices.workers is {num_devices}, but this machine has {len(devices)} device(s): lower "
@@ -58,13 +132,18 @@ def memory_bytes(device: jax.Device) -> float:
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
-def _cpu_devices(count: int) -> list[jax.Device]:
+def _devices(host_platform_count: int) -> list[list[jax.Device]]:
+    """Those of each process."""
+    if not host_platform_count:
+        return [jax.local_devices(index) for index in range(jax.process_count())]
     with contextlib.suppress(RuntimeError):  # JAX has started: what it has is checked below
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.local_devices(backend="cpu")
-    if len(devices) < count:
+        jax.config.update("jax_num_cpu_devices", host_platform_count)
+    here = jax.local_devices(backend="cpu")
+    if len(here) < host_platform_count:
         raise InputError(
-            f"devices.host_platform_count is {count}, but JAX has started with {len(devices)} CPU device(s): "
-            f"start a new process, or call jax.config.update('jax_num_cpu_devices', {count}) first"
+            f"devices.host_platform_count is {host_platform_count}, but JAX has started with {len(here)} CPU "
+            "device(s): start a new process, or call "
+            f"jax.config.update('jax_num_cpu_devices', {host_platform_count}) first"
         )
-    return devices[:count]
+    of_processes = [jax.local_devices(index, backend="cpu") for index in range(jax.process_count("cpu"))]
+    return [devices[:host_platform_count] for devices in of_processes]

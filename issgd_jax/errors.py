@@ -35,6 +35,10 @@ class StoppedError(Exception):
         self.signal = signal
 
 
+class ProcessLostError(Exception):
+    """Another of the processes that a learner spans is gone: names what to do."""
+
+
 def brief(error: Exception) -> str:
     """An error in one line: of those of a library, which bring their own traceback, the first and the last."""
     lines = str(error).strip().splitlines() or [""]

@@ -1,4 +1,7 @@
-"""The learner: draws, gathers, weighs, updates, refreshes; takes in the workers' scores. All on one device."""
+"""The learner: draws, gathers, weighs, updates, refreshes; takes in the workers' scores.
+
+On one device; or on each of several the same, but that they share the backward pass of every minibatch.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from issgd_jax import sampling, variance
 from issgd_jax.gradnorm import value_grad_and_norms
@@ -89,27 +93,36 @@ def make_train_step(
     draw: str = "systematic",
     moments: bool = False,
     skip_nonfinite: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
     """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
     states are donated. uniform: whether this step's draw is uniform; refreshes go on.
 
     loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
-      learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
-      scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
-      gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
-      what the scores mean. draw: a method of `sampling.draw`, or where all draws are uniform "shuffled" or
-      "random_subset", see `uniform.shuffled`. moments: whether the metrics have them. skip_nonfinite: BIASED, a
-      minibatch whose loss or gradient is not finite updates nothing.
+      learner's device. batch_size: of the whole minibatch. refresh: whether the norms of the minibatch, which its own
+      backward pass gives, become the scores of its examples. They enter store and table and teach the proposal.
+      score_fn: where scores are not gradient norms, their function, see `scores`: a refresh then also costs that, and
+      the norms teach the proposal what the scores mean. draw: a method of `sampling.draw`, or where all draws are
+      uniform "shuffled" or "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
+      skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates nothing. mesh: of one axis, the
+      devices that share every minibatch, a multiple of their number; all arrays are whole on each of them, and stay
+      equal. None: one device.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
     """
 
-    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
+    def backward(params, examples, indices, importance_weights):
+        batch = jax.tree.map(lambda x: x[indices], examples)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
+        scores = score_fn(params, *batch) if refresh and score_fn else norms
+        return losses, gradient, norms, scores
+
+    def step_on_a_device(uniform: bool, state: TrainState, sampler: SamplerState, proposal, examples):
         table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
         indices, importance_weights = draw_minibatch(table, state.step, batch_size=batch_size, seed=seed, draw=draw)
-        batch = jax.tree.map(lambda x: x[indices], examples)
-        losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
+        share = _shared(backward, mesh.axis_names[0]) if mesh else backward
+        losses, gradient, norms, scores = share(state.params, examples, indices, importance_weights)
         finite = jnp.all(jnp.isfinite(losses))
         if refresh:
             finite &= jnp.all(jnp.isfinite(norms))
@@ -125,7 +138,6 @@ def make_train_step(
         if moments:
             found = variance.minibatch_moments(norms, importance_weights, optax.tree.norm(gradient))
         if refresh:
-            scores = norms if score_fn is None else score_fn(state.params, *batch)
             sampler = _refresh(
                 proposal,
                 sampler,
@@ -142,7 +154,28 @@ def make_train_step(
             StepMetrics(loss, found, None if uniform else Minibatch(indices, importance_weights, losses)),
         )
 
+    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
+        step = functools.partial(step_on_a_device, uniform)
+        if mesh:
+            # Not left to jit: over a sharded batch the gradients of a convolution come out wrong there. check_vma would
+            # sum cotangents of the parameters over the devices.
+            everywhere = PartitionSpec()
+            step = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        return step(state, sampler, proposal, examples)
+
     return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+
+
+def _shared(backward: Callable, axis: str) -> Callable:
+    """The same of the whole minibatch, of which each device along the axis does an equal part."""
+
+    def of_the_whole(params, examples, indices, importance_weights):
+        mine = [x.reshape(jax.lax.axis_size(axis), -1)[jax.lax.axis_index(axis)] for x in (indices, importance_weights)]
+        losses, gradient, *others = backward(params, examples, *mine)
+        losses, *others = jax.lax.all_gather((losses, *others), axis, tiled=True)
+        return losses, jax.lax.pmean(gradient, axis), *others
+
+    return of_the_whole
 
 
 def _after(indices: jax.Array, read: Any) -> jax.Array:

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from issgd_jax import learner, metrics, payoff, sampling, supervision
 from issgd_jax.checkpoint import Checkpoints
 from issgd_jax.cluster.pool import ClusterPool
+from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
@@ -29,11 +31,12 @@ MAX_FAILED_ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of; arrays are on the learner's device.
+    """What a run is made of; arrays are on the learner's device, or whole on each of its devices, of all processes.
 
     pool: None without workers. payoff: None to sample by the proposal throughout. draw_uniform: `step -> Draw`, what a
-    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`. are_norms: whether
-    workers' scores are gradient norms.
+    step with uniform draws has drawn. measure: `(params, sampler, step) -> {metric: number}`, on the learner's
+    first device. placement: where the learner's arrays are. agree: the largest of the numbers that processes pass, see
+    `processes.agreement`. are_norms: whether workers' scores are gradient norms.
     """
 
     train_state: learner.TrainState
@@ -47,6 +50,8 @@ class Parts:
     measure: Callable
     train_examples: tuple[jax.Array, jax.Array]
     learner_device: jax.Device
+    placement: jax.Device | Sharding
+    agree: Callable[[int], int]
     batch_size: int
     are_norms: bool
 
@@ -101,7 +106,7 @@ def run(
             stopped_by = None
             if watch:
                 watch.finished(step)
-                stopped_by = watch.signal
+                stopped_by = parts.agree(watch.signal or 0)
             due = checkpoints is not None and step > first and (ends or checkpoints.is_due(step))
             if checkpoints and (due or measured or stopped_by):
                 the_run.hold()
@@ -160,8 +165,11 @@ class _Run:
         if not state.judged.active:
             return
         num_rounds = self.parts.schedule.rounds_to_start(state.step, len(state.in_flight))
+        if num_rounds == 0:
+            return
         try:
-            state.in_flight.extend(self._pool.score_next(state.train_state.params, state.step, num_rounds))
+            params = one_copy(state.train_state.params)
+            state.in_flight.extend(self._pool.score_next(params, state.step, num_rounds))
         except jax.errors.JaxRuntimeError as error:
             self._round_failed(error)
         if self._pool:
@@ -178,8 +186,9 @@ class _Run:
             return
         self._failed_in_a_row = 0
         state.worker_examples += round_.num_examples
-        indices, scores, scored_at, now = jax.device_put(
-            (round_.indices, round_.scores, np.int32(round_.step), np.int32(state.step)), parts.learner_device
+        indices, scores = one_copy((round_.indices, round_.scores))
+        indices, scores, scored_at, now = put(
+            (indices, scores, np.int32(round_.step), np.int32(state.step)), parts.placement
         )
         state.sampler = learner.take_in(
             parts.proposal,
@@ -195,6 +204,8 @@ class _Run:
             self._renewed = state.step
 
     def _round_failed(self, error: Exception) -> None:
+        if jax.process_count() > 1:  # the others know nothing of it, and would take another way
+            raise error
         self.state.failed_rounds += 1
         self._failed_in_a_row += 1
         step, reason = self.state.step, brief(error)
@@ -238,7 +249,7 @@ class _Run:
         """Writes a row of metrics."""
         state, parts = self.state, self.parts
         drawn_from = state.sampler if state.judged.active else state.sampler._replace(table=self._uniform_table)
-        measured = parts.measure(state.train_state.params, drawn_from, self._on_learner(state.step))
+        measured = parts.measure(*one_copy((state.train_state.params, drawn_from, self._on_learner(state.step))))
         row = {
             "step": state.step,
             "wall_seconds": time.monotonic() - self._began,
@@ -292,6 +303,7 @@ class _Run:
 
     def stop(self, number: int) -> None:
         """Ends the run with a checkpoint of what is held."""
+        jax.block_until_ready(self.state.train_state)  # other processes need this one's part of the last step
         if self._held:
             self.checkpoints.save(self.state.step, self._held)
             self.checkpoints.wait()
@@ -329,6 +341,8 @@ class _Run:
         )
 
     def _where_to_go_on(self) -> str:
+        if jax.process_index():
+            return "process 0 has the checkpoints"
         if self.checkpoints:
             self.checkpoints.wait()
         steps = self.checkpoints.steps if self.checkpoints else []
@@ -337,7 +351,7 @@ class _Run:
         return f"the same command goes on from the checkpoint of step {steps[-1]:,}"
 
     def _on_learner(self, step: int) -> jax.Array:
-        return jax.device_put(np.int32(step), self.parts.learner_device)
+        return put(np.int32(step), self.parts.placement)
 
 
 def _lists(minibatch) -> dict[str, list]:

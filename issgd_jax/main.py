@@ -7,13 +7,15 @@ import difflib
 import pathlib
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
-from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, StoppedError
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, ProcessLostError, StoppedError
 
+_MENDABLE = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True
 )
@@ -30,7 +32,20 @@ def main(argv):
         raise InputError("--workdir is empty: name a folder for the run")
     from issgd_jax.training import train  # JAX and flax load only once the flags are right
 
-    train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)
+    try:
+        train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)
+    except Exception as error:
+        if _CONFIG.value.distributed.coordinator and not isinstance(error, StoppedError):
+            _leave(error)
+        raise
+
+
+def _leave(error: Exception) -> None:
+    """Ends this process of several without waiting for the others."""
+    from issgd_jax import processes
+
+    print(f"error: {error}", file=sys.stderr) if isinstance(error, _MENDABLE) else traceback.print_exc()
+    processes.leave(1)
 
 
 def parse_flags(argv):
@@ -57,7 +72,7 @@ def run(program=main):
     """Entry point: errors that a person can mend are one line, all others keep their traceback."""
     try:
         app.run(program, flags_parser=parse_flags)
-    except (InputError, NonFiniteLossError, BadScoreError) as error:
+    except _MENDABLE as error:
         sys.exit(f"error: {error}")
     except StoppedError as error:
         print(error, file=sys.stderr)

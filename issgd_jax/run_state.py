@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from issgd_jax import learner, payoff
 from issgd_jax.checkpoint import Checkpoint
+from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import InputError
 from issgd_jax.metrics import say
 from issgd_jax.schedule import Round
@@ -69,7 +71,7 @@ def snapshot(
     updates are left out. waiting: whether rounds in flight are waited for, or left out if they are not ready, and their
     examples scored a sweep later. more: for the checkpoint's state.
     """
-    (train_state, sampler), finite = _copied((state.train_state, state.sampler))
+    (train_state, sampler), finite = _copied(one_copy((state.train_state, state.sampler)))
     rounds, pending = list(state.in_flight), state.pending
     described = {name: getattr(state, name) for name in _COUNTERS} | more
     described |= {"judged": state.judged._asdict(), "pending_step": pending[0] if pending else None}
@@ -96,10 +98,11 @@ def _read(rounds: list[Round]) -> tuple[list, list[dict]]:
     return arrays, about
 
 
-def restore(checkpoint: Checkpoint, fresh: RunState, device: jax.Device, *, moments: bool) -> RunState:
+def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sharding, *, moments: bool) -> RunState:
     """The state that a checkpoint is of.
 
-    fresh: the state that the run begins with. device: the learner's. moments: whether the metrics of a step have them.
+    fresh: the state that the run begins with. placement: of the learner's arrays. moments: whether the
+    metrics of a step have them.
 
     Raises: InputError if the checkpoint is of a run with other arrays, naming one.
     """
@@ -119,7 +122,7 @@ def restore(checkpoint: Checkpoint, fresh: RunState, device: jax.Device, *, mome
                 f"{array.dtype}{array.shape}. The data or the network are not those it was made with: choose another "
                 "--workdir, or begin anew with --overwrite"
             )
-    leaves = jax.device_put([checkpoint.arrays[name] for name in expected], device)
+    leaves = put([checkpoint.arrays[name] for name in expected], placement)
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)
     pending = None
     if read:

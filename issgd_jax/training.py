@@ -1,18 +1,24 @@
 """Trains an experiment in a folder, or goes on with the run that lies there."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
+import tempfile
 
 import jax
 from ml_collections import ConfigDict
 
-from issgd_jax import loop, metrics, run_state, wiring
+from issgd_jax import loop, metrics, processes, run_state, wiring
 from issgd_jax import workdir as workdir_lib
-from issgd_jax.checkpoint import Checkpoints
+from issgd_jax.checkpoint import Checkpoint, Checkpoints
+from issgd_jax.config import flatten
 from issgd_jax.errors import InputError, NonFiniteLossError
 from issgd_jax.supervision import Supervision
+
+# Fields in which the processes of a learner may differ.
+_OWN = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
@@ -20,13 +26,32 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
 
     A run of the same experiment that lies in workdir goes on from its newest checkpoint: with the exact and the relaxed
     schedule and on the same hardware, bit by bit as if it had never stopped. Leaves metrics.jsonl, TensorBoard events,
-    config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz.
+    config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz. Where the learner spans
+    processes, process 0 alone reads and writes the workdir, and tells the others where to go on.
 
     Raises: InputError before anything is compiled or written, if a value cannot work, or workdir holds another
       experiment or is in use; NonFiniteLossError if training diverges; BadScoreError if a score is bad and
-      workers.strict is set; StoppedError after a signal, with a checkpoint made.
+      workers.strict is set; StoppedError after a signal, to whichever process, with a checkpoint made;
+      ProcessLostError if another process is gone.
     """
-    prepared = wiring.prepare(config)
+    with processes.noticing_loss():
+        prepared = wiring.prepare(config)
+        if processes.is_first():
+            return _train_in(workdir, prepared, overwrite)
+        with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:
+            return _train(_without_traces(prepared), pathlib.Path(folder), None)
+
+
+def _without_traces(prepared: wiring.Prepared) -> wiring.Prepared:
+    """For a process whose folder goes with it."""
+    config = prepared.config.copy_and_resolve_references()
+    config.log.progress = config.log.tensorboard = False
+    config.checkpoint.every_steps = 0
+    return dataclasses.replace(prepared, config=config)
+
+
+def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite: bool) -> list[dict]:
+    config = prepared.config
     asked_for = prepared.config.to_dict()
     workdir_lib.check(workdir, asked_for, overwrite=overwrite)
     with (
@@ -46,7 +71,7 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
     """before: the record of the run that goes on."""
     config, roles = prepared.config, prepared.roles
     workers = [device.device_kind for device in roles.workers] if prepared.pool else []
-    devices = {"learner": [roles.learner.device_kind], "workers": workers}
+    devices = {"learner": [device.device_kind for device in roles.learners], "workers": workers}
     with contextlib.ExitStack() as stack:
         about = {"devices": devices, "versions": workdir_lib.versions()}
         folder = workdir / workdir_lib.CHECKPOINTS
@@ -56,13 +81,14 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
             _tell_of_resuming(found.state, config.steps, about)
         elif before:
             metrics.say("the run here was stopped before its first checkpoint: it begins anew")
+        found = _of_first(found, config)
         workdir_lib.write_record(workdir, config.to_dict(), devices, before if found else None)
         watch = stack.enter_context(Supervision(workdir, watchdog_seconds=config.watchdog_seconds))
 
         parts = wiring.build(prepared)
         state = loop.start(parts)
         if found:
-            state = run_state.restore(found, state, roles.learner, moments=parts.payoff is not None)
+            state = run_state.restore(found, state, roles.placement, moments=parts.payoff is not None)
         plan = loop.Plan(
             steps=config.steps,
             eval_every=config.eval_every,
@@ -73,7 +99,7 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
                 config.steps, shown=config.log.progress, description=config.proposal.name, start=state.step
             ),
         )
-        position = found.state["metrics_bytes"] if found else 0
+        position = found.state["metrics_bytes"] if before and found else 0
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
             try:
                 sampler = loop.run(
@@ -92,6 +118,16 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
             with workdir_lib.writing(path):
                 sampler.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
+
+
+def _of_first(found: Checkpoint | None, config: ConfigDict) -> Checkpoint | None:
+    """The checkpoint that process 0 goes on from, in all processes; the others must run the same config."""
+    mine = json.loads(json.dumps(flatten(config)))
+    (first, state), arrays = processes.from_first((mine, found and found.state), found.arrays if found else {})
+    differ = [f"{name} is {mine[name]!r}, there {first[name]!r}" for name in mine if mine[name] != first[name]]
+    if differ := [text for text in differ if not text.startswith(_OWN)]:
+        raise InputError(f"this process runs another config than process 0: {', '.join(differ)}")
+    return Checkpoint(arrays, state) if state else None
 
 
 def _keep_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:

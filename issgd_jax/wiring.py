@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, loop, losses, models, proposal, sampling, schedule
+from issgd_jax import data, devices, evaluate, learner, loop, losses, models, processes, proposal, sampling, schedule
 from issgd_jax import optimizer as optimizer_lib
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
@@ -73,14 +74,20 @@ def prepare(config: ConfigDict) -> Prepared:
     if config.proposal.when == "off":
         config = config.copy_and_resolve_references()
         config.proposal.name = "uniform"
-    roles = devices.assign_roles(config.devices.workers, config.devices.host_platform_count)
+    processes.join(**config.distributed)
+    roles = devices.assign_roles(config.devices.learners, config.devices.workers, config.devices.host_platform_count)
     with jax.default_device(roles.learner):
         problem = make_problem(config)
         optimizer = make_optimizer(config)
-        train_examples = jax.device_put((problem.train_data.images, problem.train_data.labels), roles.learner)
+        train_examples = devices.put((problem.train_data.images, problem.train_data.labels), roles.placement)
         return Prepared(
             config, roles, problem, optimizer, train_examples, _make_pool(config, roles, problem, train_examples)
         )
+
+
+def minibatch_size(config: ConfigDict) -> int:
+    """Examples in a minibatch, of all learner devices together."""
+    return config.devices.learners * config.learner.batch_size
 
 
 def make_problem(config: ConfigDict) -> Problem:
@@ -90,10 +97,11 @@ def make_problem(config: ConfigDict) -> Problem:
     """
     train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
     available = len(train_data) // (uniform_lib.SUBSET if config.learner.draw == "random_subset" else 1)
-    if config.learner.batch_size > available:
+    if minibatch_size(config) > available:
+        times = f" on each of {config.devices.learners} learners" if config.devices.learners > 1 else ""
         raise InputError(
-            f"learner.batch_size is {config.learner.batch_size}, but there are {available} examples to draw from: "
-            "lower it"
+            f"learner.batch_size is {config.learner.batch_size}{times}, but there are {available} examples to draw "
+            "from: lower it"
         )
     if len(train_data) < 2:
         raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")
@@ -155,14 +163,14 @@ def _check_memory(config: ConfigDict, params) -> None:
 def build(prepared: Prepared) -> loop.Parts:
     """The parts of a run, on its devices."""
     config, problem, optimizer, pool = prepared.config, prepared.problem, prepared.optimizer, prepared.pool
-    device, train_examples = prepared.roles.learner, prepared.train_examples
-    chosen = jax.device_put(make_proposal(config), device)
+    roles, train_examples = prepared.roles, prepared.train_examples
+    chosen = make_proposal(config)
     params = jax.jit(problem.init)(jax.random.key(config.seed))
     payoff = _make_payoff(config, len(problem.train_data), pool)
     return loop.Parts(
-        train_state=jax.device_put(learner.init_train_state(params, optimizer), device),
-        sampler=learner.init_sampler(chosen, len(problem.train_data)),
-        proposal=chosen,
+        train_state=devices.put(learner.init_train_state(params, optimizer), roles.placement),
+        sampler=devices.put(learner.init_sampler(chosen, len(problem.train_data)), roles.placement),
+        proposal=devices.put(chosen, roles.placement),
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
         payoff=payoff,
@@ -170,16 +178,20 @@ def build(prepared: Prepared) -> loop.Parts:
             functools.partial(
                 learner.draw_minibatch,
                 sampling.uniform_table(len(problem.train_data)),
-                batch_size=config.learner.batch_size,
+                batch_size=minibatch_size(config),
                 seed=config.seed,
                 draw=config.learner.draw,
             )
         ),
-        train_step=make_train_step(config, problem, optimizer, seed=config.seed, moments=payoff is not None),
-        measure=_measure_on(device, make_measure(config, problem), problem, train_examples),
+        train_step=make_train_step(
+            config, problem, optimizer, seed=config.seed, moments=payoff is not None, mesh=roles.mesh
+        ),
+        measure=_measure_on(roles.learner, make_measure(config, problem), problem, devices.one_copy(train_examples)),
         train_examples=train_examples,
-        learner_device=device,
-        batch_size=config.learner.batch_size,
+        learner_device=roles.learner,
+        placement=roles.placement,
+        agree=processes.agreement(roles.mesh),
+        batch_size=minibatch_size(config),
         are_norms=config.workers.score == "gradient_norm",
     )
 
@@ -188,10 +200,10 @@ def _make_payoff(config: ConfigDict, num_examples: int, pool: WorkerPool | None)
     if config.proposal.when != "auto" or config.proposal.name == "uniform":
         return None
     steps_per_round = config.schedule.steps_per_round
-    rounds = pool.rounds_per_sweep if pool else -(-num_examples // (config.learner.batch_size * steps_per_round))
+    rounds = pool.rounds_per_sweep if pool else -(-num_examples // (minibatch_size(config) * steps_per_round))
     # The last round of the first sweep takes its delay to enter.
     trial = rounds + -(-config.schedule.score_delay // steps_per_round) + payoff_lib.REMEMBERED
-    return payoff_lib.Payoff(config.learner.batch_size, steps_per_round, trial, config.proposal.cost)
+    return payoff_lib.Payoff(minibatch_size(config), steps_per_round, trial, config.proposal.cost)
 
 
 def _measure_on(device, measure: Callable, problem: Problem, train_examples):
@@ -228,11 +240,11 @@ def make_measure(config: ConfigDict, problem: Problem) -> Callable[..., dict[str
             "test/error": test_error,
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
             # Uniform minibatches of so many examples would be as steady.
-            "variance/equivalent_batch": config.learner.batch_size * roots.gain,
+            "variance/equivalent_batch": minibatch_size(config) * roots.gain,
         }
         if config.proposal.name == "uniform":
             return measured
-        described = _describe_scores(sampler, step, config.learner.batch_size)
+        described = _describe_scores(sampler, step, minibatch_size(config))
         return measured | {f"scores/{name}": value for name, value in described.items()}
 
     return jax.jit(measure)
@@ -263,18 +275,21 @@ def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None =
     )
 
 
-def make_train_step(config: ConfigDict, problem: Problem, optimizer, *, seed, moments: bool = False) -> Callable:
+def make_train_step(
+    config: ConfigDict, problem: Problem, optimizer, *, seed, moments: bool = False, mesh: Mesh | None = None
+) -> Callable:
     """The learner's step, see `learner.make_train_step`; the seed takes the place of the config's."""
     return learner.make_train_step(
         problem.loss_fn,
         optimizer,
-        batch_size=config.learner.batch_size,
+        batch_size=minibatch_size(config),
         seed=seed,
         refresh=config.learner.refresh and config.proposal.name != "uniform",
         score_fn=None if config.workers.score == "gradient_norm" else make_score_fn(config, problem),
         draw=config.learner.draw,
         moments=moments,
         skip_nonfinite=config.on_nonfinite == "skip",
+        mesh=mesh,
     )
 
 
@@ -308,6 +323,11 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train
 
 
 def _make_cluster_pool(config: ConfigDict, problem: Problem) -> ClusterPool:
+    if jax.process_count() > 1:
+        raise InputError(
+            f"cluster.address is {config.cluster.address!r}, but the learner spans {jax.process_count()} processes, "
+            "each of which would get other scores: use devices.learners in one process, or workers on its machines"
+        )
     params = jax.eval_shape(problem.init, jax.random.key(0))
     return ClusterPool(
         functools.partial(make_work, config.to_dict(), problem.train_data.num_classes, *problem.standardization),

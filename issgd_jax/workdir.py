@@ -39,7 +39,7 @@ _PACKAGES = ("issgd-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 # Fields that change nothing of what a run computes, but perhaps whether it can go on, or where its data lies.
 HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite")
 # Fields that change it by rounding, and the order in which examples are scored.
-_NEARLY_HARMLESS = ("devices.", "cluster.")
+_NEARLY_HARMLESS = ("devices.workers", "devices.host_platform_count", "distributed.", "cluster.")
 
 
 @contextlib.contextmanager

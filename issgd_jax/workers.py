@@ -1,4 +1,7 @@
-"""The workers: they score the training examples chunk by chunk, each its own shard, on their own devices."""
+"""The workers: they score the training examples chunk by chunk, each its own shard, on their own devices.
+
+Where they belong to several processes, each of these gets the scores of all.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from issgd_jax.devices import put
 from issgd_jax.schedule import Round
 
 
@@ -31,7 +35,7 @@ class WorkerPool:
         Args:
           score_fn: `(params, *batch) -> f32[B]`.
           examples: arrays with leading axis N. On a single device that holds them already, they are shared, not copied.
-          devices: one a worker.
+          devices: one a worker, of all processes.
           chunk_size: examples a worker scores in a round.
 
         Raises: ValueError if chunk_size < 1, a chunk is larger than a shard, or there are fewer examples than workers.
@@ -51,17 +55,18 @@ class WorkerPool:
         self._chunk_size = chunk_size
         self._next_start = 0
 
-        # Auto axes: pmap rejects the Explicit ones of jax.make_mesh.
         mesh = Mesh(np.asarray(devices), ("worker",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         sharded = NamedSharding(mesh, PartitionSpec("worker"))
-        self._worker = jax.device_put(np.arange(self._num_workers, dtype=np.int32), sharded)
-        # pmap and not jit over a sharded batch: per-example gradients of a convolution come out wrong there.
+        numbers = np.arange(self._num_workers, dtype=np.int32)
+        self._worker = jax.make_array_from_callback(numbers.shape, sharded, lambda index: numbers[index])
         if self._num_workers == 1:
-            self._shards, axis = jax.device_put(examples, self._replicated), None
+            self._shards, of_shards = jax.device_put(examples, self._replicated), PartitionSpec()
         else:
-            self._shards, axis = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples), 0
-        self._score = _compiled(score_fn, tuple(devices), self._shard_size, chunk_size, axis)
+            self._shards = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples)
+            of_shards = PartitionSpec("worker")
+        gathers = not sharded.is_fully_addressable
+        self._score = _compiled(score_fn, mesh, self._shard_size, chunk_size, of_shards, gathers)
 
     @property
     def place(self) -> dict[str, int]:
@@ -97,11 +102,11 @@ class WorkerPool:
         if num_rounds == 0:
             return []
         # The learner's own device would get an alias, which the learner's donation then deletes: no alias.
-        snapshot = jax.device_put(params, self._replicated, may_alias=False)
+        snapshot = put(params, self._replicated, may_alias=False)
         return [self._score_chunks(snapshot, step) for _ in range(num_rounds)]
 
     def _score_chunks(self, snapshot, step: int) -> Round:
-        start = jax.device_put(np.int32(self._next_start), self._replicated)
+        start = put(np.int32(self._next_start), self._replicated)
         indices, scores = self._score(snapshot, self._shards, self._worker, start)
         num_scored = self._num_real_items()
         self._next_start = (self._next_start + self._chunk_size) % self._shard_size
@@ -126,13 +131,29 @@ class WorkerPool:
 
 
 @functools.lru_cache(maxsize=8)  # a machine with many shards has many pools
-def _compiled(score_fn: Callable, devices: tuple[jax.Device, ...], shard_size: int, chunk_size: int, axis: int | None):
-    """`(params, shards, worker, start) -> (indices, scores)`, over the devices; pools that are alike share it."""
+def _compiled(score_fn, mesh: Mesh, shard_size: int, chunk_size: int, of_shards: PartitionSpec, gathers: bool):
+    """`(params, shards, worker, start) -> (indices, scores)`, over the devices; pools that are alike share it.
 
-    def score_chunk(params, shard, worker, start):
+    gathers: whether each device gets the scores of all.
+    """
+    num_workers = mesh.size
+
+    def score_chunk(params, shards, worker, start):
+        shard = shards if num_workers == 1 else jax.tree.map(lambda x: x.reshape(x.shape[1:]), shards)
         items = (start + jnp.arange(chunk_size, dtype=jnp.int32)) % shard_size
         chunk = jax.tree.map(lambda x: x[items], shard)
         # The index of padding lies past the data, where the store ignores it.
-        return items * len(devices) + worker, score_fn(params, *chunk)
+        found = (items * num_workers + worker)[None], score_fn(params, *chunk)[None]
+        return jax.lax.all_gather(found, "worker", tiled=True) if gathers else found
 
-    return jax.pmap(score_chunk, axis_name="worker", in_axes=(None, axis, 0, None), devices=devices)
+    # Not jit over a sharded batch, where per-example gradients of a convolution come out wrong; and check_vma would sum
+    # them over the workers.
+    return jax.jit(
+        jax.shard_map(
+            score_chunk,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), of_shards, PartitionSpec("worker"), PartitionSpec()),
+            out_specs=PartitionSpec() if gathers else PartitionSpec("worker"),
+            check_vma=False,
+        )
+    )

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # A module may import only modules that stand above it.
 ORDER = (
     "errors", "config", "workdir", "metrics", "supervision", "checkpoint",
-    "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "devices", "store",
+    "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "processes", "devices", "store",
     "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
     "variance", "payoff", "schedule", "workers", "cluster", "learner", "evaluate", "plots", "run_state", "loop",
     "wiring", "training", "main",

@@ -333,6 +333,13 @@ def read_events(path):
         ({"learner__momentum": 1.0}, "learner.momentum must be >= 0 and < 1"),
         ({"devices__workers": 4}, r"devices.workers must be between 1 and 3 with 4 device\(s\), got 4"),
         ({"devices__workers": 0}, "devices.workers must be between 1"),
+        ({"devices__learners": 5}, r"devices.learners must be between 1 and 4 with 4 .*, got 5: .*_platform_count=5"),
+        ({"devices__learners": 0}, "devices.learners must be between 1 and 2,147,483,647, got 0"),
+        ({"devices__learners": 3}, r"devices.workers must be between 1 and 1 with 4 device\(s\), 3 of them learners"),
+        (
+            {"devices__learners": 2, "devices__workers": 2, "learner__batch_size": 601},
+            "learner.batch_size is 601 on each of 2 learners, but there are 1200 examples to draw from",
+        ),
         ({"devices__host_platform_count": 9}, "host_platform_count is 9, but JAX has started with 4"),
         ({"devices__host_platform_count": -1}, "devices.host_platform_count must be between 0"),
         ({"monitor__examples": 1}, "monitor.examples must be between 2"),

@@ -1,10 +1,14 @@
 """What runs in the processes that tests kill. Each comes from a server that has the imports, but no JAX backend yet."""
 
+import atexit
+import json
 import multiprocessing
+import os
+import sys
 
 import jax
 
-from issgd_jax import loop, training
+from issgd_jax import loop, main, training
 from tests.training_test import smoke
 
 _PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
@@ -45,3 +49,26 @@ def train(workdir, cache, begun, overrides):
 
     loop.run = run_and_tell
     training.train(config(**overrides), workdir)
+
+
+def command(arguments, log, port, cache):
+    """The program with these arguments, its output in a file; beside that the history that it returns."""
+    os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    train = training.train
+
+    def train_and_keep(*arguments, **keywords):
+        history = train(*arguments, **keywords)
+        log.with_suffix(".json").write_text(json.dumps(history))
+
+    training.train = train_and_keep
+    sys.argv = ["issgd_jax.main", *arguments]
+    try:
+        main.run()
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

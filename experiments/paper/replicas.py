@@ -69,7 +69,7 @@ def train_replicas(
         measured = jax.tree.map(lambda x: x.reshape(-1), jax.device_get(measured))
         counted = {
             "step": step,
-            "learner_examples": step * config.learner.batch_size,
+            "learner_examples": step * wiring.minibatch_size(config),
             "worker_examples": program.num_scored(step),
         }
         return [counted | wiring.to_row({k: x[i] for k, x in measured.items()}) for i in range(len(replicas))]

@@ -1,0 +1,147 @@
+"""Several learner devices against one with the whole minibatch; convolutions, as an MLP would hide a wrong shard."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import issgd_jax
+from issgd_jax import InputError, devices, learner
+from issgd_jax.calibrated import Calibrated
+from issgd_jax.proposal import Mixture
+from tests.resume_test import arrays_of, check_same, rewind, small
+from tests.training_test import scores, smoke, without_time
+
+NUM_EXAMPLES, BATCH_SIZE = 40, 12
+
+
+def mesh_of(count):
+    return Mesh(np.asarray(jax.devices()[:count]), ("learner",)) if count > 1 else None
+
+
+def conv_problem():
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(NUM_EXAMPLES, 5, 5, 2)), rng.integers(0, 3, NUM_EXAMPLES)
+    params = {"kernel": rng.normal(size=(3, 3, 2, 4)), "dense": rng.normal(size=(4, 3))}
+    params, images, labels = jax.tree.map(lambda x: jnp.asarray(x, "float32"), (params, images, labels))
+
+    def loss_fn(params, image, label):
+        layout = ("NHWC", "HWIO", "NHWC")
+        found = jax.lax.conv_general_dilated(image[None], params["kernel"], (1, 1), "SAME", dimension_numbers=layout)
+        logits = jnp.max(jax.nn.relu(found[0]), (0, 1)) @ params["dense"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label.astype(int))
+
+    return loss_fn, params, (images, labels)
+
+
+def other_score(params, images, labels):
+    return jnp.mean(images, axis=(1, 2, 3)) ** 2 + labels
+
+
+def few_steps(count, **options):
+    """The states and metrics after some steps on so many devices; before the last, the scores of a round enter."""
+    loss_fn, params, examples = conv_problem()
+    mesh, optimizer, proposal = mesh_of(count), optax.sgd(0.1, momentum=0.9), Mixture(Calibrated())
+    placement = NamedSharding(mesh, PartitionSpec()) if mesh else jax.devices()[0]
+    step = learner.make_train_step(loss_fn, optimizer, batch_size=BATCH_SIZE, seed=3, mesh=mesh, **options)
+    state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES)
+    round_, now = (jnp.arange(20), jnp.linspace(0.1, 9, 20)), jnp.int32(2)
+    state, sampler, proposal, examples, round_, now = jax.device_put(
+        (state, sampler, proposal, examples, round_, now), placement
+    )
+    for i in range(4):
+        if i == 3:
+            sampler = learner.take_in(proposal, sampler, *round_, scored_at=now, step=now)
+        state, sampler, metrics = step(state, sampler, proposal, examples)
+    return state, sampler, metrics
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"moments": True}, {"score_fn": other_score}, {"refresh": False, "skip_nonfinite": True, "draw": "independent"}],
+    ids=["norms", "other scores", "no refresh"],
+)
+def test_a_step_shared_by_devices_is_that_of_one(options):
+    """Red if a shard's gradient, norm, importance weight or mean is not that of its examples."""
+    alone, shared = few_steps(1, **options), few_steps(3, **options)
+    np.testing.assert_array_equal(shared[2].minibatch.indices, alone[2].minibatch.indices)
+    for path, x in jax.tree_util.tree_leaves_with_path(shared):
+        first, *others = [np.asarray(shard.data) for shard in x.addressable_shards]
+        assert len(others) == 2 and all(np.array_equal(first, other) for other in others), path
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5), shared, alone)
+
+
+def test_sharing_devices_copy_neither_store_nor_table():
+    """Both states are donated on every device; red if that is lost on the way into shard_map, O(N) a step."""
+    num_examples, proposal, optimizer = 573_000, Mixture(Calibrated()), optax.sgd(0.1)
+    placement = NamedSharding(mesh_of(2), PartitionSpec())
+    state = learner.init_train_state({"w": jnp.zeros(3)}, optimizer), learner.init_sampler(proposal, num_examples)
+    examples = jnp.ones((num_examples, 3)), jnp.ones(num_examples)
+    (state, sampler), proposal, examples = jax.device_put((state, proposal, examples), placement)
+    step = learner.make_train_step(
+        lambda params, x, y: (params["w"] @ x - y) ** 2, optimizer, batch_size=128, seed=0, mesh=mesh_of(2)
+    )
+    memory = step.lower(state, sampler, proposal, examples).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < num_examples
+    step(state, sampler, proposal, examples)
+    assert state.params["w"].is_deleted() and sampler.store.score.is_deleted() and sampler.table.sums.is_deleted()
+
+
+def check_close(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(without_time(found), without_time(expected), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if b[name] is None:
+                assert a[name] is None, name
+            else:
+                np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"proposal__when": "auto", "proposal__cost": 1e9},
+        {"proposal__name": "uniform", "learner__draw": "shuffled"},
+    ],
+    ids=["calibrated", "auto", "epochs"],
+)
+def test_a_run_of_two_learners_is_that_of_one_with_twice_the_batch(overrides, tmp_path):
+    """Red if workers, rounds, measurements or the payoff know only a part of the minibatch or of the learners."""
+    overrides = {"devices__workers": 2} | overrides
+    two = smoke(devices__learners=2, learner__batch_size=16, **overrides)
+    two, one = (
+        issgd_jax.train(config, tmp_path / f"{config.devices.learners}") for config in (two, smoke(**overrides))
+    )
+    check_close(two, one)
+    assert two[-1]["learner_examples"] == two[-1]["step"] * 32
+    record = json.loads((tmp_path / "2" / "config.json").read_text())
+    assert record["devices"]["learner"] == ["cpu"] * 2
+
+
+def test_where_all_devices_are_learners_they_are_the_workers_too(tmp_path):
+    assert devices.assign_roles(4).workers == devices.assign_roles(4).learners
+    assert devices.assign_roles(3, None, 4).workers == tuple(jax.devices()[3:])
+    all_four = smoke(devices__learners=4, devices__workers=4, learner__batch_size=8, workers__chunk_size=75)
+    one = smoke(devices__workers=1, devices__host_platform_count=1, workers__chunk_size=300)
+    all_four, one = issgd_jax.train(all_four, tmp_path / "4"), issgd_jax.train(one, tmp_path / "1")
+    check_close(all_four, one)
+    np.testing.assert_allclose(scores(tmp_path / "4")[0], scores(tmp_path / "1")[0], rtol=2e-3, atol=1e-6)
+
+
+def test_two_learners_go_on_bit_by_bit_and_another_number_is_refused(tmp_path):
+    """Red if a checkpoint of one device's copy does not make all copies again."""
+    two = {"devices__learners": 2, "devices__workers": 2, "learner__batch_size": 16, "schedule__score_delay": 9}
+    config = small(steps=24, **two)
+    whole = issgd_jax.train(config, tmp_path)
+    last = arrays_of(tmp_path, 24)
+    rewind(tmp_path, 14)
+    assert without_time(issgd_jax.train(config, tmp_path)) == without_time(whole)
+    check_same(tmp_path, 24, last)
+    with pytest.raises(InputError, match="devices.learners was 2, now 1"):
+        issgd_jax.train(small(steps=24, **two | {"devices__learners": 1}), tmp_path)
