@@ -64,7 +64,7 @@ def test_killed_at_random_moments_and_gone_on_bit_by_bit(seed, reference, tmp_pa
                 while process.is_alive() and not any((workdir / "checkpoints").glob("making_*")):
                     time.sleep(0.001)
             else:
-                process.join(rng.uniform(0, 2.5))
+                process.join(rng.uniform(0, 1.5))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:

@@ -203,7 +203,7 @@ def problems(draw):
     return lambda p, x: scalar(apply(p, x * first(p))), params, importance_weights, [x]
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(problems())
 def test_equals_a_loop(problem):
     loss_fn, params, _, (x,) = problem

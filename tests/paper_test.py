@@ -45,14 +45,12 @@ def assert_same_rows(got, wanted, steps):
     "overrides",
     [
         {},
-        {"schedule__score_delay": 0},
-        {"schedule__score_delay": 6},
+        {"schedule__score_delay": 0, "learner__lr_schedule": "cosine"},
+        {"schedule__score_delay": 6, "workers__score": "loss"},
         {"schedule__score_delay": 12},
         {"workers__enabled": False},
-        {"workers__score": "loss"},
         {"learner__refresh": False, "learner__draw": "independent", "proposal__name": "proportional"},
         {"proposal__name": "uniform"},
-        {"learner__lr_schedule": "cosine"},
     ],
     ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
 )

@@ -170,8 +170,10 @@ def test_every_model_trains(model, tmp_path):
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "lion"])
-@pytest.mark.parametrize("lr_schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize(
+    ("optimizer", "lr_schedule"),
+    [("sgd", "cosine"), ("sgd", "linear"), ("adamw", "linear"), ("rmsprop", "cosine"), ("lion", "constant")],
+)
 def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
     config = smoke(steps=3, eval_every=3, proposal__name="uniform")
     config.learner.optimizer, config.learner.lr_schedule, config.learner.learning_rate = optimizer, lr_schedule, 0.001
