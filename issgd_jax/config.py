@@ -23,6 +23,8 @@ _INTEGERS = {
     "steps": (1, 2**30 - 1),
     "eval_every": (1, _LARGEST),
     "learner.batch_size": (1, _LARGEST),
+    "learner.asynchronous": (1, 1024),
+    "learner.max_gradient_delay": (0, _LARGEST),
     "workers.chunk_size": (1, _LARGEST),
     "devices.workers": (1, _LARGEST),
     "devices.host_platform_count": (0, 1024),
@@ -83,6 +85,8 @@ def default() -> ConfigDict:
                 # or independent, without_replacement; uniformly also shuffled (epochs), random_subset (of a third)
                 "draw": "systematic",
                 "refresh": True,  # the norms of each minibatch become its examples' scores; not with uniform
+                "asynchronous": 1,  # k learners, each at its own pace: gradients are k - 1 updates old on the average
+                "max_gradient_delay": config_dict.placeholder(int),  # free_running, in updates; None: 2 * (k - 1)
             },
             "workers": {
                 "enabled": True,  # False: only the learner's own refresh gives scores
@@ -204,6 +208,7 @@ def validate(config: ConfigDict) -> None:
     for name in ("data.name", "data.train_split", "data.test_split"):
         if not given[name]:
             raise InputError(f"{name} is empty (see --config.{name})")
+    _check_asynchronous(config.learner)
     if config.proposal.name != "uniform":
         _check_scoring(config)
     _check_transformer(config.model.transformer)
@@ -226,6 +231,16 @@ def _check_transformer(transformer):
         raise InputError(
             f"model.transformer.width must be a multiple of num_heads, got {transformer.width} "
             f"and {transformer.num_heads}"
+        )
+
+
+def _check_asynchronous(learner):
+    least = learner.asynchronous - 1
+    if learner.max_gradient_delay is not None and learner.max_gradient_delay < least:
+        raise InputError(
+            f"learner.max_gradient_delay must be >= learner.asynchronous - 1 = {least}, got "
+            f"{learner.max_gradient_delay}: gradients of so many learners are as late on the average; raise it, or "
+            "lower --config.learner.asynchronous"
         )
 
 

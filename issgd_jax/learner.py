@@ -1,5 +1,6 @@
 """The learner: draws, gathers, weighs, updates, refreshes; takes in the workers' scores. All on one device."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ EPOCHS = ("shuffled", "random_subset")
 
 
 class TrainState(NamedTuple):
-    """params, opt_state: pytrees. step: i32[], updates done."""
+    """params, opt_state: pytrees. step: i32[], updates done. in_flight: what asynchronous learners have begun."""
 
     params: Any
     opt_state: Any
     step: jax.Array
+    in_flight: Any = ()
 
 
 class SamplerState(NamedTuple):
@@ -45,6 +47,22 @@ class Minibatch(NamedTuple):
     indices: jax.Array
     importance_weights: jax.Array
     losses: jax.Array
+
+
+class Gradient(NamedTuple):
+    """What the backward pass of a minibatch gives.
+
+    minibatch: what was drawn. gradient: like the parameters, of `mean(importance_weights * losses)`. norms, scores:
+    f32[B], of its examples; None where nobody asks. finite: bool[], whether the losses and, where that is looked at,
+    the gradient are. step: i32[], of the parameters.
+    """
+
+    minibatch: Minibatch
+    gradient: Any
+    norms: jax.Array | None
+    scores: jax.Array | None
+    finite: jax.Array
+    step: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -78,7 +96,46 @@ def draw_minibatch(table: sampling.Table, step, *, batch_size: int, seed, draw: 
     return sampling.draw(jax.random.fold_in(key, step), table, batch_size, draw)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The three parts of a step, which may run at different times and places.
+
+    draw: `(sampler, number, *, uniform=False) -> Draw`, the draw of this number. gradient: `(params, step, drawn,
+    examples) -> Gradient`. update: `(state, sampler, proposal, gradient) -> (state, sampler, metrics)`.
+    """
+
+    draw: Callable[..., sampling.Draw]
+    gradient: Callable[..., Gradient]
+    update: Callable[..., tuple[TrainState, SamplerState, StepMetrics]]
+
+
 def make_train_step(
+    loss_fn: Callable[..., jax.Array], optimizer: optax.GradientTransformation, **options
+) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
+    """The step of `compile_step`, its parts made by `make_stages` of the same arguments."""
+    return compile_step(make_stages(loss_fn, optimizer, **options))
+
+
+def compile_step(stages: Stages) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
+    """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
+    states are donated. uniform: whether this step's draw is uniform; refreshes go on. examples: pytrees with leading
+    axis N on the learner's device.
+
+    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
+    (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
+    """
+
+    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
+        drawn = stages.draw(sampler, state.step, uniform=uniform)
+        gradient = stages.gradient(state.params, state.step, drawn, examples)
+        state, sampler, metrics = stages.update(state, sampler, proposal, gradient)
+        # An array more to hand over takes longer than a uniform draw: that can be made again.
+        return state, sampler, metrics._replace(minibatch=None) if uniform else metrics
+
+    return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+
+
+def make_stages(
     loss_fn: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,
     *,
@@ -89,32 +146,40 @@ def make_train_step(
     draw: str = "systematic",
     moments: bool = False,
     skip_nonfinite: bool = False,
-) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
-    """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
-    states are donated. uniform: whether this step's draw is uniform; refreshes go on.
+    check_gradient: bool = False,
+) -> Stages:
+    """The parts of a step; nothing is compiled.
 
-    loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
-      learner's device. refresh: whether the norms of the minibatch, which its own backward pass gives, become the
-      scores of its examples. They enter store and table and teach the proposal. score_fn: where scores are not
-      gradient norms, their function, see `scores`: a refresh then also costs that, and the norms teach the proposal
-      what the scores mean. draw: a method of `sampling.draw`, or where all draws are uniform "shuffled" or
-      "random_subset", see `uniform.shuffled`. moments: whether the metrics have them. skip_nonfinite: BIASED, a
-      minibatch whose loss or gradient is not finite updates nothing.
-
-    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
-    (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
+    loss_fn: `(params, *example) -> f[]`, the loss of one example. refresh: whether the norms of the minibatch, which
+      its own backward pass gives, become the scores of its examples. They enter store and table and teach the proposal.
+      score_fn: where scores are not gradient norms, their function, see `scores`: a refresh then also costs that, and
+      the norms teach the proposal what the scores mean. draw: a method of `sampling.draw`, or where all draws are
+      uniform "shuffled" or "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
+      skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates nothing. check_gradient: whether
+      the gradient is looked at for that also where nothing else needs its norm.
     """
 
-    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
+    def draw_(sampler: SamplerState, number: jax.Array, *, uniform: bool = False) -> sampling.Draw:
         table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
-        indices, importance_weights = draw_minibatch(table, state.step, batch_size=batch_size, seed=seed, draw=draw)
+        return draw_minibatch(table, number, batch_size=batch_size, seed=seed, draw=draw)
+
+    def gradient_(params, step: jax.Array, drawn: sampling.Draw, examples) -> Gradient:
+        indices, importance_weights = drawn
         batch = jax.tree.map(lambda x: x[indices], examples)
-        losses, gradient, norms = value_grad_and_norms(loss_fn)(state.params, importance_weights, *batch)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
         finite = jnp.all(jnp.isfinite(losses))
         if refresh:
             finite &= jnp.all(jnp.isfinite(norms))
-        elif skip_nonfinite:  # else the next loss tells: a pass over the gradient would slow uniform sampling
+        elif skip_nonfinite or check_gradient:  # else the next loss tells: this pass would slow uniform sampling
             finite &= jnp.isfinite(optax.tree.norm(gradient))
+        scores = None
+        if refresh:
+            scores = norms if score_fn is None else score_fn(params, *batch)
+        known = norms if refresh or moments else None
+        return Gradient(Minibatch(indices, importance_weights, losses), gradient, known, scores, finite, step)
+
+    def update(state: TrainState, sampler: SamplerState, proposal, given: Gradient):
+        (indices, importance_weights, losses), gradient, norms, scores, finite, scored_at = given
         loss = jnp.where(finite, jnp.mean(importance_weights * losses), jnp.nan)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -125,7 +190,6 @@ def make_train_step(
         if moments:
             found = variance.minibatch_moments(norms, importance_weights, optax.tree.norm(gradient))
         if refresh:
-            scores = norms if score_fn is None else score_fn(state.params, *batch)
             sampler = _refresh(
                 proposal,
                 sampler,
@@ -133,16 +197,13 @@ def make_train_step(
                 scores,
                 norms,
                 importance_weights,
-                scored_at=state.step,
+                scored_at=scored_at,
+                step=state.step + 1,
             )
-        return (
-            TrainState(params, opt_state, state.step + 1),
-            sampler,
-            # An array more to hand over takes longer than a uniform draw: that can be made again.
-            StepMetrics(loss, found, None if uniform else Minibatch(indices, importance_weights, losses)),
-        )
+        state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        return state, sampler, StepMetrics(loss, found, given.minibatch)
 
-    return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+    return Stages(draw_, gradient_, update)
 
 
 def _after(indices: jax.Array, read: Any) -> jax.Array:
@@ -167,10 +228,12 @@ def _write(proposal, sampler: SamplerState, indices, scores, norms, importance_w
     return sampler._replace(store=store, proposal_state=proposal_state, rejected=sampler.rejected.then(rejected))
 
 
-def _refresh(proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at) -> SamplerState:
-    """Scores of the step just done enter, and the table gets their v for the next step; O(m)."""
+def _refresh(
+    proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at, step
+) -> SamplerState:
+    """Scores of the learner's own minibatch enter, and the table gets their v for the next step; O(m)."""
     sampler = _write(proposal, sampler, indices, scores, norms, importance_weights, scored_at=scored_at)
-    v = proposal.v(sampler.basis, *sampler.store.at(indices), scored_at + 1)
+    v = proposal.v(sampler.basis, *sampler.store.at(indices), step)
     return sampler._replace(table=sampler.table.write(indices, v))
 
 

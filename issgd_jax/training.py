@@ -42,7 +42,7 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
     """before: the record of the run that goes on."""
     config, roles = prepared.config, prepared.roles
     workers = [device.device_kind for device in roles.workers] if prepared.pool else []
-    devices = {"learner": [roles.learner.device_kind], "workers": workers}
+    devices = {"learner": [device.device_kind for device in roles.learners], "workers": workers}
     with contextlib.ExitStack() as stack:
         about = {"devices": devices, "versions": workdir_lib.versions()}
         folder = workdir / workdir_lib.CHECKPOINTS
