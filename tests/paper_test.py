@@ -40,7 +40,8 @@ def assert_same_rows(got, wanted, steps):
             assert row == pytest.approx({name: want[name] for name in row}, rel=2e-3, abs=1e-5)
 
 
-# A replica that starts, delays or takes in a round at another step, or draws with another key, is another run.
+# A replica that starts, delays or takes in a round or a gradient at another step, or draws with another key, is another
+# run.
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -53,6 +54,7 @@ def assert_same_rows(got, wanted, steps):
         {"learner__refresh": False, "learner__draw": "independent", "proposal__name": "proportional"},
         {"proposal__name": "uniform"},
         {"learner__lr_schedule": "cosine"},
+        {"learner__asynchronous": 4},
     ],
     ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
 )
