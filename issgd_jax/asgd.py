@@ -1,8 +1,7 @@
 """Asynchronous SGD: several learners, each at work on a minibatch at parameters that may be old; one applies them all.
 
-The paper's open question (section 6): importance sampling joined with ASGD (Dean et al. 2012), here with a bound on the
-delay (Ho et al. 2013). Learners are peers: the norms of their minibatches, which their backward passes give, become
-scores too.
+The paper's open question: importance sampling joined with ASGD (Dean et al. 2012), here with a bound on the delay (Ho
+et al. 2013). Learners are peers: the norms of their minibatches, which their backward passes give, become scores too.
 """
 
 import functools
@@ -60,10 +59,10 @@ class Learners:
         self._places = [devices[i % len(devices)] for i in range(number)]
         self._owner, self._max_delay = devices[0], max_delay
         self._examples = {device: jax.device_put(examples, device) for device in self._places}
-        # One learner at work for each gradient in flight, in the same order; the last is idle.
-        self._busy, self._idle = self._places[:-1], self._places[-1]
+        # What the host must know of the state that was left last: its step, known by that array; step of the parameters
+        # and device of each gradient in flight; the device of the learner that is idle.
         self._left: jax.Array | None = None
-        self._begun, self._step = [], 0
+        self._step, self._at_work, self._idle = 0, [], self._places[-1]
         self._draw = jax.jit(stages.draw, static_argnames="uniform")
         self._gradient = jax.jit(stages.gradient)
 
@@ -89,26 +88,28 @@ class Learners:
         """
         del examples
         if state.step is not self._left:
-            self._begin_anew(state)
-        number = self._step + len(self._busy)
+            self._look_at(state)
+        number = self._step + len(self._places) - 1
         begun = self._begin(state, sampler, number, self._idle, uniform=uniform)
-        in_flight, busy, steps = [*state.in_flight, begun], [*self._busy, self._idle], [*self._begun, self._step]
-        while (i := self._choose(steps, in_flight)) is None:
+        in_flight = [*state.in_flight, begun]
+        self._at_work.append((self._step, self._idle))
+        while (i := self._choose(in_flight)) is None:
             time.sleep(1e-5)
-        gradient, self._idle, _ = in_flight.pop(i), busy.pop(i), steps.pop(i)
+        gradient, (_, self._idle) = in_flight.pop(i), self._at_work.pop(i)
         state, sampler, metrics = self._update(state.params, state.opt_state, state.step, sampler, proposal, gradient)
-        self._busy, self._begun, self._step, self._left = busy, steps, self._step + 1, state.step
+        self._step, self._left = self._step + 1, state.step
         return state._replace(in_flight=tuple(in_flight)), sampler, metrics
 
-    def _choose(self, begun: list[int], in_flight: list[Gradient]) -> int | None:
+    def _choose(self, in_flight: list[Gradient]) -> int | None:
+        begun = [step for step, _ in self._at_work]
         ready = [gradient.finite.is_ready() for gradient in in_flight]
         return next_to_apply(begun, ready, step=self._step, max_delay=self._max_delay)
 
-    def _begin_anew(self, state: TrainState) -> None:
-        """From another state than the last that was left: the first step, or the first after a checkpoint."""
+    def _look_at(self, state: TrainState) -> None:
+        """At a state that was not left here: that before the first step, or of a checkpoint."""
         numbers = jax.device_get((state.step, *(gradient.step for gradient in state.in_flight)))
-        self._step, *self._begun = map(int, numbers)
-        self._busy, self._idle = self._places[:-1], self._places[-1]
+        self._step, *begun = map(int, numbers)
+        self._at_work, self._idle = list(zip(begun, self._places)), self._places[-1]
 
     def _begin(self, state: TrainState, sampler: SamplerState, number: int, device, *, uniform: bool) -> Gradient:
         drawn = self._draw(sampler, jax.device_put(np.int32(number), self._owner), uniform=uniform)

@@ -379,6 +379,14 @@ def test_costs_are_those_of_arms_and_their_baselines(tmp_path, monkeypatch):
     assert cost.load("fair", "digits") == measured["ratio"]
 
 
+def test_learners_that_share_a_gradient_share_its_time_alone():
+    """What the owner does stays; charged for k learners it must never be less than that."""
+    assert cost.charged(5.0, 1.0, 1) == 5 and cost.charged(5.0, 1.0, 4) == 2
+    measured = cost.measure("asgd", "digits", arms=["calibrated_8"], overrides=SMALL, num_blocks=1)
+    assert measured["ratio"].keys() == {"uniform_1", "calibrated_8"}
+    assert measured["milliseconds"]["calibrated_8"] > 0
+
+
 def test_figures_and_table_need_no_jax():
     code = "import sys; sys.modules['jax'] = None; import experiments.paper.figures, experiments.paper.table"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
 - `cost`: the same over the time on one device, where the cost of a step was measured;
 - `variance`: noise of the gradient with uniform, actual and ideal draws (figure 4);
 - `staleness`: of study `staleness`, what is gained against how old scores are;
+- `asgd`: of study `asgd`, loss over updates and over charged time (see `cost.charged`), and the noise of the gradient;
 - `summary`: of study `fair`, what the method gives where others score, where one device does all, and why.
 """
 
@@ -32,6 +33,8 @@ _METRICS = {
 _VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
 # Arms whose names fit into a panel without hiding a curve.
 _LEGEND_WITHIN = 6
+# Of study `asgd`: how arms are named, and drawn.
+_PEERS = {"uniform": (":", "SGD"), "calibrated": ("-", "calibrated peers")}
 # Arms of study `fair` that its summary shows.
 _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
@@ -39,7 +42,9 @@ _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibra
 def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
     """{name: figure} of a study's results; see the module."""
     made = {"loss": curves_figure(record, list(_METRICS))}
-    if costs:
+    if record["study"] == "asgd":
+        made["asgd"] = asgd_figure(record, costs)
+    elif costs:
         made["cost"] = curves_figure(record, ["train/loss", "test/error"], costs=costs)
     if sampled := {name: arm for name, arm in record["arms"].items() if "scores/staleness_mean" in arm["curves"]}:
         made["variance"] = variance_figure(record, sampled)
@@ -66,6 +71,44 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
     for axis in axes:
         axis.legend(frameon=False)
     return figure
+
+
+def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
+    """Loss over updates and, where costs are known, over charged time; noise of the gradient. A colour for each k."""
+    arms = {tuple(name.split("_")): arm for name, arm in record["arms"].items()}
+    colours = dict(zip(sorted({number for _, number in arms}, key=int), _COLOURS))
+    figure = Figure(figsize=(16.5, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    figure.suptitle(_title(record), fontsize=10)
+    for (kind, number), arm in arms.items():
+        style = {"color": colours[number], "linestyle": _PEERS[kind][0]}
+        label = f"{_PEERS[kind][1]}, {number} (rate {arm['learning_rate']:g})"
+        _band(axes[0], arm["step"], arm["curves"]["train/loss"], label=label, **style)
+        if cost_ := costs.get(f"{kind}_{number}"):
+            _band(axes[1], [cost_ * s for s in arm["step"]], arm["curves"]["train/loss"], **style)
+        if kind != "uniform":
+            _band(axes[2], arm["step"], _ratio(arm["curves"], "variance/actual", "variance/uniform"), **style)
+    axes[0].set(title="Training loss over updates", xlabel="updates")
+    axes[1].set(title="Training loss over charged time", xlabel="(gradient / learners + owner), in steps of SGD")
+    axes[1].set_xlim(0, record["steps"])
+    for axis in axes[:2]:
+        axis.set(yscale="log", ylabel="cross-entropy (nats)")
+    axes[2].set(
+        title="Noise of the gradient", xlabel="updates", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$, actual / uniform"
+    )
+    axes[2].axhline(1, color=_BASELINE, linestyle=":")
+    for axis in axes:
+        _finish(axis)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _ratio(curves: dict, of: str, to: str) -> dict:
+    """One curve in units of the median of another."""
+    return {
+        q: [None if x is None or not unit else x / unit for x, unit in zip(curve, curves[to]["median"])]
+        for q, curve in curves[of].items()
+    }
 
 
 def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] | None = None) -> Figure:
