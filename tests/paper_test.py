@@ -365,6 +365,20 @@ def test_figures_show_every_arm(tmp_path):
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
 
 
+def test_the_figure_of_asynchronous_learners_charges_each_its_own_time():
+    """Red if an arm is drawn over the cost of another, or time is drawn where none was measured."""
+    steps, values = [0, 10, 20], {q: [1.0, 0.5, None] for q in ("q1", "median", "q3")}
+    curves = dict.fromkeys(results.CURVES, values)
+    arm = {"label": "some", "learning_rate": 0.1, "step": steps, "curves": curves, "baseline": "uniform_1", "n": 2}
+    names = ["uniform_1", "calibrated_8"]
+    record = {"study": "asgd", "data": "digits", "network": "MLP", "steps": 20, "arms": dict.fromkeys(names, arm)}
+    assert len(figures.figures_of(record, {})["asgd"].axes) == 2
+    made = figures.figures_of(record, {"uniform_1": 1.0, "calibrated_8": 0.5})
+    assert "cost" not in made
+    drawn = [line.get_xdata().tolist() for line in made["asgd"].axes[1].lines]
+    assert drawn == [[0, 10, 20], [0, 5, 10]]
+
+
 def test_costs_are_those_of_arms_and_their_baselines(tmp_path, monkeypatch):
     """And costs measured alike are kept beside new ones; others must not be mixed with them."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)

@@ -33,8 +33,8 @@ _METRICS = {
 _VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
 # Arms whose names fit into a panel without hiding a curve.
 _LEGEND_WITHIN = 6
-# Of study `asgd`: how arms are named, and drawn.
-_PEERS = {"uniform": (":", "SGD"), "calibrated": ("-", "calibrated peers")}
+# Of study `asgd`: how its two kinds of arms are drawn.
+_PEERS = {"uniform": ":", "calibrated": "-"}
 # Arms of study `fair` that its summary shows.
 _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
@@ -77,38 +77,29 @@ def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
     """Loss over updates and, where costs are known, over charged time; noise of the gradient. A colour for each k."""
     arms = {tuple(name.split("_")): arm for name, arm in record["arms"].items()}
     colours = dict(zip(sorted({number for _, number in arms}, key=int), _COLOURS))
-    figure = Figure(figsize=(16.5, 4.8), layout="constrained")
-    axes = figure.subplots(1, 3)
+    num_panels = 3 if costs else 2
+    figure = Figure(figsize=(5.5 * num_panels, 4.8), layout="constrained")
+    over_updates, *over_time, noise = figure.subplots(1, num_panels)
     figure.suptitle(_title(record), fontsize=10)
     for (kind, number), arm in arms.items():
-        style = {"color": colours[number], "linestyle": _PEERS[kind][0]}
-        label = f"{_PEERS[kind][1]}, {number} (rate {arm['learning_rate']:g})"
-        _band(axes[0], arm["step"], arm["curves"]["train/loss"], label=label, **style)
-        if cost_ := costs.get(f"{kind}_{number}"):
-            _band(axes[1], [cost_ * s for s in arm["step"]], arm["curves"]["train/loss"], **style)
+        style = {"color": colours[number], "linestyle": _PEERS[kind]}
+        losses, gain = arm["curves"]["train/loss"], arm["curves"]["variance/gain"]
+        _band(over_updates, arm["step"], losses, label=_label(arm), **style)
+        for axis in over_time:
+            _band(axis, [costs[f"{kind}_{number}"] * step for step in arm["step"]], losses, **style)
         if kind != "uniform":
-            _band(axes[2], arm["step"], _ratio(arm["curves"], "variance/actual", "variance/uniform"), **style)
-    axes[0].set(title="Training loss over updates", xlabel="updates")
-    axes[1].set(title="Training loss over charged time", xlabel="(gradient / learners + owner), in steps of SGD")
-    axes[1].set_xlim(0, record["steps"])
-    for axis in axes[:2]:
-        axis.set(yscale="log", ylabel="cross-entropy (nats)")
-    axes[2].set(
-        title="Noise of the gradient", xlabel="updates", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$, actual / uniform"
-    )
-    axes[2].axhline(1, color=_BASELINE, linestyle=":")
-    for axis in axes:
+            _band(noise, arm["step"], {q: [x and x**-0.5 for x in curve] for q, curve in gain.items()}, **style)
+    over_updates.set(title="Training loss over updates", xlabel="updates", ylabel="cross-entropy (nats)", yscale="log")
+    for axis in over_time:
+        axis.set(title="Training loss over charged time", ylabel="cross-entropy (nats)", yscale="log")
+        axis.set(xlabel="owner + gradient / learners, in steps of SGD", xlim=(0, record["steps"]))
+    noise.set(title="Noise of the gradient", xlabel="updates", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$, actual / uniform")
+    noise.axhline(1, color=_BASELINE, linestyle=":")
+    for axis in (over_updates, *over_time, noise):
         _finish(axis)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    handles = over_updates.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2 * (num_panels - 1), fontsize=9, frameon=False)
     return figure
-
-
-def _ratio(curves: dict, of: str, to: str) -> dict:
-    """One curve in units of the median of another."""
-    return {
-        q: [None if x is None or not unit else x / unit for x, unit in zip(curve, curves[to]["median"])]
-        for q, curve in curves[of].items()
-    }
 
 
 def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] | None = None) -> Figure:
