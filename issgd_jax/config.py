@@ -24,6 +24,8 @@ _INTEGERS = {
     "steps": (1, 2**30 - 1),
     "eval_every": (1, _LARGEST),
     "learner.batch_size": (1, _LARGEST),
+    "learner.asynchronous": (1, 1024),
+    "learner.max_gradient_delay": (0, _LARGEST),
     "workers.chunk_size": (1, _LARGEST),
     "devices.learners": (1, _LARGEST),
     "devices.workers": (1, _LARGEST),
@@ -88,6 +90,8 @@ def default() -> ConfigDict:
                 # or independent, without_replacement; uniformly also shuffled (epochs), random_subset (of a third)
                 "draw": "systematic",
                 "refresh": True,  # the norms of each minibatch become its examples' scores; not with uniform
+                "asynchronous": 1,  # k learners, each at its own pace: gradients are k - 1 updates old on the average
+                "max_gradient_delay": config_dict.placeholder(int),  # free_running, in updates; None: 2 * (k - 1)
             },
             "workers": {
                 "enabled": True,  # False: only the learner's own refresh gives scores
@@ -221,6 +225,7 @@ def validate(config: ConfigDict) -> None:
     for name in ("data.name", "data.train_split", "data.test_split"):
         if not given[name]:
             raise InputError(f"{name} is empty (see --config.{name})")
+    _check_asynchronous(config)
     if config.proposal.name != "uniform":
         _check_scoring(config)
     _check_transformer(config.model.transformer)
@@ -275,6 +280,23 @@ def _check_distributed(config):
         raise InputError(
             "proposal.when is auto and measures the cost of a step, which differs between processes: give it by "
             "--config.proposal.cost, or use --config.proposal.when=on"
+        )
+
+
+def _check_asynchronous(config):
+    learner, sharing = config.learner, config.devices.learners > 1 or config.distributed.coordinator is not None
+    least = learner.asynchronous - 1
+    if least and sharing:
+        raise InputError(
+            f"learner.asynchronous is {learner.asynchronous}, learners with a minibatch each, but devices.learners is "
+            f"{config.devices.learners} and distributed.coordinator {config.distributed.coordinator}, which share one: "
+            "use either"
+        )
+    if learner.max_gradient_delay is not None and learner.max_gradient_delay < least:
+        raise InputError(
+            f"learner.max_gradient_delay must be >= learner.asynchronous - 1 = {least}, got "
+            f"{learner.max_gradient_delay}: gradients of so many learners are as late on the average; raise it, or "
+            "lower --config.learner.asynchronous"
         )
 
 

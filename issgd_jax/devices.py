@@ -18,13 +18,14 @@ from issgd_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """learners: the devices that update the parameters, each its own copy. workers: those that score, at least one.
-
-    Both of all processes, in their order.
+    """learners: the devices that compute gradients. workers: those that score, at least one. Both of all processes, in
+    their order. together: whether learners share every minibatch, and each has its own copy of the learner's arrays; or
+    each has its own minibatch, and the first alone has those arrays.
     """
 
     learners: tuple[jax.Device, ...]
     workers: tuple[jax.Device, ...]
+    together: bool = True
 
     @property
     def learner(self) -> jax.Device:
@@ -34,7 +35,7 @@ class Roles:
     @property
     def mesh(self) -> Mesh | None:
         """The learners that share every minibatch; None where one has it all."""
-        return Mesh(np.asarray(self.learners), ("learner",)) if len(self.learners) > 1 else None
+        return Mesh(np.asarray(self.learners), ("learner",)) if self.together and len(self.learners) > 1 else None
 
     @property
     def placement(self) -> jax.Device | NamedSharding:
@@ -42,12 +43,15 @@ class Roles:
         return NamedSharding(self.mesh, PartitionSpec()) if self.mesh else self.learner
 
 
-def assign_roles(num_learners: int = 1, num_workers: int | None = None, host_platform_count: int = 0) -> Roles:
+def assign_roles(
+    num_learners: int = 1, num_workers: int | None = None, host_platform_count: int = 0, *, together: bool = True
+) -> Roles:
     """Splits the devices into the first as learners and the next `num_workers` (None: all) as workers.
 
     Both numbers are of all processes together, and each takes its part from its own devices. host_platform_count: 0
     takes the devices that JAX finds by default; k > 0 simulates k devices on each process's CPU, which must be settled
-    before JAX runs anything. Where all devices are learners, they are the workers too.
+    before JAX runs anything. Where all devices are learners, they are the workers too. together: see `Roles`; learners
+    that have each their own minibatch share the devices there are.
 
     Raises: InputError if there are fewer devices than asked for, or the processes would differ.
     """
@@ -56,6 +60,8 @@ def assign_roles(num_learners: int = 1, num_workers: int | None = None, host_pla
     if any(len(devices) != size for devices in of_processes):
         sizes = ", ".join(str(len(devices)) for devices in of_processes)
         raise InputError(f"the processes have {sizes} devices: all must have as many (see CUDA_VISIBLE_DEVICES)")
+    if not together:
+        num_learners = min(num_learners, size)
     total = f"{count * size} device(s)" + (f" of {count} processes" if count > 1 else "")
     if not 1 <= num_learners <= count * size:
         raise InputError(
@@ -77,7 +83,7 @@ def assign_roles(num_learners: int = 1, num_workers: int | None = None, host_pla
         )
     _check_multiple("workers", num_workers, count)
     workers = [device for devices in left for device in devices[: num_workers // count]]
-    return Roles(learners=tuple(learners), workers=tuple(workers))
+    return Roles(tuple(learners), tuple(workers), together)
 
 
 def _check_multiple(name: str, number: int, num_processes: int) -> None:

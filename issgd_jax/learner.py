@@ -3,6 +3,7 @@
 On one device; or on each of several the same, but that they share the backward pass of every minibatch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +23,12 @@ EPOCHS = ("shuffled", "random_subset")
 
 
 class TrainState(NamedTuple):
-    """params, opt_state: pytrees. step: i32[], updates done."""
+    """params, opt_state: pytrees. step: i32[], updates done. in_flight: what asynchronous learners have begun."""
 
     params: Any
     opt_state: Any
     step: jax.Array
+    in_flight: Any = ()
 
 
 class SamplerState(NamedTuple):
@@ -49,6 +51,22 @@ class Minibatch(NamedTuple):
     indices: jax.Array
     importance_weights: jax.Array
     losses: jax.Array
+
+
+class Gradient(NamedTuple):
+    """What the backward pass of a minibatch gives.
+
+    minibatch: what was drawn. gradient: like the parameters, of `mean(importance_weights * losses)`. norms, scores:
+    f32[B], of its examples; None where nobody asks. finite: bool[], whether the losses and, where that is looked at,
+    the gradient are. step: i32[], of the parameters.
+    """
+
+    minibatch: Minibatch
+    gradient: Any
+    norms: jax.Array | None
+    scores: jax.Array | None
+    finite: jax.Array
+    step: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -82,7 +100,57 @@ def draw_minibatch(table: sampling.Table, step, *, batch_size: int, seed, draw: 
     return sampling.draw(jax.random.fold_in(key, step), table, batch_size, draw)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The three parts of a step, which may run at different times and places.
+
+    draw: `(sampler, number, *, uniform=False) -> Draw`, the draw of this number. gradient: `(params, step, drawn,
+    examples) -> Gradient`. update: `(state, sampler, proposal, gradient) -> (state, sampler, metrics)`.
+    """
+
+    draw: Callable[..., sampling.Draw]
+    gradient: Callable[..., Gradient]
+    update: Callable[..., tuple[TrainState, SamplerState, StepMetrics]]
+
+
 def make_train_step(
+    loss_fn: Callable[..., jax.Array], optimizer: optax.GradientTransformation, **options
+) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
+    """The step of `compile_step`, its parts made by `make_stages` of the same arguments."""
+    return compile_step(make_stages(loss_fn, optimizer, **options), options.get("mesh"))
+
+
+def compile_step(
+    stages: Stages, mesh: Mesh | None = None
+) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
+    """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
+    states are donated. uniform: whether this step's draw is uniform; refreshes go on. examples: pytrees with leading
+    axis N on the learner's device. mesh: that of the stages; all arrays are whole on each of its devices, and stay equal.
+
+    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
+    (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
+    """
+
+    def step_on_a_device(uniform: bool, state: TrainState, sampler: SamplerState, proposal, examples):
+        drawn = stages.draw(sampler, state.step, uniform=uniform)
+        gradient = stages.gradient(state.params, state.step, drawn, examples)
+        state, sampler, metrics = stages.update(state, sampler, proposal, gradient)
+        # An array more to hand over takes longer than a uniform draw: that can be made again.
+        return state, sampler, metrics._replace(minibatch=None) if uniform else metrics
+
+    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
+        step = functools.partial(step_on_a_device, uniform)
+        if mesh:
+            # Not left to jit: over a sharded batch the gradients of a convolution come out wrong there. check_vma would
+            # sum cotangents of the parameters over the devices.
+            everywhere = PartitionSpec()
+            step = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        return step(state, sampler, proposal, examples)
+
+    return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+
+
+def make_stages(
     loss_fn: Callable[..., jax.Array],
     optimizer: optax.GradientTransformation,
     *,
@@ -93,23 +161,19 @@ def make_train_step(
     draw: str = "systematic",
     moments: bool = False,
     skip_nonfinite: bool = False,
+    check_gradient: bool = False,
     mesh: Mesh | None = None,
-) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
-    """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
-    states are donated. uniform: whether this step's draw is uniform; refreshes go on.
+) -> Stages:
+    """The parts of a step; nothing is compiled.
 
-    loss_fn: `(params, *example) -> f[]`, the loss of one example. examples: pytrees with leading axis N on the
-      learner's device. batch_size: of the whole minibatch. refresh: whether the norms of the minibatch, which its own
-      backward pass gives, become the scores of its examples. They enter store and table and teach the proposal.
+    loss_fn: `(params, *example) -> f[]`, the loss of one example. batch_size: of the whole minibatch. refresh: whether the norms of the minibatch, which
+      its own backward pass gives, become the scores of its examples. They enter store and table and teach the proposal.
       score_fn: where scores are not gradient norms, their function, see `scores`: a refresh then also costs that, and
       the norms teach the proposal what the scores mean. draw: a method of `sampling.draw`, or where all draws are
       uniform "shuffled" or "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
-      skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates nothing. mesh: of one axis, the
-      devices that share every minibatch, a multiple of their number; all arrays are whole on each of them, and stay
-      equal. None: one device.
-
-    The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
-    (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
+      skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates nothing. check_gradient: whether
+      the gradient is looked at for that also where nothing else needs its norm. mesh: of one axis, the devices that
+      share every minibatch, a multiple of their number; None: one device.
     """
 
     def backward(params, examples, indices, importance_weights):
@@ -118,16 +182,25 @@ def make_train_step(
         scores = score_fn(params, *batch) if refresh and score_fn else norms
         return losses, gradient, norms, scores
 
-    def step_on_a_device(uniform: bool, state: TrainState, sampler: SamplerState, proposal, examples):
+    def draw_(sampler: SamplerState, number: jax.Array, *, uniform: bool = False) -> sampling.Draw:
         table = sampling.uniform_table(len(sampler.store)) if uniform else sampler.table
-        indices, importance_weights = draw_minibatch(table, state.step, batch_size=batch_size, seed=seed, draw=draw)
+        return draw_minibatch(table, number, batch_size=batch_size, seed=seed, draw=draw)
+
+    def gradient_(params, step: jax.Array, drawn: sampling.Draw, examples) -> Gradient:
+        indices, importance_weights = drawn
         share = _shared(backward, mesh.axis_names[0]) if mesh else backward
-        losses, gradient, norms, scores = share(state.params, examples, indices, importance_weights)
+        losses, gradient, norms, scores = share(params, examples, indices, importance_weights)
         finite = jnp.all(jnp.isfinite(losses))
         if refresh:
             finite &= jnp.all(jnp.isfinite(norms))
-        elif skip_nonfinite:  # else the next loss tells: a pass over the gradient would slow uniform sampling
+        elif skip_nonfinite or check_gradient:  # else the next loss tells: this pass would slow uniform sampling
             finite &= jnp.isfinite(optax.tree.norm(gradient))
+        minibatch = Minibatch(indices, importance_weights, losses)
+        known = norms if refresh or moments else None
+        return Gradient(minibatch, gradient, known, scores if refresh else None, finite, step)
+
+    def update(state: TrainState, sampler: SamplerState, proposal, given: Gradient):
+        (indices, importance_weights, losses), gradient, norms, scores, finite, scored_at = given
         loss = jnp.where(finite, jnp.mean(importance_weights * losses), jnp.nan)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -145,25 +218,13 @@ def make_train_step(
                 scores,
                 norms,
                 importance_weights,
-                scored_at=state.step,
+                scored_at=scored_at,
+                step=state.step + 1,
             )
-        return (
-            TrainState(params, opt_state, state.step + 1),
-            sampler,
-            # An array more to hand over takes longer than a uniform draw: that can be made again.
-            StepMetrics(loss, found, None if uniform else Minibatch(indices, importance_weights, losses)),
-        )
+        state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        return state, sampler, StepMetrics(loss, found, given.minibatch)
 
-    def train_step(state: TrainState, sampler: SamplerState, proposal, examples, *, uniform: bool = False):
-        step = functools.partial(step_on_a_device, uniform)
-        if mesh:
-            # Not left to jit: over a sharded batch the gradients of a convolution come out wrong there. check_vma would
-            # sum cotangents of the parameters over the devices.
-            everywhere = PartitionSpec()
-            step = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-        return step(state, sampler, proposal, examples)
-
-    return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+    return Stages(draw_, gradient_, update)
 
 
 def _shared(backward: Callable, axis: str) -> Callable:
@@ -200,10 +261,12 @@ def _write(proposal, sampler: SamplerState, indices, scores, norms, importance_w
     return sampler._replace(store=store, proposal_state=proposal_state, rejected=sampler.rejected.then(rejected))
 
 
-def _refresh(proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at) -> SamplerState:
-    """Scores of the step just done enter, and the table gets their v for the next step; O(m)."""
+def _refresh(
+    proposal, sampler: SamplerState, indices, scores, norms, importance_weights, *, scored_at, step
+) -> SamplerState:
+    """Scores of the learner's own minibatch enter, and the table gets their v for the next step; O(m)."""
     sampler = _write(proposal, sampler, indices, scores, norms, importance_weights, scored_at=scored_at)
-    v = proposal.v(sampler.basis, *sampler.store.at(indices), scored_at + 1)
+    v = proposal.v(sampler.basis, *sampler.store.at(indices), step)
     return sampler._replace(table=sampler.table.write(indices, v))
 
 

@@ -8,11 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from issgd_jax import (
+    asgd,
+    data,
+    devices,
+    evaluate,
+    learner,
+    loop,
+    losses,
+    models,
+    processes,
+    proposal,
+    sampling,
+    schedule,
+)
 from issgd_jax import config as config_lib
-from issgd_jax import data, devices, evaluate, learner, loop, losses, models, processes, proposal, sampling, schedule
 from issgd_jax import optimizer as optimizer_lib
 from issgd_jax import payoff as payoff_lib
 from issgd_jax import scores as scores_lib
@@ -27,7 +39,7 @@ from issgd_jax.workers import WorkerPool
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
 SCORING_MICROBATCH = 256
 # At least: parameter, momentum, gradient.
-BYTES_A_PARAMETER = 12
+BYTES_A_PARAMETER, BYTES_A_GRADIENT = 12, 4
 
 
 def make_parts(config: ConfigDict) -> loop.Parts:
@@ -75,7 +87,13 @@ def prepare(config: ConfigDict) -> Prepared:
         config = config.copy_and_resolve_references()
         config.proposal.name = "uniform"
     processes.join(**config.distributed)
-    roles = devices.assign_roles(config.devices.learners, config.devices.workers, config.devices.host_platform_count)
+    alone = config.learner.asynchronous > 1
+    roles = devices.assign_roles(
+        config.learner.asynchronous if alone else config.devices.learners,
+        config.devices.workers,
+        config.devices.host_platform_count,
+        together=not alone,
+    )
     with jax.default_device(roles.learner):
         problem = make_problem(config)
         optimizer = make_optimizer(config)
@@ -152,7 +170,8 @@ def _load(config: ConfigDict, split: str) -> data.Dataset:
 def _check_memory(config: ConfigDict, params) -> None:
     device = jax.config.jax_default_device or jax.devices()[0]
     num_params = sum(x.size for x in jax.tree.leaves(params))
-    needed, limit = BYTES_A_PARAMETER * num_params, devices.memory_bytes(device)
+    in_flight = BYTES_A_GRADIENT * (config.learner.asynchronous - 1)
+    needed, limit = (BYTES_A_PARAMETER + in_flight) * num_params, devices.memory_bytes(device)
     if needed > limit:
         raise InputError(
             f"model {config.model.name} has {num_params:,} parameters, which need {needed:,} bytes, but {device} has "
@@ -167,9 +186,18 @@ def build(prepared: Prepared) -> loop.Parts:
     chosen = make_proposal(config)
     params = jax.jit(problem.init)(jax.random.key(config.seed))
     payoff = _make_payoff(config, len(problem.train_data), pool)
+    train_state = devices.put(learner.init_train_state(params, optimizer), roles.placement)
+    sampler = devices.put(learner.init_sampler(chosen, len(problem.train_data)), roles.placement)
+    if config.learner.asynchronous > 1:
+        learners = _make_learners(prepared, moments=payoff is not None)
+        train_state, train_step = learners.start(train_state, sampler), learners.train_step
+    else:
+        train_step = make_train_step(
+            config, problem, optimizer, seed=config.seed, moments=payoff is not None, mesh=roles.mesh
+        )
     return loop.Parts(
-        train_state=devices.put(learner.init_train_state(params, optimizer), roles.placement),
-        sampler=devices.put(learner.init_sampler(chosen, len(problem.train_data)), roles.placement),
+        train_state=train_state,
+        sampler=sampler,
         proposal=devices.put(chosen, roles.placement),
         pool=pool,
         schedule=_make_schedule(config.schedule, pool),
@@ -183,9 +211,7 @@ def build(prepared: Prepared) -> loop.Parts:
                 draw=config.learner.draw,
             )
         ),
-        train_step=make_train_step(
-            config, problem, optimizer, seed=config.seed, moments=payoff is not None, mesh=roles.mesh
-        ),
+        train_step=train_step,
         measure=_measure_on(roles.learner, make_measure(config, problem), problem, devices.one_copy(train_examples)),
         train_examples=train_examples,
         learner_device=roles.learner,
@@ -193,6 +219,20 @@ def build(prepared: Prepared) -> loop.Parts:
         agree=processes.agreement(roles.mesh),
         batch_size=minibatch_size(config),
         are_norms=config.workers.score == "gradient_norm",
+    )
+
+
+def _make_learners(prepared: Prepared, *, moments: bool) -> asgd.Learners:
+    config, number = prepared.config, prepared.config.learner.asynchronous
+    max_delay = number - 1
+    if config.schedule.name == "free_running":
+        given = config.learner.max_gradient_delay
+        max_delay = 2 * max_delay if given is None else given
+    # The next loss, of other parameters, would not tell which minibatch was at fault.
+    options = {"seed": config.seed, "moments": moments, "check_gradient": True}
+    stages = make_stages(config, prepared.problem, prepared.optimizer, **options)
+    return asgd.Learners(
+        stages, prepared.train_examples, devices=prepared.roles.learners, number=number, max_delay=max_delay
     )
 
 
@@ -275,11 +315,14 @@ def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None =
     )
 
 
-def make_train_step(
-    config: ConfigDict, problem: Problem, optimizer, *, seed, moments: bool = False, mesh: Mesh | None = None
-) -> Callable:
-    """The learner's step, see `learner.make_train_step`; the seed takes the place of the config's."""
-    return learner.make_train_step(
+def make_train_step(config: ConfigDict, problem: Problem, optimizer, **options) -> Callable:
+    """The learner's step, see `learner.compile_step`; options: of `make_stages`."""
+    return learner.compile_step(make_stages(config, problem, optimizer, **options), options.get("mesh"))
+
+
+def make_stages(config: ConfigDict, problem: Problem, optimizer, *, seed, **options) -> learner.Stages:
+    """The parts of the learner's step; the seed takes the place of the config's. options: of `learner.make_stages`."""
+    return learner.make_stages(
         problem.loss_fn,
         optimizer,
         batch_size=minibatch_size(config),
@@ -287,9 +330,8 @@ def make_train_step(
         refresh=config.learner.refresh and config.proposal.name != "uniform",
         score_fn=None if config.workers.score == "gradient_norm" else make_score_fn(config, problem),
         draw=config.learner.draw,
-        moments=moments,
         skip_nonfinite=config.on_nonfinite == "skip",
-        mesh=mesh,
+        **options,
     )
 
 

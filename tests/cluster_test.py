@@ -27,8 +27,6 @@ from issgd_jax.models import MODELS
 from tests.resume_test import arrays_of, check_same
 from tests.training_test import scores, smoke, without_time
 
-pytestmark = pytest.mark.xdist_group("cluster")  # one process, one cluster
-
 ROOT = pathlib.Path(__file__).parents[1]
 WORKERS = 3
 
@@ -53,10 +51,20 @@ def small(**overrides):
     return smoke(**fixed | overrides)
 
 
+def ray_processes(name, of=None):
+    """Of the cluster that this process, or another, has started."""
+    for process in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                yield process
+
+
 class Killer:
     """Stands between the loop and its step, and kills workers with signal 9: so many at each of these steps."""
 
-    def __init__(self, train_step, plan, seed=0):
+    def __init__(self, train_step, plan, since, seed=0):
+        """since: workers started before are of another run, and about to end."""
+        self._began = since
         self._train_step, self._plan, self._rng = train_step, dict(plan), random.Random(seed)
         self.step, self.killed = 0, []
 
@@ -73,7 +81,7 @@ class Killer:
 
     def _workers(self, at_least):
         for _ in range(600):
-            found = [p.pid for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::Worker")]
+            found = [process.pid for process in ray_processes("ray::Worker") if process.create_time() >= self._began]
             if len(found := [process for process in found if process not in self.killed]) >= at_least:
                 return found
             time.sleep(0.1)
@@ -99,14 +107,6 @@ def make_work(num_examples, size=8):
     return Work(per_example_grad_norms(loss_fn), load, num_examples, tuple(jax.local_devices()[:2]))
 
 
-def _sockets():
-    """Lines of `ss`, one a socket that listens."""
-    return subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-_LISTENING_BEFORE = {line.split()[3] for line in _sockets()}
-
-
 def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path):
     """The program itself, with a cluster of its own; what it leaves behind is no process."""
     command = [
@@ -118,12 +118,16 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    status = subprocess.run(
-        [sys.executable, "-m", "issgd_jax.cluster", "status"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    processes = psutil.Process(process.pid).children(recursive=True)
+    places = {place.laddr for one in processes for place in one.net_connections() if place.status == "LISTEN"}
+    assert places and all(place.ip.endswith("127.0.0.1") for place in places), places
+    (server,) = ray_processes("gcs_server", process.pid)
+    port = next(x.split("=")[1] for x in server.cmdline() if x.startswith("--gcs_server_port="))
+    if port == "0":
+        port = next(place.laddr.port for place in server.net_connections() if place.status == "LISTEN")
+    command_of_status = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--address=127.0.0.1:{port}"]
+    status = subprocess.run(command_of_status, cwd=ROOT, capture_output=True, text=True, check=False)
     assert status.returncode == 0 and "worker 0" in status.stdout and "leases:" in status.stdout, status
-    listening = [line.split()[3] for line in _sockets() if not line.split()[3].startswith(("127.", "[::ffff:127."))]
-    assert [place for place in listening if place not in _LISTENING_BEFORE] == []
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told
@@ -161,10 +165,10 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
     config = small(steps=100, eval_every=20, checkpoint__every_steps=50)
     undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
-    killers, make_train_step = [], wiring.make_train_step
+    killers, make_train_step, since = [], wiring.make_train_step, time.time()
 
     def make_killer(*arguments, **keywords):
-        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}))
+        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}, since))
         return killers[0]
 
     monkeypatch.setattr(wiring, "make_train_step", make_killer)
@@ -177,10 +181,11 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
 
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
     """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
+    since = time.time()
     prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running"))
     with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
         parts = wiring.build(prepared)
-        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3})
+        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, since)
         entered, last = [], {}
 
         def train_step(state, sampler, proposal, examples, *, uniform):

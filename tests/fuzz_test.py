@@ -69,6 +69,8 @@ RUNNABLE = {
     "learner.nesterov": st.booleans(),
     "learner.draw": st.sampled_from(["systematic", "independent", "without_replacement"]),
     "learner.refresh": st.booleans(),
+    "learner.asynchronous": st.integers(1, 5),
+    "learner.max_gradient_delay": st.none() | st.integers(0, 9),
     "learner.lr_schedule": st.sampled_from(["constant", "cosine", "linear"]),
     "workers.enabled": st.booleans(),
     "workers.chunk_size": st.integers(1, 400),

@@ -14,12 +14,14 @@ ORDER = (
     "errors", "config", "workdir", "metrics", "supervision", "checkpoint",
     "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "processes", "devices", "store",
     "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
-    "variance", "payoff", "schedule", "workers", "cluster", "learner", "evaluate", "plots", "run_state", "loop",
+    "variance", "payoff", "schedule", "workers", "cluster", "learner", "asgd", "evaluate", "plots", "run_state",
+    "loop",
     "wiring", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
 STRANGERS = {
     "learner": {"workers", "config", "metrics"},
+    "asgd": {"workers", "config", "metrics"},
     "workers": {"store", "proposal", "sampling", "config"},
     "store": {"workers", "learner", "proposal", "config"},
     "plots": {"training"},

@@ -40,7 +40,8 @@ def assert_same_rows(got, wanted, steps):
             assert row == pytest.approx({name: want[name] for name in row}, rel=2e-3, abs=1e-5)
 
 
-# A replica that starts, delays or takes in a round at another step, or draws with another key, is another run.
+# A replica that starts, delays or takes in a round or a gradient at another step, or draws with another key, is another
+# run.
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -51,6 +52,7 @@ def assert_same_rows(got, wanted, steps):
         {"workers__enabled": False},
         {"learner__refresh": False, "learner__draw": "independent", "proposal__name": "proportional"},
         {"proposal__name": "uniform"},
+        {"learner__asynchronous": 4},
     ],
     ids=lambda overrides: ", ".join(f"{k}={v}" for k, v in overrides.items()) or "default",
 )
@@ -361,6 +363,20 @@ def test_figures_show_every_arm(tmp_path):
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
 
 
+def test_the_figure_of_asynchronous_learners_charges_each_its_own_time():
+    """Red if an arm is drawn over the cost of another, or time is drawn where none was measured."""
+    steps, values = [0, 10, 20], {q: [1.0, 0.5, None] for q in ("q1", "median", "q3")}
+    curves = dict.fromkeys(results.CURVES, values)
+    arm = {"label": "some", "learning_rate": 0.1, "step": steps, "curves": curves, "baseline": "uniform_1", "n": 2}
+    names = ["uniform_1", "calibrated_8"]
+    record = {"study": "asgd", "data": "digits", "network": "MLP", "steps": 20, "arms": dict.fromkeys(names, arm)}
+    assert len(figures.figures_of(record, {})["asgd"].axes) == 2
+    made = figures.figures_of(record, {"uniform_1": 1.0, "calibrated_8": 0.5})
+    assert "cost" not in made
+    drawn = [line.get_xdata().tolist() for line in made["asgd"].axes[1].lines]
+    assert drawn == [[0, 10, 20], [0, 5, 10]]
+
+
 def test_costs_are_those_of_arms_and_their_baselines(tmp_path, monkeypatch):
     """And costs measured alike are kept beside new ones; others must not be mixed with them."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)
@@ -373,6 +389,14 @@ def test_costs_are_those_of_arms_and_their_baselines(tmp_path, monkeypatch):
     assert cost.load("fair", "digits") == measured["ratio"] | {"exact": 9.0}
     cost.save(measured | {"network": "another"})
     assert cost.load("fair", "digits") == measured["ratio"]
+
+
+def test_learners_that_share_a_gradient_share_its_time_alone():
+    """What the owner does stays; charged for k learners it must never be less than that."""
+    assert cost.charged(5.0, 1.0, 1) == 5 and cost.charged(5.0, 1.0, 4) == 2
+    measured = cost.measure("asgd", "digits", arms=["calibrated_8"], overrides=SMALL, num_blocks=1)
+    assert measured["ratio"].keys() == {"uniform_1", "calibrated_8"}
+    assert measured["milliseconds"]["calibrated_8"] > 0
 
 
 def test_figures_and_table_need_no_jax():

@@ -59,9 +59,11 @@ def check_same(workdir, step, expected):
         {"workers__enabled": False},
         {"proposal__name": "uniform", "learner__draw": "shuffled"},
         {"proposal__when": "auto", "proposal__cost": 1e9},  # idle and active by turns
+        {"learner__asynchronous": 3, "devices__workers": 1, "proposal__when": "auto", "proposal__cost": 1e9},
+        {"learner__asynchronous": 4, "proposal__name": "uniform", "learner__draw": "shuffled"},
         {"learner__optimizer": "adam", "learner__learning_rate": 0.001, "workers__score": "loss"},
     ],
-    ids=["delayed", "exact", "no workers", "epochs", "auto", "adam"],
+    ids=["delayed", "exact", "no workers", "epochs", "auto", "asynchronous", "asynchronous epochs", "adam"],
 )
 def test_a_run_that_goes_on_is_bit_equal(overrides, tmp_path):
     """Red if anything that a run knows is missing in its checkpoint, or a row is lost or measured twice."""
@@ -87,6 +89,17 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path):
     assert seconds == sorted(seconds)  # the time before counts too
     with pytest.raises(InputError, match="steps is 20, but the run in workdir has done 40"):
         issgd_jax.train(small(steps=20, schedule__score_delay=9), tmp_path / "longer")
+
+
+def test_free_running_learners_go_on_with_what_was_in_flight(tmp_path):
+    config = small(learner__asynchronous=3, devices__workers=1, schedule__name="free_running")
+    issgd_jax.train(config, tmp_path)
+    rewind(tmp_path, 21)
+    in_flight = {name for name in arrays_of(tmp_path, 21) if name.startswith("train_state.in_flight.")}
+    assert {name.split(".")[2] for name in in_flight} == {"0", "1"}
+    history = issgd_jax.train(config, tmp_path)
+    assert [row["step"] for row in history] == [0, 10, 20, 30, 40]
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
 
 
 def test_with_fewer_workers_it_goes_on_and_says_that_it_is_not_bit_equal(tmp_path, capsys):

@@ -318,6 +318,15 @@ def read_events(path):
             {"workers__chunk_size": 401},
             r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",
         ),
+        ({"learner__asynchronous": 0}, "learner.asynchronous must be between 1 and 1,024, got 0"),
+        (
+            {"learner__asynchronous": 4, "learner__max_gradient_delay": 2},
+            "learner.max_gradient_delay must be >= learner.asynchronous - 1 = 3, got 2",
+        ),
+        (
+            {"learner__asynchronous": 2},
+            r"devices.workers must be between 1 and 2 with 4 device\(s\), got 3: .*host_platform_count=5",
+        ),
         ({"learner__batch_size": 0}, "learner.batch_size must be between 1 and 2,147,483,647, got 0"),
         ({"workers__chunk_size": -1}, "workers.chunk_size must be between 1 and"),
         ({"steps": 0}, "steps must be between 1"),

@@ -4,6 +4,8 @@
 
 Blocks of steps of all arms alternate in one process, each a run of `issgd_jax.loop` without its measurements. Medians
 over blocks. Writes results/cost-STUDY-DATA.json.
+
+Asynchronous learners are charged, not timed: see `charged`.
 """
 
 import dataclasses
@@ -49,6 +51,15 @@ def save(measured: dict) -> None:
     path.write_text(json.dumps(measured, indent=2) + "\n")
 
 
+def charged(step: float, owner: float, learners: int) -> float:
+    """What an update by k asynchronous learners would take if each had a device like this one, and sent for nothing.
+
+    step: time of a step on one device. owner: the part of it that only the owner of the parameters can do: draw,
+    update, refresh, renewals of the table. The rest, the gradient, is done by k at once.
+    """
+    return (step - owner) / learners + owner
+
+
 def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, num_blocks: int) -> dict:
     """Measures all arms of a study; see the module."""
     from experiments.benchmarks import measuring
@@ -60,7 +71,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     for name, arm in chosen.items():
         rate = min(arm.learning_rates or the_study.learning_rates)
         config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
-        blocks[name] = _Block(config)
+        blocks[name] = _Charged(config) if config.learner.asynchronous > 1 else _Block(config)
     seconds = {name: [] for name in blocks}
     for i in tqdm(range(-1, num_blocks), leave=False):
         for name in list(blocks)[:: 1 if i % 2 else -1]:
@@ -81,13 +92,46 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     }
 
 
+class _Charged:
+    """Asynchronous learners: the loop of one learner, with and without its gradient."""
+
+    def __init__(self, config):
+        self._learners = config.learner.asynchronous
+        alone = config.copy_and_resolve_references()
+        alone.learner.asynchronous = 1
+        self._step, self._owner = _Block(alone), _Block(alone, with_gradient=False)
+
+    def seconds_a_step(self) -> float:
+        return charged(self._step.seconds_a_step(), self._owner.seconds_a_step(), self._learners)
+
+
+def _without_gradient(config, parts):
+    """The same, with a step that is given a gradient in the place of the examples, and has nothing to compute of it."""
+    import jax
+    import jax.numpy as jnp
+
+    from issgd_jax import learner, wiring
+
+    def given(params, step, drawn, gradient):
+        del params
+        ones = jnp.ones_like(drawn.importance_weights)
+        return learner.Gradient(learner.Minibatch(*drawn, ones), gradient, ones, ones, jnp.bool(True), step)
+
+    problem = wiring.make_problem(config)
+    stages = wiring.make_stages(config, problem, wiring.make_optimizer(config), seed=config.seed)
+    step = learner.compile_step(dataclasses.replace(stages, gradient=given))
+    gradient = jax.tree.map(lambda p: 1e-6 * p, parts.train_state.params)
+    return dataclasses.replace(parts, train_step=step, train_examples=gradient)
+
+
 class _Block:
     """The loop of one arm over a few rounds, each time from the start."""
 
-    def __init__(self, config):
+    def __init__(self, config, *, with_gradient: bool = True):
         from issgd_jax import wiring
 
-        self._parts = dataclasses.replace(wiring.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
+        parts = dataclasses.replace(wiring.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
+        self._parts = parts if with_gradient else _without_gradient(config, parts)
         self._window = config.schedule.steps_per_round
         # The last step is one at which a round enters, so that all but one are waited for.
         self.num_steps = -(-MIN_STEPS // self._window) * self._window + 1

@@ -9,6 +9,7 @@ there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
 - `cost`: the same over the time on one device, where the cost of a step was measured;
 - `variance`: noise of the gradient with uniform, actual and ideal draws (figure 4);
 - `staleness`: of study `staleness`, what is gained against how old scores are;
+- `asgd`: of study `asgd`, loss over updates and over charged time (see `cost.charged`), and the noise of the gradient;
 - `summary`: of study `fair`, what the method gives where others score, where one device does all, and why.
 """
 
@@ -32,6 +33,8 @@ _METRICS = {
 _VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
 # Arms whose names fit into a panel without hiding a curve.
 _LEGEND_WITHIN = 6
+# Of study `asgd`: how its two kinds of arms are drawn.
+_PEERS = {"uniform": ":", "calibrated": "-"}
 # Arms of study `fair` that its summary shows.
 _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
@@ -39,7 +42,9 @@ _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibra
 def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
     """{name: figure} of a study's results; see the module."""
     made = {"loss": curves_figure(record, list(_METRICS))}
-    if costs:
+    if record["study"] == "asgd":
+        made["asgd"] = asgd_figure(record, costs)
+    elif costs:
         made["cost"] = curves_figure(record, ["train/loss", "test/error"], costs=costs)
     if sampled := {name: arm for name, arm in record["arms"].items() if "scores/staleness_mean" in arm["curves"]}:
         made["variance"] = variance_figure(record, sampled)
@@ -65,6 +70,35 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
     axes[2].set_title("Noise of the gradient, scored by other devices")
     for axis in axes:
         axis.legend(frameon=False)
+    return figure
+
+
+def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
+    """Loss over updates and, where costs are known, over charged time; noise of the gradient. A colour for each k."""
+    arms = {tuple(name.split("_")): arm for name, arm in record["arms"].items()}
+    colours = dict(zip(sorted({number for _, number in arms}, key=int), _COLOURS))
+    num_panels = 3 if costs else 2
+    figure = Figure(figsize=(5.5 * num_panels, 4.8), layout="constrained")
+    over_updates, *over_time, noise = figure.subplots(1, num_panels)
+    figure.suptitle(_title(record), fontsize=10)
+    for (kind, number), arm in arms.items():
+        style = {"color": colours[number], "linestyle": _PEERS[kind]}
+        losses, gain = arm["curves"]["train/loss"], arm["curves"]["variance/gain"]
+        _band(over_updates, arm["step"], losses, label=_label(arm), **style)
+        for axis in over_time:
+            _band(axis, [costs[f"{kind}_{number}"] * step for step in arm["step"]], losses, **style)
+        if kind != "uniform":
+            _band(noise, arm["step"], {q: [x and x**-0.5 for x in curve] for q, curve in gain.items()}, **style)
+    over_updates.set(title="Training loss over updates", xlabel="updates", ylabel="cross-entropy (nats)", yscale="log")
+    for axis in over_time:
+        axis.set(title="Training loss over charged time", ylabel="cross-entropy (nats)", yscale="log")
+        axis.set(xlabel="owner + gradient / learners, in steps of SGD", xlim=(0, record["steps"]))
+    noise.set(title="Noise of the gradient", xlabel="updates", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$, actual / uniform")
+    noise.axhline(1, color=_BASELINE, linestyle=":")
+    for axis in (over_updates, *over_time, noise):
+        _finish(axis)
+    handles = over_updates.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2 * (num_panels - 1), fontsize=9, frameon=False)
     return figure
 
 

@@ -17,12 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import learner, wiring
+from issgd_jax import learner, sampling, wiring
 from issgd_jax.errors import InputError
 
 
 class Replica(NamedTuple):
-    """One run. queue: f32[rounds in flight, chunk], scores on their way, oldest first; None without workers."""
+    """One run. queue: f32[rounds in flight, chunk], scores on their way, oldest first; None without workers.
+
+    Of what asynchronous learners have in flight the train state has no gradients, but what they are made of.
+    """
 
     train_state: learner.TrainState
     sampler: learner.SamplerState
@@ -82,6 +85,17 @@ def train_replicas(
     yield rows(config.steps, measure(state, last_round, examples, test_examples))
 
 
+class _InFlight(NamedTuple):
+    """Minibatches that asynchronous learners have drawn and parameters of that time; number n is in place n % (k - 1).
+
+    They are turned into gradients when these are applied: one program has no use for them earlier.
+    """
+
+    params: Any
+    step: jax.Array
+    drawn: sampling.Draw
+
+
 def replica_bytes(config: ConfigDict) -> int:
     """About how much memory one replica takes: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
     problem = wiring.make_problem(config)
@@ -89,7 +103,11 @@ def replica_bytes(config: ConfigDict) -> int:
     image = problem.train_data.images[:1].size
     batch = max(config.learner.batch_size, wiring.SCORING_MICROBATCH)
     num_params = sum(x.size for x in jax.tree.leaves(params))
-    return 4 * (6 * num_params + 12 * len(problem.train_data) + 8 * batch * (image + num_params // image))
+    return 4 * (
+        (5 + config.learner.asynchronous) * num_params
+        + 12 * len(problem.train_data)
+        + 8 * batch * (image + num_params // image)
+    )
 
 
 def check(config: ConfigDict) -> None:
@@ -121,6 +139,8 @@ class _Program:
             raise InputError(f"workers.chunk_size must be <= {self._num_examples}, got {config.workers.chunk_size}")
         # Scores enter `late` rounds and `offset` steps after the round that they are of began.
         self._late, self._offset = divmod(config.schedule.score_delay, self.steps_per_round)
+        # Updates between the parameters of a gradient and its own.
+        self._delay = config.learner.asynchronous - 1
         self._proposal = wiring.make_proposal(config)
         self._score_fn = wiring.make_score_fn(config, problem)
         self._measure = wiring.make_measure(config, problem)
@@ -135,9 +155,11 @@ class _Program:
         params = self._problem.init(jax.random.key(seed))
         optimizer = wiring.make_optimizer(self._config, learning_rate)
         queue = jnp.zeros((self._late + 1, self._config.workers.chunk_size)) if self._has_workers else None
+        state = learner.init_train_state(params, optimizer)
+        sampler = learner.init_sampler(self._proposal, self._num_examples)
         return Replica(
-            learner.init_train_state(params, optimizer),
-            learner.init_sampler(self._proposal, self._num_examples),
+            state._replace(in_flight=self._first_in_flight(state, sampler, self._stages(seed, learning_rate))),
+            sampler,
             queue,
             seed,
             learning_rate,
@@ -205,13 +227,36 @@ class _Program:
         start = jnp.asarray(starts)[round_ % num_starts]
         return (start + jnp.arange(chunk_size, dtype=jnp.int32)) % num_examples
 
+    def _stages(self, seed: jax.Array, learning_rate: jax.Array) -> learner.Stages:
+        optimizer = wiring.make_optimizer(self._config, learning_rate)
+        return wiring.make_stages(self._config, self._problem, optimizer, seed=seed)
+
+    def _first_in_flight(self, state, sampler, stages: learner.Stages) -> _InFlight | tuple[()]:
+        """All learners but one begin at the first parameters."""
+        if not self._delay:
+            return ()
+        drawn = jax.vmap(functools.partial(stages.draw, sampler))(jnp.arange(self._delay))
+        versions = jax.tree.map(lambda x: jnp.broadcast_to(x, (self._delay, *x.shape)), (state.params, state.step))
+        return _InFlight(*versions, drawn)
+
+    def _begin_and_take(self, stages: learner.Stages, state, sampler) -> tuple[_InFlight, Any]:
+        """What is applied in this step, and what is in flight after it: one learner begins, the oldest is done."""
+        begun = _InFlight(state.params, state.step, stages.draw(sampler, state.step + self._delay))
+        if not self._delay:
+            return begun, ()
+        place = state.step % self._delay
+        done = jax.tree.map(lambda ring: ring[place], state.in_flight)
+        return done, jax.tree.map(lambda ring, new: ring.at[place].set(new), state.in_flight, begun)
+
     def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:
-        optimizer = wiring.make_optimizer(self._config, replica.learning_rate)
-        train_step = wiring.make_train_step(self._config, self._problem, optimizer, seed=replica.seed)
+        stages = self._stages(replica.seed, replica.learning_rate)
 
         def step(state, _) -> Any:
-            train_state, sampler, _ = train_step(*state, self._proposal, examples)
-            return (train_state, sampler), None
+            train_state, sampler = state
+            done, in_flight = self._begin_and_take(stages, train_state, sampler)
+            gradient = stages.gradient(*done, examples)
+            train_state, sampler, _ = stages.update(train_state, sampler, self._proposal, gradient)
+            return (train_state._replace(in_flight=in_flight), sampler), None
 
         (train_state, sampler), _ = jax.lax.scan(step, (replica.train_state, replica.sampler), length=num_steps)
         return replica._replace(train_state=train_state, sampler=sampler)

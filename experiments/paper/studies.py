@@ -171,6 +171,17 @@ def _stalenesses() -> dict[str, Arm]:
     return arms
 
 
+def _peers() -> dict[str, Arm]:
+    """So many asynchronous learners, drawing uniformly, or by the scores that their own minibatches give."""
+    arms = {}
+    for name, label, options in (("uniform", "SGD", _UNIFORM), ("calibrated", "calibrated peers", _REFRESH_ONLY)):
+        for learners in (1, 2, 4, 8):
+            of_so_many = f"{label}, {learners} learner{'s' if learners > 1 else ''}"
+            overrides = options | {"learner.asynchronous": learners}
+            arms[f"{name}_{learners}"] = Arm(of_so_many, overrides, context=True)
+    return arms
+
+
 STUDIES = {
     "svhn": Study(
         # The paper's network, momentum, batch, chunk and cadence: three workers with 2,048 examples in 32 steps.
@@ -210,6 +221,12 @@ STUDIES = {
         arms=_stalenesses(),
         learning_rates=(0.02,),
         data=("fashion_mnist", "svhn"),
+    ),
+    "asgd": Study(
+        base={"steps": 4000, "eval_every": 200},
+        arms=_peers(),
+        learning_rates=(0.005, 0.01, 0.02, 0.05),
+        data=("fashion_mnist", "svhn", "digits"),
     ),
 }
 
