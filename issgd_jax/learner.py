@@ -125,7 +125,8 @@ def compile_step(
 ) -> Callable[..., tuple[TrainState, SamplerState, StepMetrics]]:
     """Returns `(state, sampler, proposal, examples, *, uniform=False) -> (state, sampler, metrics)`, compiled; both
     states are donated. uniform: whether this step's draw is uniform; refreshes go on. examples: pytrees with leading
-    axis N on the learner's device. mesh: that of the stages; all arrays are whole on each of its devices, and stay equal.
+    axis N on the learner's device. mesh: that of the stages; all arrays are whole on each of its devices, and stay
+    equal.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the table, as long as no v is 0
     (paper, Corollary 1). The key is `fold_in(seed, step)`: a run is a function of its seed and its scores alone.
@@ -166,14 +167,14 @@ def make_stages(
 ) -> Stages:
     """The parts of a step; nothing is compiled.
 
-    loss_fn: `(params, *example) -> f[]`, the loss of one example. batch_size: of the whole minibatch. refresh: whether the norms of the minibatch, which
-      its own backward pass gives, become the scores of its examples. They enter store and table and teach the proposal.
-      score_fn: where scores are not gradient norms, their function, see `scores`: a refresh then also costs that, and
-      the norms teach the proposal what the scores mean. draw: a method of `sampling.draw`, or where all draws are
-      uniform "shuffled" or "random_subset", see `uniform.shuffled`. moments: whether the metrics have them.
-      skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates nothing. check_gradient: whether
-      the gradient is looked at for that also where nothing else needs its norm. mesh: of one axis, the devices that
-      share every minibatch, a multiple of their number; None: one device.
+    loss_fn: `(params, *example) -> f[]`, the loss of one example. batch_size: of the whole minibatch. refresh: whether
+      the norms of the minibatch, which its own backward pass gives, become the scores of its examples. They enter store
+      and table and teach the proposal. score_fn: where scores are not gradient norms, their function, see `scores`: a
+      refresh then also costs that, and the norms teach the proposal what the scores mean. draw: a method of
+      `sampling.draw`, or where all draws are uniform "shuffled" or "random_subset", see `uniform.shuffled`. moments:
+      whether the metrics have them. skip_nonfinite: BIASED, a minibatch whose loss or gradient is not finite updates
+      nothing. check_gradient: whether the gradient is looked at for that also where nothing else needs its norm. mesh:
+      of one axis, the devices that share every minibatch, a multiple of their number; None: one device.
     """
 
     def backward(params, examples, indices, importance_weights):

@@ -59,12 +59,16 @@ def ray_processes(name, of=None):
                 yield process
 
 
+def workers():
+    return {process.pid for process in ray_processes("ray::Worker")}
+
+
 class Killer:
     """Stands between the loop and its step, and kills workers with signal 9: so many at each of these steps."""
 
-    def __init__(self, train_step, plan, since, seed=0):
-        """since: workers started before are of another run, and about to end."""
-        self._began = since
+    def __init__(self, train_step, plan, others, seed=0):
+        """others: workers of another run, about to end."""
+        self._others = others
         self._train_step, self._plan, self._rng = train_step, dict(plan), random.Random(seed)
         self.step, self.killed = 0, []
 
@@ -81,9 +85,8 @@ class Killer:
 
     def _workers(self, at_least):
         for _ in range(600):
-            found = [process.pid for process in ray_processes("ray::Worker") if process.create_time() >= self._began]
-            if len(found := [process for process in found if process not in self.killed]) >= at_least:
-                return found
+            if len(found := list(workers() - self._others - set(self.killed))) >= at_least:
+                return sorted(found)
             time.sleep(0.1)
         raise TimeoutError(f"{at_least} workers")
 
@@ -165,10 +168,10 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
     config = small(steps=100, eval_every=20, checkpoint__every_steps=50)
     undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
-    killers, make_train_step, since = [], wiring.make_train_step, time.time()
+    killers, make_train_step, others = [], wiring.make_train_step, workers()
 
     def make_killer(*arguments, **keywords):
-        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}, since))
+        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}, others))
         return killers[0]
 
     monkeypatch.setattr(wiring, "make_train_step", make_killer)
@@ -181,11 +184,11 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
 
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
     """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
-    since = time.time()
+    others = workers()
     prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running"))
     with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
         parts = wiring.build(prepared)
-        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, since)
+        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, others)
         entered, last = [], {}
 
         def train_step(state, sampler, proposal, examples, *, uniform):
