@@ -124,12 +124,11 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     processes = psutil.Process(process.pid).children(recursive=True)
     places = {place.laddr for one in processes for place in one.net_connections() if place.status == "LISTEN"}
     assert places and all(place.ip.endswith("127.0.0.1") for place in places), places
-    (server,) = ray_processes("gcs_server", process.pid)
-    port = next(x.split("=")[1] for x in server.cmdline() if x.startswith("--gcs_server_port="))
-    if port == "0":
-        port = next(place.laddr.port for place in server.net_connections() if place.status == "LISTEN")
-    command_of_status = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--address=127.0.0.1:{port}"]
-    status = subprocess.run(command_of_status, cwd=ROOT, capture_output=True, text=True, check=False)
+    (raylet,) = ray_processes("raylet", process.pid)
+    address = next(x.removeprefix("--gcs-address=") for x in raylet.cmdline() if x.startswith("--gcs-address="))
+    command_of_status = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--address={address}"]
+    with_token = os.environ | {"RAY_AUTH_MODE": "token"}  # as Ray asks for, where the address is not found by itself
+    status = subprocess.run(command_of_status, cwd=ROOT, env=with_token, capture_output=True, text=True, check=False)
     assert status.returncode == 0 and "worker 0" in status.stdout and "leases:" in status.stdout, status
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)

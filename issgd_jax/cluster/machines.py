@@ -60,8 +60,8 @@ def connected(address: str) -> Iterator[None]:
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there, or another version of Ray or Python
         raise InputError(
-            f"the Ray cluster at {address!r} cannot be joined ({brief(error)}): start one with `ray start --head`, or "
-            "use --config.cluster.address=local"
+            f"the Ray cluster at {address!r} cannot be joined ({brief(error)}): start one with `ray start --head`, set "
+            "RAY_AUTH_MODE=token if it asks for a token, or use --config.cluster.address=local"
         ) from error
     try:
         yield
