@@ -191,6 +191,21 @@ def measure_database() -> dict:
                     )
                 jax.block_until_ready(sampler)
                 per_second.append(num_examples / (time.perf_counter() - begun))
+        renewals = []
+        for step in range(7):
+            begun = time.perf_counter()
+            sampler = jax.block_until_ready(
+                learner.renew(calibrated, sampler, step=jax.device_put(np.int32(step + 20)))
+            )
+            renewals.append(time.perf_counter() - begun)
+        with ClusterPool(work, chunk_size=1000, reproducible=False, **options) as pool:
+            flying, done, begun = collections.deque(), 0, None
+            while done < 6000:
+                flying.extend(pool.score_next(params, 0, num_rounds=pool.rounds_ahead - len(flying)))
+                flying.popleft().scores  # noqa: B018, waits for it
+                done += 1
+                begun = time.perf_counter() if done == 1000 else begun
+            leases = 5000 / (time.perf_counter() - begun)
         with ClusterPool(work, chunk_size=1, **options) as pool:
             for step in range(15):
                 begun = time.perf_counter()
@@ -202,6 +217,8 @@ def measure_database() -> dict:
         "examples": num_examples,
         "scores a second into store and table": round(statistics.median(per_second[2:])),
         "limit, scores a second": 10**7,
+        "seconds to make the table anew": round(statistics.median(renewals[2:]), 3),
+        "leases a second": round(leases),
         "bytes of parameters": num_bytes,
         "gigabytes a second to all workers": round(statistics.median(gigabytes[3:]), 2),
         "limit, gigabytes a second": 1.0,

@@ -160,6 +160,7 @@ class ClusterPool:
         self._newest: _Broadcast | None = None
         self._next_lease = 0
         self._bytes_out = self._bytes_in = self._num_broadcasts = self._num_superfluous = 0
+        self._has_started = False
         self._error: BaseException | None = None
 
     def __enter__(self) -> "ClusterPool":
@@ -185,6 +186,7 @@ class ClusterPool:
             self._thread.start()
             stack.callback(self._end)
             self._wait_for_workers()
+            self._has_started = True
             self._stack = stack.pop_all()
         return self
 
@@ -360,7 +362,7 @@ class ClusterPool:
             try:
                 await self._employ(slot)
             except _Unfit as error:
-                if not slot.problem:
+                if self._has_started and not slot.problem:
                     say(f"{slot.name} is left out: {error}")
                 slot.problem = str(error)
             except RayError as error:
@@ -373,7 +375,7 @@ class ClusterPool:
                 self._slots.remove(slot)
                 return
             wait = least if slot.num_leases > done_before else min(most, max(least, 2 * wait))
-            if lost:
+            if lost and (self._has_started or not slot.problem):
                 slot.restarts += 1
                 say(f"{_where(slot)} is lost and starts again in {wait:.0f} s ({lost})")
             await asyncio.sleep(wait)
