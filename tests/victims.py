@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from issgd_jax import loop, main, training
+from issgd_jax import loop, training
 from tests.training_test import smoke
 
 _PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
@@ -60,6 +60,8 @@ def command(arguments, log, port, cache):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from issgd_jax import main  # defines the program's flags, which the processes of tests must not have
+
     train = training.train
 
     def train_and_keep(*arguments, **keywords):
