@@ -325,7 +325,7 @@ def read_events(path):
         ),
         (
             {"learner__asynchronous": 2},
-            r"devices.workers must be between 1 and 2 with 4 device\(s\), 2 .* learners, got 3: .*host_platform_count=5",
+            r"devices.workers must be between 1 and 2 with 4 device\(s\), 2 .* learners, got 3: .*count=5",
         ),
         ({"learner__batch_size": 0}, "learner.batch_size must be between 1 and 2,147,483,647, got 0"),
         ({"workers__chunk_size": -1}, "workers.chunk_size must be between 1 and"),
