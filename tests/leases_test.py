@@ -17,6 +17,8 @@ def test_a_sweep_scores_every_example_and_a_shard_is_what_was_loaded_for_it(size
     num_examples, chunk_size, num_workers = sizes
     layout = Layout.of(num_examples, chunk_size=chunk_size, num_workers=num_workers)
     assert 1 <= layout.num_shards <= SHARDS_A_WORKER * num_workers
+    # Red if some workers have a shard more than others, who then wait for them.
+    assert layout.num_shards % num_workers == 0 or num_examples // chunk_size < num_workers
     shards = [layout.shard(number) for number in range(layout.num_shards)]
     assert shards[0][0] == 0 and shards[-1][1] == num_examples
     assert all(before[1] == after[0] for before, after in itertools.pairwise(shards))

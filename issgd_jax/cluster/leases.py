@@ -31,13 +31,14 @@ class Layout:
 
     @classmethod
     def of(cls, num_examples: int, *, chunk_size: int, num_workers: int) -> "Layout":
-        """As many shards as SHARDS_A_WORKER asks for, none smaller than a chunk.
+        """As many shards as SHARDS_A_WORKER asks for, none smaller than a chunk, and each worker's share the same.
 
         Raises: ValueError if chunk_size is not in [1, num_examples].
         """
         if not 1 <= chunk_size <= num_examples:
             raise ValueError(f"chunk_size must be between 1 and {num_examples} (all examples), got {chunk_size}")
-        return cls(num_examples, min(SHARDS_A_WORKER * num_workers, num_examples // chunk_size), chunk_size)
+        a_worker = min(SHARDS_A_WORKER, num_examples // chunk_size // num_workers)
+        return cls(num_examples, a_worker * num_workers or num_examples // chunk_size, chunk_size)
 
     def shard(self, number: int) -> tuple[int, int]:
         """The first example of a shard, and the one after its last; sizes differ by at most one."""
