@@ -15,6 +15,17 @@ WORKERS = tuple(10**k for k in range(1, 5))
 BATCH_SIZE = 256  # of the paper's network in gradnorm.json
 PARAMETER_BYTES = 4 * 18_894_858  # of the paper's network
 GIGABIT = 1e9 / 8
+_UNITS = {
+    "cycle at 10^6": "s",
+    "cycle, more a decade": "s",
+    "bytes an example": "B",
+    "bytes an example while the table is made": "B more",
+    "seconds an example of the table": "s",
+    "scores in a second": "",
+    "bytes out a second": "B",
+    "leases a second": "",
+    "scores a second of a worker": "",
+}
 
 
 def constants() -> dict[str, float]:
@@ -55,7 +66,9 @@ def _seconds(number: float) -> str:
         return f"{1e6 * number:.0f} µs"
     if number < 1:
         return f"{1e3 * number:.3g} ms"
-    return f"{number:.3g} s" if number < 7200 else f"{number / 3600:.3g} h"
+    if number < 120:
+        return f"{number:.3g} s"
+    return f"{number / 60:.3g} min" if number < 7200 else f"{number / 3600:.3g} h"
 
 
 def _count(number: int) -> str:
@@ -91,20 +104,21 @@ def of_workers(found: dict[str, float]) -> str:
                 _count(workers),
                 f"{scores:,.0f}",
                 f"{scores / found['scores in a second']:.2g}",
+                f"{max(1, scores / found['leases a second']):,.0f}",
                 *(_seconds(n / entering) for n in (10**6, 10**8, 10**10)),
                 _bytes(out),
                 _seconds(out / found["bytes out a second"]),
                 _seconds(out / (10 * GIGABIT)),
             ]
         )
-    head = ["machines", "scores a second", "of what the learner takes in", "sweep of 10^6", "of 10^8", "of 10^10"]
-    return _table([*head, "bytes a broadcast", "by memory", "by 10 Gbit/s"], rows)
+    head = ["machines", "scores a second", "÷ what the learner takes in", "least examples a lease", "sweep of 10^6"]
+    return _table([*head, "of 10^8", "of 10^10", "bytes a broadcast", "by memory", "by 10 Gbit/s"], rows)
 
 
 def main():
     found = constants()
     for name, value in found.items():
-        print(f"- {name}: {value:.3g}")
+        print(f"- {name}: {value:.3g} {_UNITS[name]}")
     print(f"\n{of_examples(found)}\n\n{of_workers(found)}")
 
 
