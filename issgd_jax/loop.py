@@ -323,7 +323,7 @@ class _Run:
             zip(drawn["indices"], drawn["importance_weights"], losses),
             key=lambda row: (math.isfinite(row[2]), -row[1] * row[2]),
         )
-        worst = ", ".join(f"{index} ({weight:.3g})" for index, weight, _ in rows[:5])
+        worst = ", ".join(f"{index} ({importance_weight:.3g})" for index, importance_weight, _ in rows[:5])
         more = ", …" if len(rows) > 5 else ""
         raise NonFiniteLossError(f"{message}. Its examples (importance weights): {worst}{more}", drawn)
 

@@ -15,6 +15,7 @@ from issgd_jax import workdir as workdir_lib
 from issgd_jax.checkpoint import Checkpoint, Checkpoints
 from issgd_jax.config import flatten
 from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.problem import explain_norms
 from issgd_jax.supervision import Supervision
 
 # Fields in which the processes of a learner may differ.
@@ -60,7 +61,7 @@ def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite:
         workdir_lib.locked(workdir) as folder,
     ):
         if config.log.explain:
-            print(wiring.explain_norms(prepared.problem))
+            print(explain_norms(prepared.problem))
         before = workdir_lib.check(workdir, asked_for, overwrite=overwrite)  # nobody else can change it any more
         if before is None:
             workdir_lib.clear(folder)
@@ -70,7 +71,7 @@ def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite:
 def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None) -> list[dict]:
     """before: the record of the run that goes on."""
     config, roles = prepared.config, prepared.roles
-    workers = [device.device_kind for device in roles.workers] if prepared.pool else []
+    workers = prepared.pool.device_kinds if prepared.pool else []
     devices = {"learner": [device.device_kind for device in roles.learners], "workers": workers}
     with contextlib.ExitStack() as stack:
         about = {"devices": devices, "versions": workdir_lib.versions()}

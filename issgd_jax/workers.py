@@ -40,6 +40,7 @@ class WorkerPool:
 
         Raises: ValueError if chunk_size < 1, a chunk is larger than a shard, or there are fewer examples than workers.
         """
+        self.device_kinds = [device.device_kind for device in devices]
         self._num_examples = jax.tree.leaves(examples)[0].shape[0]
         self._num_workers = len(devices)
         self._shard_size = -(-self._num_examples // self._num_workers)

@@ -266,8 +266,10 @@ def test_a_machine_that_does_not_fit_is_named_before_training(cluster, make, arg
 
 
 def test_a_chunk_that_does_not_fit():
-    with pytest.raises(InputError, match=r"workers.chunk_size must be between 1 and 37 \(all examples\), got 38"):
+    with pytest.raises(ValueError, match=r"chunk_size must be between 1 and 37 \(all examples\), got 38"):
         start(make_work, chunk_size=38)
+    with pytest.raises(InputError, match=r"\(all examples\), got 1201 \(see --config.workers.chunk_size"):
+        wiring.prepare(small(workers__chunk_size=1201))
 
 
 def test_a_worker_whose_code_fails_is_told_of_and_others_do_it(cluster, capsys):

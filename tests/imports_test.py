@@ -15,7 +15,7 @@ ORDER = (
     "data", "optimizer", "models", "losses", "gradnorm", "scores", "kernels", "processes", "devices", "store",
     "double_float", "sum_tree", "uniform", "sampling", "proposal", "calibrated",
     "variance", "payoff", "schedule", "workers", "cluster", "learner", "asgd", "evaluate", "plots", "run_state",
-    "loop",
+    "loop", "problem",
     "wiring", "training", "main",
 )  # fmt: skip
 # Neighbours in that order that still must not meet.
@@ -29,7 +29,7 @@ STRANGERS = {
     "run_state": {"config", "workdir"},
     "checkpoint": {"config", "workdir"},
 }
-ONLY_IMPORTER = {"flax": {"models"}, "ml_collections": {"config", "main", "wiring", "training"}}
+ONLY_IMPORTER = {"flax": {"models"}, "ml_collections": {"config", "main", "problem", "wiring", "training"}}
 
 
 def imports(path):

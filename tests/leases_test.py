@@ -59,7 +59,7 @@ def test_each_worker_keeps_its_share_of_the_shards():
         for worker in range(3):
             lease = leases.offer(worker, now)
             held.setdefault(worker, set()).add(leases._layout.place(lease)[0])
-            assert leases.done(lease, worker, now + 1)
+            assert leases.done(lease, now + 1)
         now += 1
     assert all(len(shards) == SHARDS_A_WORKER for shards in held.values())
 
@@ -76,20 +76,20 @@ def test_a_late_lease_is_done_by_another_and_counts_once():
     leases = make_leases(issued=8)
     assert leases.offer(0, 0.0) == 0
     for _ in range(3):
-        assert leases.done(leases.offer(1, 0.0), 1, 0.1)
+        assert leases.done(leases.offer(1, 0.0), 0.1)
     late = LATE_SECONDS + 0.1
     assert leases.offer(0, late) == 4  # not by who is late with it
     assert leases.offer(1, late) == 0
-    assert leases.done(0, 1, late + 2) and not leases.done(0, 0, late + 3)
+    assert leases.done(0, late + 2) and not leases.done(0, late + 3)
     assert leases.num_reissued == 1
 
 
 def test_a_late_result_counts_if_nobody_was_faster():
     leases = make_leases(issued=4)
     assert leases.offer(0, 0.0) == 0
-    assert leases.done(leases.offer(1, 0.0), 1, 0.1)
+    assert leases.done(leases.offer(1, 0.0), 0.1)
     assert leases.offer(0, LATE_SECONDS + 1) == 2  # it is late, and waits for another
-    assert leases.num_reissued == 1 and leases.done(0, 0, LATE_SECONDS + 2)
+    assert leases.num_reissued == 1 and leases.done(0, LATE_SECONDS + 2)
     assert [leases.offer(1, LATE_SECONDS + 9), leases.offer(1, LATE_SECONDS + 9)] == [2, 3]  # it is not offered again
 
 
@@ -99,7 +99,7 @@ def test_an_idle_worker_takes_over_shards_of_a_slow_one():
     for now in range(6):
         lease = leases.offer(1, float(now))
         assert lease is not None and lease not in slow
-        assert leases.done(lease, 1, now + 1.0)
+        assert leases.done(lease, now + 1.0)
     leases.issue(8, 6.0)  # of the shard that the slow one holds
     assert {leases.offer(1, 6.5), leases.offer(1, 6.5)} == set(slow)  # late by now
     assert leases.offer(1, 6.5) == 8
@@ -108,7 +108,7 @@ def test_an_idle_worker_takes_over_shards_of_a_slow_one():
 def test_a_lease_is_left_for_a_while_to_who_holds_its_shard():
     leases = make_leases(issued=2)
     for worker in range(2):
-        assert leases.done(leases.offer(worker, 0.0), worker, 1.0)
+        assert leases.done(leases.offer(worker, 0.0), 1.0)
     leases.issue(8, 1.0)  # of shard 0, as the first
     assert leases.offer(1, 1.5) is None and leases.offer(1, 4.0) == 8
 
@@ -145,7 +145,7 @@ class Play:
     def finish(self, worker):
         if self.doing[worker]:
             lease = self.doing[worker].pop(0)
-            if self.leases.done(lease, worker, self.now):
+            if self.leases.done(lease, self.now):
                 self.done.append(lease)
 
     def give_back(self, worker):

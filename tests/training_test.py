@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 import issgd_jax
 from experiments.configs import digits
-from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore, metrics, wiring
+from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore, metrics
+from issgd_jax import scores as scores_lib
 
 REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples", "failed_rounds", "skipped_updates"}
 REQUIRED |= {"memory/resident_bytes"}
@@ -181,7 +182,7 @@ def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
 
 
 def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
-    real = wiring.scores_lib.GradientNorm
+    real = scores_lib.GradientNorm
     calls = []
 
     def sometimes_bad(loss_fn, microbatch_size):
@@ -192,7 +193,7 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
         bad = jnp.array([jnp.nan, jnp.inf, 1.0, 1.0])
         return lambda params, *batch: norms_fn(params, *batch) * bad[jnp.arange(batch[1].shape[0]) % 4]
 
-    monkeypatch.setattr(wiring.scores_lib, "GradientNorm", sometimes_bad)
+    monkeypatch.setattr(scores_lib, "GradientNorm", sometimes_bad)
     history = issgd_jax.train(smoke(), tmp_path)
     assert len(calls) == 2
     score, scored_at = scores(tmp_path)

@@ -4,8 +4,8 @@
 
 - `round`: the learner's Python time for a round of 8 simulated devices: broadcast, dispatch, collect; and of a round of
   a cluster, which its own thread does for the learner;
-- `overlap`: learner steps a second while three simulated devices score, by how much they fall, and how long a round is
-  dispatched before it is ready;
+- `overlap`: learner steps a second while three simulated devices score, against those without any, the table of all
+  examples being made once in both; and how long it takes to dispatch a round;
 - `database`: scores a second from workers in other processes into the store and its table, and bytes of parameters a
   second from the learner to all of them, over loopback;
 - `scaling`: leases a second of 1, 2, 4, 8 machines, each a process that takes as long for a chunk as was measured, and
@@ -344,8 +344,10 @@ def _prepared(num_devices: int):
     return wiring.prepare(config)
 
 
-def _run_for(prepared, pool, folder: pathlib.Path, *, seconds: float, act=lambda now: None) -> list[float]:
-    """When each step of the loop began, for so many seconds."""
+def _run_for(
+    prepared, pool, folder: pathlib.Path, *, seconds: float, act=lambda now: None, window: int = 10
+) -> list[float]:
+    """When each step of the loop began, for so many seconds. window: steps between renewals of the table."""
     import dataclasses
 
     import jax
@@ -364,7 +366,7 @@ def _run_for(prepared, pool, folder: pathlib.Path, *, seconds: float, act=lambda
         return own_step(*arguments, **keywords)
 
     parts = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
-    plan = loop.Plan(2**29, 2**29, 10, strict=False, progress=metrics.Progress(1, shown=False, description=""))
+    plan = loop.Plan(2**29, 2**29, window, strict=False, progress=metrics.Progress(1, shown=False, description=""))
     with contextlib.suppress(StopIteration), metrics.MetricsWriter(folder, tensorboard=False) as writer:
         loop.run(parts, plan, writer)
     (folder / "metrics.jsonl").unlink()
@@ -398,7 +400,12 @@ def main():
         measured = MEASURES[name]()
         print(json.dumps({name: measured}, indent=2), flush=True)
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        kept |= {name: measured, "hardware": hardware(), "versions": versions()}
+        kept |= {
+            name: measured,
+            "command": "python -m experiments.benchmarks.cluster",
+            "hardware": hardware(),
+            "versions": versions(),
+        }
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
 
 

@@ -111,13 +111,14 @@ def _without_gradient(config, parts):
     import jax.numpy as jnp
 
     from issgd_jax import learner, wiring
+    from issgd_jax.problem import make_problem
 
     def given(params, step, drawn, gradient):
         del params
         ones = jnp.ones_like(drawn.importance_weights)
         return learner.Gradient(learner.Minibatch(*drawn, ones), gradient, ones, ones, jnp.bool(True), step)
 
-    problem = wiring.make_problem(config)
+    problem = make_problem(config)
     stages = wiring.make_stages(config, problem, wiring.make_optimizer(config), seed=config.seed)
     step = learner.compile_step(dataclasses.replace(stages, gradient=given))
     gradient = jax.tree.map(lambda p: 1e-6 * p, parts.train_state.params)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax import learner, sampling, wiring
+from issgd_jax import problem as problem_lib
 from issgd_jax.errors import InputError
 
 
@@ -46,7 +47,7 @@ def train_replicas(
     """
     config_lib.validate(config)
     check(config)
-    problem = wiring.make_problem(config)
+    problem = problem_lib.make_problem(config)
     devices = tuple(devices or jax.local_devices())[: len(replicas)]
     program = _Program(config, problem)
 
@@ -72,7 +73,7 @@ def train_replicas(
         measured = jax.tree.map(lambda x: x.reshape(-1), jax.device_get(measured))
         counted = {
             "step": step,
-            "learner_examples": step * wiring.minibatch_size(config),
+            "learner_examples": step * problem_lib.minibatch_size(config),
             "worker_examples": program.num_scored(step),
         }
         return [counted | wiring.to_row({k: x[i] for k, x in measured.items()}) for i in range(len(replicas))]
@@ -98,10 +99,10 @@ class _InFlight(NamedTuple):
 
 def replica_bytes(config: ConfigDict) -> int:
     """About how much memory one replica takes: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
-    problem = wiring.make_problem(config)
+    problem = problem_lib.make_problem(config)
     params = jax.eval_shape(problem.init, jax.random.key(0))
     image = problem.train_data.images[:1].size
-    batch = max(config.learner.batch_size, wiring.SCORING_MICROBATCH)
+    batch = max(config.learner.batch_size, problem_lib.SCORING_MICROBATCH)
     num_params = sum(x.size for x in jax.tree.leaves(params))
     return 4 * (
         (5 + config.learner.asynchronous) * num_params
@@ -129,7 +130,7 @@ def check(config: ConfigDict) -> None:
 class _Program:
     """The functions of one replica, made of its config."""
 
-    def __init__(self, config: ConfigDict, problem: wiring.Problem):
+    def __init__(self, config: ConfigDict, problem: problem_lib.Problem):
         self.steps_per_round = config.schedule.steps_per_round
         self._config, self._problem = config, problem
         self._num_examples = len(problem.train_data)
@@ -142,7 +143,7 @@ class _Program:
         # Updates between the parameters of a gradient and its own.
         self._delay = config.learner.asynchronous - 1
         self._proposal = wiring.make_proposal(config)
-        self._score_fn = wiring.make_score_fn(config, problem)
+        self._score_fn = problem_lib.make_score_fn(config, problem)
         self._measure = wiring.make_measure(config, problem)
 
     def num_scored(self, step: int) -> int:

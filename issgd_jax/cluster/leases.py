@@ -90,6 +90,8 @@ class Leases:
         self._since: dict[int, float] = {}  # when each waiting lease began to wait
         self._out: dict[int, _Out] = {}
         self._holds: dict[Worker, collections.OrderedDict[int, None]] = {}
+        self._num_holders: collections.Counter[int] = collections.Counter()  # of each shard
+        self._looked = -math.inf  # when late leases were last looked for
         self.usual_seconds: float | None = None
         self.num_done = self.num_reissued = 0
 
@@ -104,7 +106,7 @@ class Leases:
 
     def leave(self, worker: Worker) -> None:
         """What the worker had goes to the others, before all else."""
-        self._holds.pop(worker, None)
+        self._num_holders.subtract(self._holds.pop(worker, ()))
         for lease in sorted(self._out, reverse=True):
             out = self._out[lease]
             out.by.discard(worker)
@@ -130,7 +132,7 @@ class Leases:
         self._hold(worker, self._layout.place(lease)[0])
         return lease
 
-    def done(self, lease: int, worker: Worker, now: float) -> bool:
+    def done(self, lease: int, now: float) -> bool:
         """Whether this is the lease's first result; all later ones are to be dropped."""
         out = self._out.pop(lease, None)
         if out is None:
@@ -157,27 +159,29 @@ class Leases:
         return len(self._out)
 
     def _choose(self, worker: Worker, now: float) -> int | None:
-        own, held = self._holds[worker], set().union(*self._holds.values())
+        own = self._holds[worker]
         patience = PATIENCE_FACTOR * (self.usual_seconds or 0.0)
         for lease in self._waiting:
             if lease in self._out and worker in self._out[lease].by:
                 continue  # late with it already
             shard = self._layout.place(lease)[0]
-            if shard in own or shard not in held or now - self._since[lease] >= patience:
+            if shard in own or not self._num_holders[shard] or now - self._since[lease] >= patience:
                 return lease
         return None
 
     def _hold(self, worker: Worker, shard: int) -> None:
         """No more than twice its share, so that a worker's memory has a bound."""
         holds = self._holds[worker]
+        self._num_holders[shard] += shard not in holds
         holds[shard] = None
         holds.move_to_end(shard)
         while len(holds) > max(2, -(-2 * self._layout.num_shards // len(self._holds))):
-            holds.popitem(last=False)
+            self._num_holders[holds.popitem(last=False)[0]] -= 1
 
     def _take_back_late(self, now: float) -> None:
-        if self.usual_seconds is None:
+        if self.usual_seconds is None or now - self._looked < LATE_SECONDS / 10:
             return
+        self._looked = now
         limit = max(LATE_SECONDS, LATE_FACTOR * self.usual_seconds)
         for lease, out in self._out.items():
             if now - out.since > limit and lease not in self._since:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import uuid
@@ -105,6 +106,24 @@ def machines() -> list[Machine]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def of_workers(found: list[Machine], num_workers: int | None) -> list[Machine | None]:
+    """Where workers are to be: so many wherever there is room; or on each machine but this one, unless it is alone."""
+    if num_workers is not None:
+        return [None] * num_workers
+    return [machine for machine in found if not machine.is_here] or found
+
+
+def check_room(found: list[Machine], params_bytes: int) -> None:
+    """Raises InputError, naming the machine, unless two broadcasts fit: the one that is being read, and the next."""
+    for machine in found:
+        room = machine.resources.get("object_store_memory", math.inf)
+        if 2 * params_bytes > room:
+            raise InputError(
+                f"the object store of machine {machine.name} has {room:,.0f} bytes, but two copies of the parameters "
+                f"need {2 * params_bytes:,}: start Ray there with a larger --object-store-memory"
+            )
 
 
 def start_worker(machine: Machine | None, *args) -> Any:
