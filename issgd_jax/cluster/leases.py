@@ -106,7 +106,7 @@ class Leases:
 
     def leave(self, worker: Worker) -> None:
         """What the worker had goes to the others, before all else."""
-        self._num_holders.subtract(self._holds.pop(worker, ()))
+        self._num_holders.subtract(list(self._holds.pop(worker, ())))
         for lease in sorted(self._out, reverse=True):
             out = self._out[lease]
             out.by.discard(worker)
