@@ -225,7 +225,7 @@ STUDIES = {
     "asgd": Study(
         base={"steps": 4000, "eval_every": 200},
         arms=_peers(),
-        learning_rates=(0.005, 0.01, 0.02, 0.05),
+        learning_rates=(0.0025, 0.005, 0.01, 0.02, 0.05),
         data=("fashion_mnist", "svhn", "digits"),
     ),
 }
