@@ -41,12 +41,13 @@ class Arm:
 @dataclasses.dataclass(frozen=True)
 class Study:
     """base: overrides of the data's experiment, for all arms. arms: {name: Arm}. learning_rates: the grid. data: names
-    of DATA that it is made for."""
+    of DATA that it is made for. on_data: {name of DATA: overrides that all arms need there}."""
 
     base: Mapping[str, Any]
     arms: Mapping[str, Arm]
     learning_rates: tuple[float, ...]
     data: tuple[str, ...]
+    on_data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 _ONE_DEVICE = {
@@ -211,10 +212,11 @@ STUDIES = {
         data=("fashion_mnist", "svhn", "digits"),
     ),
     "architectures": Study(
-        base={"steps": 4000, "eval_every": 200},
+        base={"steps": 2000, "eval_every": 200},
         arms=_architectures(),
-        learning_rates=(0.01, 0.02, 0.05),
-        data=("fashion_mnist", "svhn"),
+        learning_rates=(0.01, 0.02, 0.05, 0.1),
+        data=("fashion_mnist", "svhn", "digits"),
+        on_data={"digits": {"model.transformer.patch_size": 2, "eval_every": 50}},
     ),
     "staleness": Study(
         base={"steps": 2000, "eval_every": 200},
@@ -270,7 +272,16 @@ def make_config(
     config = get_config()
     chosen = {"seed": seed, "learner.learning_rate": learning_rate}
     with config.ignore_type():
-        config.update_from_flattened_dict({**of_data, **study.base, **study.arms[arm].overrides, **overrides, **chosen})
+        config.update_from_flattened_dict(
+            {
+                **of_data,
+                **study.base,
+                **study.arms[arm].overrides,
+                **study.on_data.get(data, {}),
+                **overrides,
+                **chosen,
+            }
+        )
     return config
 
 
