@@ -187,28 +187,37 @@ def draw_variance(axis, arm: dict) -> None:
 
 
 def staleness_figure(record: dict, arms: dict) -> Figure:
-    """Each arm's variance gain against the mean staleness of its scores: medians over seeds and measurements."""
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    """Each arm's variance gain against the mean staleness of its scores, and the gain of the ideal: medians over seeds
+    and measurements."""
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
     axis = figure.subplots()
     figure.suptitle(_title(record), fontsize=10)
+    ideals = []
     for i, arm in enumerate(arms.values()):
-        staleness, gain = (
-            sorted(x for x in arm["curves"][name]["median"][1:] if x is not None)
-            for name in ("scores/staleness_mean", "variance/gain")
-        )
+        curves = {name: curve["median"][1:] for name, curve in arm["curves"].items()}
+        staleness, gain = (_middle(curves[name]) for name in ("scores/staleness_mean", "variance/gain"))
         if staleness and gain:
-            place = staleness[len(staleness) // 2], gain[len(gain) // 2]
             marker = "o" if i < len(_COLOURS) else "s"
-            axis.plot(*place, marker, color=_COLOURS[i % len(_COLOURS)], label=_label(arm))
+            axis.plot(staleness, gain, marker, color=_COLOURS[i % len(_COLOURS)], label=arm["label"])
+            pairs = zip(curves["variance/uniform"], curves["variance/ideal"])
+            ideals.append(_middle([(uniform / ideal) ** 2 for uniform, ideal in pairs if uniform and ideal]))
+    style, colour = _VARIANCES["ideal"]
+    axis.axhline(_middle(ideals), linestyle=style, color=colour, label="ideal: scores without age")
+    axis.axhline(1, color=_BASELINE, linestyle=":", label="uniform")
     axis.set(
         title="Gain against staleness", xscale="log", xlabel="mean staleness of the scores (learner steps)",
         ylabel="variance gain, Tr uniform / Tr actual",
     )  # fmt: skip
     axis.set_ylim(bottom=0)
-    axis.axhline(1, color=_BASELINE, linestyle=":")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     _finish(axis)
     return figure
+
+
+def _middle(values: list) -> float | None:
+    """The upper median of those that are known."""
+    known = sorted(x for x in values if x is not None)
+    return known[len(known) // 2] if known else None
 
 
 def _band(axis, step, curve, *, color, **style):
