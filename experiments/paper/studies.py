@@ -130,6 +130,14 @@ _FAIR_ARMS = {
     "issgd_c1": Arm("paper's ISSGD, c = 1", _issgd(1.0), context=True),
     "calibrated_refresh": Arm("calibrated, refresh alone", _REFRESH_ONLY),
     "calibrated_workers": Arm("calibrated, a worker alone", {"learner.refresh": False}, context=True),
+    "calibrated_workers_100": Arm(
+        "calibrated, a worker alone at half of its time", {"learner.refresh": False} | _workers(1000, 10), data=_LARGE
+    ),
+    "calibrated_workers_50": Arm(
+        "calibrated, a worker alone at a quarter of its time",
+        {"learner.refresh": False} | _workers(500, 10),
+        data=_LARGE,
+    ),
     "calibrated_50": Arm("calibrated, a worker at a quarter of its time", _workers(500, 10), data=_LARGE),
     "calibrated": Arm("calibrated, a worker and refresh", {}),
     "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), context=True, data=_LARGE),
