@@ -129,7 +129,7 @@ _FAIR_ARMS = {
     "issgd_c10": Arm("paper's ISSGD, c = 10", _issgd(10.0), context=True),
     "issgd_c1": Arm("paper's ISSGD, c = 1", _issgd(1.0), context=True),
     "calibrated_refresh": Arm("calibrated, refresh alone", _REFRESH_ONLY),
-    "calibrated_workers": Arm("calibrated, a worker alone", {"learner.refresh": False}, context=True),
+    "calibrated_workers": Arm("calibrated, a worker alone", {"learner.refresh": False}),
     "calibrated_workers_100": Arm(
         "calibrated, a worker alone at half of its time", {"learner.refresh": False} | _workers(1000, 10), data=_LARGE
     ),
