@@ -359,8 +359,30 @@ def test_figures_show_every_arm(tmp_path):
     assert set(made) == {"loss", "cost", "variance"}
     labels = [text.get_text() for text in made["loss"].axes[0].get_legend().get_texts()]
     assert labels == ["SGD, i.i.d. (rate 0.1)", "calibrated, a worker and refresh (rate 0.1)"]
-    assert set(made) == {"loss", "cost", "variance"}
     assert made["cost"].axes[0].lines[1].get_xdata().tolist() == [0, 20, 40]
+
+
+def test_gain_and_staleness_are_medians_over_measurements_but_the_first(tmp_path):
+    """Red if the first measurement, where nothing is scored, or one that lacks the value, counts; and if the ideal is
+    drawn as the ratio of noises, not of variances."""
+    write_run(tmp_path, "uniform", 0.1, 0, [1.0, 0.5, 0.1])
+    write_run(tmp_path, "calibrated", 0.1, 0, [1.0, 0.1, 0.01, 0.001], **{"scores/staleness_mean": 5.0})
+    record = results.summarize(tmp_path, "fair", "digits", arms=["calibrated"])
+    arm = record["arms"]["calibrated"]
+    arm["curves"]["variance/gain"]["median"] = [1.0, 4.0, None, 6.0]
+    assert results.typical(arm, "variance/gain") == 6 and results.typical(arm, "nothing") is None
+    (row,) = table.rows_of(record, {})
+    assert (row["gain"], row["mean staleness"]) == ("6", "5")
+    axis = figures.staleness_figure(record, record["arms"]).axes[0]
+    point, ideal, uniform = (line.get_xydata().tolist() for line in axis.lines)
+    assert point == [[5, 6]] and [y for _, y in ideal] == [16, 16] and [y for _, y in uniform] == [1, 1]
+
+
+def test_a_study_of_several_networks_is_not_called_by_one_of_them():
+    study = studies.get_study("architectures")
+    config = studies.make_config(study, "gru_uniform", "digits", learning_rate=0.1, seed=0)
+    assert results.network_of(study, config.to_dict()) == "4 networks"
+    assert config.model.transformer.patch_size == 2  # patches of seven are for larger images
 
 
 def test_the_figure_of_asynchronous_learners_charges_each_its_own_time():

@@ -82,7 +82,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     return {
         "study": study,
         "data": data,
-        "network": results.network_of(config.to_dict()),
+        "network": results.network_of(the_study, config.to_dict()),
         "command": f"python -m experiments.paper.cost --study={study} --data={data}",
         "ratio": {name: round(x, 3) for name, x in ratio.items()},
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},

@@ -15,10 +15,11 @@ there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
 
 import math
 import pathlib
+import statistics
 
 from matplotlib.figure import Figure
 
-from experiments.paper import command, cost
+from experiments.paper import command, cost, results
 from issgd_jax import plots
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
@@ -192,17 +193,15 @@ def staleness_figure(record: dict, arms: dict) -> Figure:
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     axis = figure.subplots()
     figure.suptitle(_title(record), fontsize=10)
-    ideals = []
     for i, arm in enumerate(arms.values()):
-        curves = {name: curve["median"][1:] for name, curve in arm["curves"].items()}
-        staleness, gain = (_middle(curves[name]) for name in ("scores/staleness_mean", "variance/gain"))
+        staleness, gain = (results.typical(arm, name) for name in ("scores/staleness_mean", "variance/gain"))
         if staleness and gain:
             marker = "o" if i < len(_COLOURS) else "s"
             axis.plot(staleness, gain, marker, color=_COLOURS[i % len(_COLOURS)], label=arm["label"])
-            pairs = zip(curves["variance/uniform"], curves["variance/ideal"])
-            ideals.append(_middle([(uniform / ideal) ** 2 for uniform, ideal in pairs if uniform and ideal]))
-    style, colour = _VARIANCES["ideal"]
-    axis.axhline(_middle(ideals), linestyle=style, color=colour, label="ideal: scores without age")
+    of_ideal = [[results.typical(arm, f"variance/{kind}") for kind in ("uniform", "ideal")] for arm in arms.values()]
+    if gains := [(uniform / ideal) ** 2 for uniform, ideal in of_ideal if uniform and ideal]:
+        style, colour = _VARIANCES["ideal"]
+        axis.axhline(statistics.median(gains), linestyle=style, color=colour, label="ideal: scores without age")
     axis.axhline(1, color=_BASELINE, linestyle=":", label="uniform")
     axis.set(
         title="Gain against staleness", xscale="log", xlabel="mean staleness of the scores (learner steps)",
@@ -212,12 +211,6 @@ def staleness_figure(record: dict, arms: dict) -> Figure:
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     _finish(axis)
     return figure
-
-
-def _middle(values: list) -> float | None:
-    """The upper median of those that are known."""
-    known = sorted(x for x in values if x is not None)
-    return known[len(known) // 2] if known else None
 
 
 def _band(axis, step, curve, *, color, **style):

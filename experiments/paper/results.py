@@ -111,7 +111,7 @@ def summarize(
         "study": study,
         "data": data,
         "command": f"python -m experiments.paper.sweep --study={study} --data={data}",
-        "network": network_of(record["config"]),
+        "network": network_of(the_study, record["config"]),
         "train_examples": record["config"]["data"]["train_split"],
         "steps": next(iter(lengths.values())),
         "devices": record["devices"],
@@ -194,8 +194,16 @@ def _median_final(by_seed: dict[int, list[dict]]) -> float:
     return statistics.median(runs.final(rows, "train/loss") for rows in by_seed.values())
 
 
-def network_of(config: dict) -> str:
-    """The network of a config, in words."""
+def typical(arm: dict, curve: str) -> float | None:
+    """The median over measurements, but the first, of a curve's median over seeds; None where nothing was measured."""
+    known = sorted(x for x in arm["curves"].get(curve, {"median": ()})["median"][1:] if x is not None)
+    return statistics.median_high(known) if known else None
+
+
+def network_of(study: studies.Study, config: dict) -> str:
+    """The network of a config, in words; how many there are where it differs from arm to arm."""
+    if compared := {arm.overrides["model.name"] for arm in study.arms.values() if "model.name" in arm.overrides}:
+        return f"{len(compared)} networks"
     name, of_model = config["model"]["name"], config["model"][config["model"]["name"]]
     if name == "mlp":
         sizes = of_model["hidden_sizes"]

@@ -13,8 +13,9 @@ from experiments.paper import command, cost, results
 
 _COLUMNS = (
     "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
-    "√Tr actual/ideal", "max actual/uniform", "spikes", "diverged",
+    "mean staleness", "gain", "√Tr actual/ideal", "max actual/uniform", "spikes", "diverged",
 )  # fmt: skip
+_TYPICAL = {"mean staleness": "scores/staleness_mean", "gain": "variance/gain"}
 
 
 def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
@@ -22,7 +23,7 @@ def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
 
     ratio: of final losses, to that of the baseline. steps: until the baseline's final loss, as a fraction of the
     study's, the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many
-    steps as the baseline's time pays for, relative to the baseline's final loss.
+    steps as the baseline's time pays for, relative to the baseline's final loss. gain: Tr uniform / Tr actual.
     """
     arms = record["arms"]
     return [_row(arm, arms.get(arm["baseline"], arm), costs.get(name), record["steps"]) for name, arm in arms.items()]
@@ -45,6 +46,9 @@ def _row(arm, baseline, cost_, steps):
         "spikes": f"{arm['with_spikes']} of {arm['n']}",
         "diverged": f"{arm['diverged']} of {arm['n']}",
     }
+    for column, curve in _TYPICAL.items():
+        if (typical := results.typical(arm, curve)) is not None:
+            row[column] = f"{typical:.3g}"
     if cost_ is not None:
         at_equal_time = [results.loss_at(steps / cost_, arm["step"], by_step) for by_step in arm["loss_by_seed"]]
         row |= {
