@@ -58,9 +58,9 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """steps: learner steps. eval_every: between rows of metrics. window: steps between renewals of the table without
-    workers, or if rounds enter whenever they are ready; and between judgements of the payoff. strict: whether a bad
-    score stops the run. skip_nonfinite: whether an update that is not finite is left out, and does not stop the run."""
+    """steps: learner steps. eval_every: between rows of metrics. window: steps between renewals of the table, unless
+    rounds that enter at steps of their own renew it; and between judgements of the payoff. strict: whether a bad score
+    stops the run. skip_nonfinite: whether an update that is not finite is left out, and does not stop the run."""
 
     steps: int
     eval_every: int
@@ -135,7 +135,6 @@ class _Run:
         if self._pool:
             self._pool.go_to(state.place)
         self._failed_in_a_row = 0
-        self._renewed = -plan.window  # the last step before which the table was made anew
         self._began = time.monotonic() - state.wall_seconds
         self._uniform_table = sampling.uniform_table(len(state.sampler.store))
         self._held: Callable | None = None
@@ -153,12 +152,17 @@ class _Run:
             entering = [round_ for round_ in state.in_flight if parts.schedule.may_enter(round_, state.step)]
             state.in_flight = collections.deque(round_ for round_ in state.in_flight if round_ not in entering)
             # With rounds at every step, to make the table anew each time would be most of the work.
-            renewing = parts.schedule.is_reproducible or state.step - self._renewed >= self.plan.window
+            renewing = parts.schedule.is_reproducible or self._is_table_old
             for round_ in entering:
                 self._enter(round_, renewing=renewing and round_ is entering[-1])
-        elif state.judged.active and state.step % self.plan.window == 0:
+        if state.judged.active and self._is_table_old:  # no workers, or they bring nothing: scores age all the same
             state.sampler = learner.renew(parts.proposal, state.sampler, step=self._on_learner(state.step))
+            state.renewed = state.step
         state.window_seconds += time.monotonic() - begun
+
+    @property
+    def _is_table_old(self) -> bool:
+        return self.state.step - self.state.renewed >= self.plan.window
 
     def _start_rounds(self) -> None:
         state = self.state
@@ -201,7 +205,7 @@ class _Run:
             renewing=renewing,
         )
         if renewing:
-            self._renewed = state.step
+            state.renewed = state.step
 
     def _round_failed(self, error: Exception) -> None:
         if jax.process_count() > 1:  # the others know nothing of it, and would take another way

@@ -25,9 +25,10 @@ class RunState:
     """A run at the beginning of a step, before anything of that step is done.
 
     train_state, sampler: on the learner's device. judged: of the payoff. in_flight: rounds whose scores have not
-    entered. pending: (step, its metrics), not yet read. place: of the worker pool; None without one. failed_rounds:
-    rounds lost to an error of their device. skipped: updates that were not finite and left out. window_seconds: spent
-    on steps since the payoff was last judged. wall_seconds: since the run began, without the time it was stopped.
+    entered. pending: (step, its metrics), not yet read. place: of the worker pool; None without one. renewed: the last
+    step before which the table was made anew. failed_rounds: rounds lost to an error of their device. skipped: updates
+    that were not finite and left out. window_seconds: spent on steps since the payoff was last judged. wall_seconds:
+    since the run began, without the time it was stopped.
     """
 
     train_state: learner.TrainState
@@ -37,6 +38,7 @@ class RunState:
     in_flight: collections.deque[Round] = dataclasses.field(default_factory=collections.deque)
     pending: tuple[int, learner.StepMetrics] | None = None
     place: dict[str, int] | None = None
+    renewed: int = 0
     worker_examples: int = 0
     failed_rounds: int = 0
     skipped: int = 0
@@ -47,6 +49,7 @@ class RunState:
 _COUNTERS = (
     "step",
     "place",
+    "renewed",
     "worker_examples",
     "failed_rounds",
     "skipped",

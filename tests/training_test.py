@@ -231,6 +231,15 @@ def test_without_workers_the_learner_alone_gives_scores(tmp_path):
     np.testing.assert_allclose(np.mean(scores(tmp_path)[1] >= 0), fractions[-1], rtol=1e-6)
 
 
+def test_scores_age_while_no_round_enters(tmp_path):
+    """Red if a proposal that waits for its workers draws by what it knew when it last heard of them."""
+    few = {"steps": 70, "eval_every": 20, "schedule__score_delay": 60}
+    waiting = issgd_jax.train(smoke(**few), tmp_path / "waiting")
+    alone = issgd_jax.train(smoke(**few, workers__enabled=False), tmp_path / "alone")
+    assert without_time(waiting)[:3] == without_time(alone)[:3]
+    assert waiting[-1]["worker_examples"] > 0
+
+
 @pytest.mark.parametrize("score", ["last_layer", "loss"])
 def test_other_scores_lower_the_variance_too(score, tmp_path):
     history = issgd_jax.train(smoke(workers__score=score, steps=60, eval_every=60), tmp_path)

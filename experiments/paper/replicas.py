@@ -189,11 +189,20 @@ class _Program:
             items = jax.tree.map(lambda x: x[self._chunk(round_)], examples)
             scores = self._score_fn(replica.train_state.params, *items)
             replica = replica._replace(queue=jnp.concatenate([replica.queue[1:], scores[None]]))
-            return replica if self._offset else self._enter(replica, round_)
         if self._uniform:
             return replica
+        replica = self._renew(replica, round_)
+        return self._enter(replica, round_) if self._has_workers and not self._offset else replica
+
+    def _renew(self, replica: Replica, round_: jax.Array) -> Replica:
+        """The table is made anew as long as no round has entered, which would do so."""
         step = round_ * self.steps_per_round
-        return replica._replace(sampler=learner.renew(self._proposal, replica.sampler, step=step))
+
+        def renew(sampler: learner.SamplerState) -> learner.SamplerState:
+            return learner.renew(self._proposal, sampler, step=step)
+
+        waiting = not self._has_workers or (step < self._config.schedule.score_delay)
+        return replica._replace(sampler=jax.lax.cond(waiting, renew, lambda sampler: sampler, replica.sampler))
 
     def _steps(self, replica: Replica, round_: jax.Array, examples) -> Replica:
         """The learner's steps of one round."""
