@@ -2,8 +2,8 @@
 
     python -m experiments.paper.cost --study=fair --data=fashion_mnist [--width=...] [--data_dir=...]
 
-Blocks of steps of all arms alternate in one process, each a run of `issgd_jax.loop` without its measurements. Medians
-over blocks. Writes results/cost-STUDY-DATA.json.
+Blocks of steps, each a run of `issgd_jax.loop` without its measurements, go in pairs, an arm's and its baseline's, of
+all arms in turn, in one process. Medians over pairs. Writes results/cost-STUDY-DATA.json.
 
 Asynchronous learners are charged, not timed: see `charged`.
 """
@@ -62,7 +62,6 @@ def charged(step: float, owner: float, learners: int) -> float:
 
 def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, num_blocks: int) -> dict:
     """Measures all arms of a study; see the module."""
-    from experiments.benchmarks import measuring
     from experiments.benchmarks.environment import hardware
 
     the_study = studies.get_study(study)
@@ -72,19 +71,21 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         rate = min(arm.learning_rates or the_study.learning_rates)
         config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Charged(config) if config.learner.asynchronous > 1 else _Block(config)
-    seconds = {name: [] for name in blocks}
+    seconds, ratio = ({name: [] for name in blocks} for _ in range(2))
     for i in tqdm(range(-1, num_blocks), leave=False):
-        for name in list(blocks)[:: 1 if i % 2 else -1]:
-            measured = blocks[name].seconds_a_step()
+        for name in blocks:
+            baseline = studies.baseline_of(the_study, name)
+            pair = sorted({baseline, name}, reverse=i % 2 == 0)
+            measured = {one: blocks[one].seconds_a_step() for one in pair}
             if i >= 0:  # the first compiles
-                seconds[name].append(measured)
-    ratio = {name: measuring.median_ratio(seconds, name, studies.baseline_of(the_study, name)) for name in blocks}
+                seconds[name].append(measured[name])
+                ratio[name].append(measured[name] / measured[baseline])
     return {
         "study": study,
         "data": data,
         "network": results.network_of(the_study, config.to_dict()),
         "command": f"python -m experiments.paper.cost --study={study} --data={data}",
-        "ratio": {name: round(x, 3) for name, x in ratio.items()},
+        "ratio": {name: round(statistics.median(xs), 3) for name, xs in ratio.items()},
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
         "blocks": num_blocks,
         "hardware": hardware(),
