@@ -126,7 +126,8 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
             if i == 0 and len(arms) <= _LEGEND_WITHIN:
                 axis.legend(frameon=False, fontsize=8)
     if len(groups) == 1 and len(arms) > _LEGEND_WITHIN:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        columns = {"ncols": len(metrics), "fontsize": 9}
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", frameon=False, **columns)
     return figure
 
 
