@@ -107,9 +107,14 @@ def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sha
     fresh: the state that the run begins with. placement: of the learner's arrays. moments: whether the
     metrics of a step have them.
 
-    Raises: InputError if the checkpoint is of a run with other arrays, naming one.
+    Raises: InputError if the checkpoint is of a run with other arrays, naming one, or of an earlier version.
     """
     described = checkpoint.state
+    if unknown := [name for name in _COUNTERS if name not in described]:
+        raise InputError(
+            f"the checkpoint of step {described['step']:,} says nothing of {unknown[0]!r}: an earlier version of "
+            "issgd_jax made it. Go on with that version, choose another --workdir, or begin anew with --overwrite"
+        )
     numbers = np.zeros((), np.float32)
     pending_step, rounds = described["pending_step"], described["rounds"]
     read = None if pending_step is None else (numbers, Moments(numbers, numbers, numbers) if moments else None)

@@ -156,6 +156,18 @@ def test_other_data_is_refused_by_its_size(tmp_path):
         issgd_jax.train(small(steps=8, data__train_split="train[:1300]"), tmp_path)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(tmp_path):
+    """Red if a number that it lacks is made up, or is a KeyError."""
+    issgd_jax.train(small(steps=8), tmp_path)
+    for path in (path_of(tmp_path, step) for step in steps_of(tmp_path)):
+        kept = checkpoint.read(path)
+        del kept.state["renewed"]
+        shutil.rmtree(path)
+        checkpoint.write(path, kept)
+    with pytest.raises(InputError, match="of step 8 says nothing of .renewed.: an earlier version"):
+        issgd_jax.train(small(steps=9), tmp_path)
+
+
 def test_a_run_without_checkpoints_is_never_overwritten_by_chance(tmp_path):
     issgd_jax.train(small(steps=8, checkpoint__every_steps=0), tmp_path)
     for again in (small(steps=8, checkpoint__every_steps=0), small(steps=8), small(steps=9)):
