@@ -346,6 +346,10 @@ def test_the_table_counts_steps_and_time_against_the_first_arm(tmp_path):
     assert (row["steps"], row["cost"], row["time"], row["ratio"]) == ("0.50", "1.33", "0.67", "0.01")
     assert row["loss at equal time"] == "0.1"  # after 15 steps, 0.01
     assert "| calibrated, a worker and refresh | 1 | 0.1 |" in table.markdown([row])
+    row, same = table.rows_of(summary_of(tmp_path), {"uniform": 1.0, "calibrated": 2.0}, "calibrated")
+    assert (row["steps"], row["cost"], row["ratio"], same["cost"]) == ("never", "0.50", "100", "1.00")
+    with pytest.raises(InputError, match="no arm 'calibratd' to compare with"):
+        table.rows_of(summary_of(tmp_path), {}, "calibratd")
 
 
 def test_figures_show_every_arm(tmp_path):

@@ -174,6 +174,8 @@ def variance_figure(record: dict, arms: dict) -> Figure:
         axis.title.set_fontsize(9)
     for axis in axes[len(arms) :]:
         axis.set_visible(False)
+    for axis in axes[max(0, len(arms) - columns) : len(arms)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
     axes[0].legend(frameon=False)
     return figure
 

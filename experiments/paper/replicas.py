@@ -201,7 +201,7 @@ class _Program:
         def renew(sampler: learner.SamplerState) -> learner.SamplerState:
             return learner.renew(self._proposal, sampler, step=step)
 
-        waiting = not self._has_workers or (step < self._config.schedule.score_delay)
+        waiting = not self._has_workers or step < self._config.schedule.score_delay
         return replica._replace(sampler=jax.lax.cond(waiting, renew, lambda sampler: sampler, replica.sampler))
 
     def _steps(self, replica: Replica, round_: jax.Array, examples) -> Replica:

@@ -3,13 +3,19 @@
     python -m experiments.paper.table --study=fair --data=fashion_mnist --workdir=runs/paper
 
 With --workdir the finished runs there are summarized and kept under experiments/paper/results; without, what is kept
-there is shown.
+there is shown. --baseline=ARM compares all arms with that one, and not each with its own.
 """
 
 import math
 import statistics
 
+from absl import flags
+
 from experiments.paper import command, cost, results
+from issgd_jax.config import nearest
+from issgd_jax.errors import InputError
+
+_BASELINE = flags.DEFINE_string("baseline", None, "Arm that all are compared with; none: each with its own.")
 
 _COLUMNS = (
     "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
@@ -18,15 +24,24 @@ _COLUMNS = (
 _TYPICAL = {"mean staleness": "scores/staleness_mean", "gain": "variance/gain"}
 
 
-def rows_of(record: dict, costs: dict[str, float]) -> list[dict[str, str]]:
-    """One row an arm.
+def rows_of(record: dict, costs: dict[str, float], baseline: str | None = None) -> list[dict[str, str]]:
+    """One row an arm. baseline: the arm that all are compared with; None = each with its own.
 
     ratio: of final losses, to that of the baseline. steps: until the baseline's final loss, as a fraction of the
     study's, the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many
     steps as the baseline's time pays for, relative to the baseline's final loss. gain: Tr uniform / Tr actual.
+
+    Raises: InputError, with the nearest name, if there is no such baseline.
     """
     arms = record["arms"]
-    return [_row(arm, arms.get(arm["baseline"], arm), costs.get(name), record["steps"]) for name, arm in arms.items()]
+    if baseline is not None and baseline not in arms:
+        raise InputError(f"no arm {baseline!r} to compare with: {nearest(baseline, list(arms))}")
+    rows = []
+    for name, arm in arms.items():
+        base = baseline or arm["baseline"]
+        costs_more = costs[name] / costs[base] if name in costs and base in costs else None
+        rows.append(_row(arm, arms.get(base, arm), costs_more, record["steps"]))
+    return rows
 
 
 def _row(arm, baseline, cost_, steps):
@@ -73,7 +88,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def main():
     record = command.record()
     print(f"{record['study']} on {record['data']}, {record['network']}, {record['steps']:,} steps\n")
-    print(markdown(rows_of(record, cost.load(record["study"], record["data"]))))
+    print(markdown(rows_of(record, cost.load(record["study"], record["data"]), _BASELINE.value)))
 
 
 if __name__ == "__main__":
