@@ -8,6 +8,8 @@ import subprocess
 import venv
 from collections.abc import Sequence
 
+# Where the figures of all benchmarks are kept.
+RESULTS = pathlib.Path(__file__).parent / "results"
 CACHE = pathlib.Path.home() / ".cache/issgd_jax"
 
 

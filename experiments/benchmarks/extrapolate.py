@@ -7,9 +7,9 @@ Reads results/{sampler,cluster,gradnorm}.json; measures nothing.
 
 import json
 import math
-import pathlib
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from experiments.benchmarks.environment import RESULTS
+
 EXAMPLES = tuple(10**k for k in range(6, 11))
 WORKERS = tuple(10**k for k in range(1, 5))
 BATCH_SIZE = 256  # of the paper's network in gradnorm.json

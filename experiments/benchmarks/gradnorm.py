@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmarks.environment import CACHE, hardware, installed_versions, make_environment
+from experiments.benchmarks.environment import CACHE, RESULTS, hardware, installed_versions, make_environment
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
@@ -35,7 +35,6 @@ from experiments.benchmarks.measuring import median_ratio
 from issgd_jax.gradnorm import per_example_grad_norms, value_grad_and_norms
 from issgd_jax.workdir import versions
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "gradnorm.json"
 ROOT = pathlib.Path(__file__).parents[2]
 WORKER = "experiments.benchmarks.gradnorm_peers"
 
@@ -159,7 +158,7 @@ def parse():
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one method on one model")
     parser.add_argument("--batch_size", type=int, help="default: each model's own")
     parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "peers")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "gradnorm.json")
     return parser.parse_args()
 
 

@@ -21,12 +21,11 @@ import sys
 import tempfile
 import time
 
-from experiments.benchmarks.environment import hardware
+from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax.metrics import read_metrics
 from issgd_jax.workdir import versions
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "lasting.json"
 NUM_EXAMPLES, BATCH_SIZE, STEPS = 73_257, 128, 100
 SOAK_STEPS = 100_000
 
@@ -154,7 +153,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / "lasting.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

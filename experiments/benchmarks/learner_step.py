@@ -15,7 +15,6 @@ Images are random bytes: times do not depend on their values. Writes results/lea
 """
 
 import json
-import pathlib
 import statistics
 import time
 
@@ -25,13 +24,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.benchmarks.environment import hardware
+from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax import learner, losses, models, proposal
 from issgd_jax.calibrated import Calibrated
 from issgd_jax.workdir import versions
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "learner_step.json"
 STEPS_PER_ROUND, CHUNK_SIZE = 32, 3 * 2048
 
 CASES = {
@@ -147,8 +145,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / "learner_step.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

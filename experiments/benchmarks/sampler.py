@@ -15,9 +15,8 @@ import pathlib
 import subprocess
 import sys
 
-from experiments.benchmarks.environment import CACHE, hardware, installed_versions, make_environment
+from experiments.benchmarks.environment import CACHE, RESULTS, hardware, installed_versions, make_environment
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "sampler.json"
 ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = (("torch==2.13.0", "cpprb==11.0.0", "flashbax==0.1.3", "jax==0.10.2", "scipy", "numpy"),)
 PACKAGES = ("torch", "cpprb", "flashbax", "jax", "jaxlib", "numpy")
@@ -29,7 +28,7 @@ def main():
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=SIZES)
     parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "sampler_peers")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "sampler.json")
     options = parser.parse_args()
     make_environment(options.peers_env, REQUIREMENTS)
     results = {}
