@@ -154,10 +154,12 @@ def _architectures() -> dict[str, Arm]:
         "gru": ("GRU over rows", {"model.gru.units": 64}),
         "transformer": ("transformer over patches", {"model.transformer.width": 32, "model.transformer.patch_size": 7}),
     }
+    # Where the best rate would lie at the end of the study's grid.
+    rates = {"gru": (0.02, 0.05, 0.1, 0.2, 0.4), "transformer": (0.005, 0.01, 0.02, 0.05)}
     arms = {}
     for name, (label, size) in networks.items():
         network = {"model.name": name, **size}
-        of_network = {"context": True, "baseline": f"{name}_uniform"}
+        of_network = {"context": True, "baseline": f"{name}_uniform", "learning_rates": rates.get(name)}
         arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **of_network)
         arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **of_network)
     return arms
