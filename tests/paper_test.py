@@ -200,9 +200,9 @@ def test_a_sweep_of_what_there_is_not_is_refused(changes, message, tmp_path):
     assert not run_files(tmp_path)
 
 
-def write_run(workdir, arm, rate, seed, losses, *, steps=None, cut=False, **more):
-    """A run with these training losses, as a sweep leaves it."""
-    folder = studies.folder(workdir, "fair", "digits", arm, rate, seed)
+def write_run(workdir, arm, rate, seed, losses, *, of=("fair", "digits"), steps=None, cut=False, **more):
+    """A run with these training losses, as a sweep leaves it. of: study and data."""
+    folder = studies.folder(workdir, *of, arm, rate, seed)
     folder.mkdir(parents=True, exist_ok=True)
     steps = steps or [10 * i for i in range(len(losses))]
     record = {
@@ -283,6 +283,21 @@ def test_arms_of_different_lengths_are_refused(tmp_path):
     write_run(tmp_path, "calibrated", 0.1, 0, [2.0, 1.0])
     with pytest.raises(InputError, match="arms have different lengths, {'uniform': 20, 'calibrated': 10}"):
         summary_of(tmp_path)
+
+
+def test_an_arm_that_is_to_end_earlier_stands_beside_the_others(tmp_path):
+    """With rates that decay, the loss at equal time is that of a shorter run, not of the middle of a longer one."""
+    of = ("fair_decay", "fashion_mnist")
+    write_run(tmp_path, "uniform", 0.1, 0, [1.0, 0.5, 0.1], of=of)
+    write_run(tmp_path, "calibrated_refresh_3600", 0.1, 0, [1.0, 0.01], of=of)
+    for arms in (None, ["calibrated_refresh_3600"]):
+        record = results.summarize(tmp_path, *of, arms=studies.with_baselines(studies.get_study(of[0]), arms))
+        assert record["steps"] == 20
+    _, row = table.rows_of(record, {"uniform": 1.0, "calibrated_refresh_3600": 1.5})
+    assert (row["steps"], row["time"], row["ratio"], row["loss at equal time"]) == ("0.25", "0.38", "0.1", "0.1")
+    write_run(tmp_path, "calibrated", 0.1, 0, [1.0, 0.01], of=of)
+    with pytest.raises(InputError, match="arms have different lengths"):
+        results.summarize(tmp_path, *of)
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def summarize(
 ) -> dict:
     """Summarizes the finished runs of a study; what is left out is said on stderr.
 
-    Raises: InputError for a study, data, arm or seed that there is not, arms of different lengths, and runs of one arm
-      that were measured at different steps.
+    Raises: InputError for a study, data, arm or seed that there is not, arms of different lengths (but those that have
+      a length of their own), and runs of one arm that were measured at different steps.
     """
     the_study = studies.get_study(study)
     summaries, folders = {}, []
@@ -104,6 +104,7 @@ def summarize(
     if not summaries:
         raise InputError(f"{workdir} has no finished run of {study} on {data}: sweep first")
     lengths = {name: summary["step"][-1] for name, summary in summaries.items()}
+    lengths = {name: x for name, x in lengths.items() if "steps" not in the_study.arms[name].overrides} or lengths
     if len(set(lengths.values())) > 1:
         raise InputError(f"arms have different lengths, {lengths}: sweep them with the same --steps")
     record = json.loads((folders[0] / workdir_lib.CONFIG_FILE).read_text())

@@ -146,6 +146,21 @@ _FAIR_ARMS = {
 }
 
 
+# A rate that decays must know when the run ends: where scoring is to be paid for, an arm that is to end with SGD, or in
+# half of its time, takes fewer steps. In whole stretches between measurements, by the measured cost of a step.
+_IN_LESS_TIME = {
+    "calibrated_refresh_3600": Arm(
+        "calibrated, refresh alone, 3,600 steps", _REFRESH_ONLY | {"steps": 3600}, data=_LARGE
+    ),
+    "calibrated_refresh_7200": Arm(
+        "calibrated, refresh alone, 7,200 steps", _REFRESH_ONLY | {"steps": 7200}, data=_LARGE
+    ),
+    "calibrated_50_6000": Arm(
+        "calibrated, a worker at a quarter of its time, 6,000 steps", _workers(500, 10) | {"steps": 6000}, data=_LARGE
+    ),
+}
+
+
 def _architectures() -> dict[str, Arm]:
     """Each network with and without importance sampling; sizes that a CPU can train."""
     networks = {
@@ -155,7 +170,11 @@ def _architectures() -> dict[str, Arm]:
         "transformer": ("transformer over patches", {"model.transformer.width": 32, "model.transformer.patch_size": 7}),
     }
     # Where the best rate would lie at the end of the study's grid.
-    rates = {"gru": (0.02, 0.05, 0.1, 0.2, 0.4), "transformer": (0.005, 0.01, 0.02, 0.05)}
+    rates = {
+        "convnet": (0.005, 0.01, 0.02),
+        "gru": (0.02, 0.05, 0.1, 0.2, 0.4),
+        "transformer": (0.005, 0.01, 0.02, 0.05),
+    }
     arms = {}
     for name, (label, size) in networks.items():
         network = {"model.name": name, **size}
@@ -217,7 +236,7 @@ STUDIES = {
     ),
     "fair_decay": Study(
         base={"learner.lr_schedule": "cosine"},
-        arms=_FAIR_ARMS,
+        arms=_FAIR_ARMS | _IN_LESS_TIME,
         learning_rates=(0.01, 0.02, 0.05, 0.1),
         data=("fashion_mnist", "svhn", "digits"),
     ),
