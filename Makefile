@@ -13,7 +13,7 @@ run: install
 	@$(BIN)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits --overwrite
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

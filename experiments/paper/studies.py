@@ -146,14 +146,11 @@ _FAIR_ARMS = {
 }
 
 
-# A rate that decays must know when the run ends: where scoring is to be paid for, an arm that is to end with SGD, or in
-# half of its time, takes fewer steps. In whole stretches between measurements, by the measured cost of a step.
+# A rate that decays must know when the run ends: to end on one device with SGD, or in half of its time, takes fewer
+# steps, by the measured cost of one; in whole stretches between measurements.
 _IN_LESS_TIME = {
     "calibrated_refresh_3600": Arm(
         "calibrated, refresh alone, 3,600 steps", _REFRESH_ONLY | {"steps": 3600}, data=_LARGE
-    ),
-    "calibrated_refresh_7200": Arm(
-        "calibrated, refresh alone, 7,200 steps", _REFRESH_ONLY | {"steps": 7200}, data=_LARGE
     ),
     "calibrated_50_6000": Arm(
         "calibrated, a worker at a quarter of its time, 6,000 steps", _workers(500, 10) | {"steps": 6000}, data=_LARGE
