@@ -5,8 +5,8 @@
 - `round`: the learner's Python time for a round of 8 simulated devices: broadcast, dispatch, collect; and of a round of
   a cluster, which its own thread does for the learner;
 - `overlap`: learner steps a second while three simulated devices score, against those without any, the table of all
-  examples being made once in both (more than 1 on two cores, which is not understood: not less is all that it shows);
-  and how long it takes to dispatch a round;
+  examples being made once in both (on two cores from 0.5 to 1.4, by the machine, which is not understood); and how
+  long it takes to dispatch a round;
 - `database`: scores a second from workers in other processes into the store and its table, and bytes of parameters a
   second from the learner to all of them, over loopback;
 - `scaling`: leases a second of 1, 2, 4, 8 machines, each a process that takes as long for a chunk as was measured, and

@@ -166,7 +166,7 @@ def _architectures() -> dict[str, Arm]:
         "gru": ("GRU over rows", {"model.gru.units": 64}),
         "transformer": ("transformer over patches", {"model.transformer.width": 32, "model.transformer.patch_size": 7}),
     }
-    # Where the best rate would lie at the end of the study's grid.
+    # Where the best rate lay at the end of the study's grid.
     rates = {
         "convnet": (0.005, 0.01, 0.02),
         "gru": (0.02, 0.05, 0.1, 0.2, 0.4),
