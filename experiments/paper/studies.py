@@ -140,7 +140,7 @@ _FAIR_ARMS = {
     ),
     "calibrated_50": Arm("calibrated, a worker at a quarter of its time", _workers(500, 10), data=_LARGE),
     "calibrated": Arm("calibrated, a worker and refresh", {}),
-    "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), context=True, data=_LARGE),
+    "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), data=_LARGE),
     "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2), data=_LARGE),
     "exact": Arm("oracle: every example scored before every step", _ORACLE, context=True, data=("digits",)),
 }
