@@ -1,4 +1,6 @@
-"""Four simulated CPU devices in every test process; programs compiled once are shared between tests and processes."""
+"""Four simulated CPU devices in every test process; programs compiled once are shared by all tests and processes."""
+
+import os
 
 import jax
 import pytest
@@ -10,5 +12,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp().parent / "compiled"  # under xdist, the parent is common to all processes
-    jax.config.update("jax_compilation_cache_dir", str(shared))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    options = {"jax_compilation_cache_dir": str(shared), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for option, value in options.items():
+        jax.config.update(option, value)
+        os.environ[option.upper()] = str(value)  # for the programs, notebooks and workers that tests start

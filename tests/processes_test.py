@@ -47,12 +47,11 @@ class Pair:
             flags = [f"--config.{name}={value}" for name, value in flatten(config).items() if value is not None]
             file = ROOT / "experiments" / "configs" / "digits.py"
             arguments = [f"--config={file}", f"--workdir={workdir}", *flags]
-            cache = jax.config.jax_compilation_cache_dir
-            process = victims.server().Process(target=victims.command, args=(arguments, log, port, cache))
+            process = victims.server().Process(target=victims.command, args=(arguments, log, port))
             process.start()
             self.processes.append(process)
 
-    def end(self, timeout=90):
+    def end(self, timeout=240):
         """Exit statuses."""
         for process in self.processes:
             process.join(timeout)
@@ -111,7 +110,7 @@ def test_a_signal_to_one_stops_both_and_a_death_ends_the_other(tmp_path):
     pair = Pair(workdir, **ENDLESS)
     pair.wait_for_checkpoint(workdir, after=stopped_at)
     pair.processes[1].kill()
-    assert pair.end(timeout=60) == [1, -signal.SIGKILL]
+    assert pair.end() == [1, -signal.SIGKILL]
     told = pair.logs[0].read_text()
     assert f"goes on from the checkpoint of step {stopped_at:,}" in told
     assert "error: process 0 of 2 cannot go on, most likely as another is gone" in told and "Traceback" not in told
@@ -124,7 +123,7 @@ def test_whatever_ends_one_ends_the_other(differ, tmp_path):
     if not differ:
         pair.wait_for_checkpoint(workdir)
         pair.processes[0].kill()
-    statuses = pair.end(timeout=120)
+    statuses = pair.end()
     assert 0 not in statuses
     if differ:
         assert (

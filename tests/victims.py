@@ -35,12 +35,12 @@ def server():
     return context
 
 
-def train(workdir, cache, begun, overrides):
+def train(workdir, begun, overrides):
     """Trains; sets the event `begun` when all is compiled or restored, and the first step is to come."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Reads compiled programs that others wrote, and leaves none half written.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     run = loop.run
 
     def run_and_tell(*arguments, **keywords):
@@ -51,12 +51,10 @@ def train(workdir, cache, begun, overrides):
     training.train(config(**overrides), workdir)
 
 
-def command(arguments, log, port, cache):
+def command(arguments, log, port):
     """The program with these arguments, its output in a file; beside that the history that it returns."""
     os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -168,7 +168,7 @@ def _architectures() -> dict[str, Arm]:
     }
     # Where the best rate lay at the end of the study's grid.
     rates = {
-        "convnet": (0.005, 0.01, 0.02),
+        "convnet": (0.0025, 0.005, 0.01, 0.02),
         "gru": (0.02, 0.05, 0.1, 0.2, 0.4),
         "transformer": (0.005, 0.01, 0.02, 0.05),
     }
