@@ -51,7 +51,7 @@ class Pair:
             process.start()
             self.processes.append(process)
 
-    def end(self, timeout=240):
+    def end(self, timeout=90):
         """Exit statuses."""
         for process in self.processes:
             process.join(timeout)
@@ -110,7 +110,7 @@ def test_a_signal_to_one_stops_both_and_a_death_ends_the_other(tmp_path):
     pair = Pair(workdir, **ENDLESS)
     pair.wait_for_checkpoint(workdir, after=stopped_at)
     pair.processes[1].kill()
-    assert pair.end() == [1, -signal.SIGKILL]
+    assert pair.end(timeout=60) == [1, -signal.SIGKILL]
     told = pair.logs[0].read_text()
     assert f"goes on from the checkpoint of step {stopped_at:,}" in told
     assert "error: process 0 of 2 cannot go on, most likely as another is gone" in told and "Traceback" not in told
@@ -123,7 +123,7 @@ def test_whatever_ends_one_ends_the_other(differ, tmp_path):
     if not differ:
         pair.wait_for_checkpoint(workdir)
         pair.processes[0].kill()
-    statuses = pair.end()
+    statuses = pair.end(timeout=120)
     assert 0 not in statuses
     if differ:
         assert (
