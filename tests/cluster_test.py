@@ -29,6 +29,8 @@ from tests.training_test import scores, smoke, without_time
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORKERS = 3
+# Ray has its workers give way to all else; here they are what is tested, beside other tests on as many cores.
+os.environ["RAY_worker_niceness"] = "0"
 
 
 @pytest.fixture(scope="module")
