@@ -1,5 +1,6 @@
 """A real Ray cluster on this machine: workers killed, machines that come and go, and whatever does not fit."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -19,6 +20,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError, loop, metrics, wiring
 from issgd_jax.cluster import machines
+from issgd_jax.cluster.crew import Crew
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.gradnorm import per_example_grad_norms
@@ -30,7 +32,7 @@ from tests.training_test import scores, smoke, without_time
 ROOT = pathlib.Path(__file__).parents[1]
 WORKERS = 3
 # Ray has its workers give way to all else; here they are what is tested, beside other tests on as many cores.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +296,32 @@ def test_a_worker_whose_code_fails_is_told_of_and_others_do_it(cluster, capsys):
         for round_ in pool.score_next(params, 0, num_rounds=pool.rounds_per_sweep):
             assert np.isfinite(round_.scores).all()
     assert "has failed to score, others try: OSError: the disk … is gone" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, monkeypatch):
+    """Red if a worker that is told to end while it learns something else goes on, and is waited for forever."""
+
+    async def ends_with_news(crew, worker):
+        crew._leases.join(worker)
+        waiting = asyncio.create_task(crew._next(worker))
+        await asyncio.sleep(0.01)
+        crew._tell()
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=10)
+        return waiting.cancelled()
+
+    async def dies_at_the_end(*_):
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise ray.exceptions.ActorDiedError
+
+    import ray
+
+    monkeypatch.setattr(Crew, "_serve", dies_at_the_end)
+    with start(lambda: make_work(37), num_workers=1) as pool:
+        assert asyncio.run_coroutine_threadsafe(ends_with_news(pool._crew, object()), pool._loop).result()
 
 
 COME_AND_GO = """

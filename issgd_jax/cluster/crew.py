@@ -196,6 +196,8 @@ class Crew:
                     for _ in range(LEASES_A_WORKER):
                         group.create_task(self._serve(slot, actor, worker))
             except ExceptionGroup as errors:  # of the first, which has ended the others
+                if asyncio.current_task().cancelling():  # before Python 3.13, a group forgets it over an error
+                    raise asyncio.CancelledError from errors
                 raise errors.exceptions[0] from None
         finally:
             self._leases.leave(worker)
@@ -258,8 +260,10 @@ class Crew:
 
     async def _next(self, worker) -> int:
         while (lease := self._leases.offer(worker, time.monotonic())) is None:
+            # Not wait_for: before Python 3.12 it forgets that it was cancelled if there is news at the same moment.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _LOOK_SECONDS)
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self._news.wait()
         return lease
 
     async def _score(self, slot: Slot, actor, worker, lease: int) -> tuple[int, np.ndarray]:
