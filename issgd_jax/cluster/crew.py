@@ -7,7 +7,7 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import jax
@@ -191,14 +191,7 @@ class Crew:
             await self._check(slot, actor)
             slot.alive, slot.problem = True, None
             self._leases.join(worker)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(LEASES_A_WORKER):
-                        group.create_task(self._serve(slot, actor, worker))
-            except ExceptionGroup as errors:  # of the first, which has ended the others
-                if asyncio.current_task().cancelling():  # before Python 3.13, a group forgets it over an error
-                    raise asyncio.CancelledError from errors
-                raise errors.exceptions[0] from None
+            raise await _first_error([self._serve(slot, actor, worker) for _ in range(LEASES_A_WORKER)])
         finally:
             self._leases.leave(worker)
             self._tell()
@@ -290,6 +283,21 @@ def _put(params):
     import ray
 
     return ray.put(jax.device_get(params))
+
+
+async def _first_error(endless: list[Coroutine]) -> BaseException:
+    """Of these, which only an error ends; the others end with it.
+
+    Neither TaskGroup nor gather: before Python 3.13 they forget that they were cancelled, over an error then.
+    """
+    tasks = [asyncio.create_task(one) for one in endless]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return done.pop().exception()
 
 
 def where(slot: Slot) -> str:
