@@ -1,10 +1,12 @@
 """Four simulated CPU devices in every test process; programs compiled once are shared by all tests and processes."""
 
 import os
+import signal
 
 import jax
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
