@@ -87,8 +87,7 @@ class Checkpoints:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: concurrent.futures.Future | None = None
         self.best_error = self._least_error()
-        for rest in self._folder.glob("making_*"):
-            shutil.rmtree(rest, ignore_errors=True)
+        self._remove_rests()
 
     def is_due(self, step: int) -> bool:
         """Whether the state at the beginning of this step is to be kept."""
@@ -147,6 +146,7 @@ class Checkpoints:
     def _write(self, step: int, make: Callable[[], Checkpoint | None], test_error: float | None) -> None:
         if self._path(step).is_dir():
             return
+        self._remove_rests()
         try:
             if checkpoint := make():
                 more = self._about | {"test_error": test_error}
@@ -161,6 +161,11 @@ class Checkpoints:
         for step in self.steps[: -self._keep]:
             if step != best:
                 shutil.rmtree(self._path(step))
+
+    def _remove_rests(self) -> None:
+        """Of writes that did not end; and of those that failed: threads of Orbax may write on for a moment."""
+        for rest in self._folder.glob("making_*"):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def _least_error(self) -> float:
         return min((error for _, error in self._errors()), default=math.inf)
@@ -182,6 +187,7 @@ class Checkpoints:
     def __exit__(self, *exception):
         self.wait()
         self._thread.shutdown()
+        self._remove_rests()
 
 
 @functools.cache

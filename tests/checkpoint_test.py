@@ -149,6 +149,23 @@ def test_an_error_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_what_comes_late_of_a_failed_write_is_removed(tmp_path):
+    """Orbax's threads may write on after the error. Red if their files stay for as long as the run."""
+
+    def comes_late():
+        (tmp_path / "making_step_0000000001" / "arrays").mkdir(parents=True)
+        return made(2)
+
+    with Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints:
+        checkpoints.save(1, lambda: 1 / 0)
+        checkpoints.save(2, comes_late)
+        checkpoints.save(3, made)
+        checkpoints.wait()
+        assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_0000000002", "step_0000000003"]
+        (tmp_path / "making_step_0000000004" / "arrays").mkdir(parents=True)
+    assert checkpoints.steps == [2, 3] and list(tmp_path.glob("making_*")) == []
+
+
 TORN_OFF = """
 import pathlib, resource, signal, sys
 from tests.checkpoint_test import made
