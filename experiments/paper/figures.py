@@ -166,7 +166,7 @@ def variance_figure(record: dict, arms: dict) -> Figure:
     """One panel an arm, all on one scale."""
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(4.2 * columns, 6.0), 3.6 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     figure.suptitle(_title(record), fontsize=10)
     for axis, arm in zip(axes, arms.values()):
