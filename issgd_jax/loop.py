@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from issgd_jax import learner, metrics, payoff, sampling, supervision
+from issgd_jax import metrics, sampling, supervision
 from issgd_jax.checkpoint import Checkpoints
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
+from issgd_jax.learning import learner, payoff
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
 from issgd_jax.run_state import RunState, snapshot

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from issgd_jax import learner, payoff
 from issgd_jax.checkpoint import Checkpoint
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import InputError
+from issgd_jax.learning import learner, payoff
+from issgd_jax.learning.variance import Moments
 from issgd_jax.metrics import say
 from issgd_jax.schedule import Round
-from issgd_jax.variance import Moments
 
 
 @dataclasses.dataclass

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import issgd_jax
-from issgd_jax import InputError, devices, learner
+from issgd_jax import InputError, devices
 from issgd_jax.calibrated import Calibrated
+from issgd_jax.learning import learner
 from issgd_jax.proposal import Mixture
 from tests.resume_test import arrays_of, check_same, rewind, small
 from tests.training_test import scores, smoke, without_time

@@ -37,9 +37,10 @@ def checkpoint_cost(num_pairs: int) -> dict:
     import numpy as np
     import optax
 
-    from issgd_jax import learner, losses, models, payoff, proposal
+    from issgd_jax import losses, models, proposal
     from issgd_jax.calibrated import Calibrated
     from issgd_jax.checkpoint import Checkpoints
+    from issgd_jax.learning import learner, payoff
     from issgd_jax.run_state import RunState, snapshot
 
     rng = np.random.default_rng(0)

@@ -111,7 +111,8 @@ def _without_gradient(config, parts):
     import jax
     import jax.numpy as jnp
 
-    from issgd_jax import learner, wiring
+    from issgd_jax import wiring
+    from issgd_jax.learning import learner
     from issgd_jax.problem import make_problem
 
     def given(params, step, drawn, gradient):

@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from issgd_jax import learner, sampling
-from issgd_jax.asgd import Learners, next_to_apply
+from issgd_jax import sampling
 from issgd_jax.calibrated import Calibrated
+from issgd_jax.learning import learner
+from issgd_jax.learning.asgd import Learners, next_to_apply
 from issgd_jax.proposal import Mixture, Uniform
-from tests.learner_test import BATCH_SIZE, NUM_EXAMPLES, full_gradient, per_example, problem, quadratic_loss, sampler_of
+from tests.learning.learner_test import (
+    BATCH_SIZE,
+    NUM_EXAMPLES,
+    full_gradient,
+    per_example,
+    problem,
+    quadratic_loss,
+    sampler_of,
+)
 
 SEED = 4
 

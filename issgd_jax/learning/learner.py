@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from issgd_jax import sampling, variance
+from issgd_jax import sampling
 from issgd_jax.gradnorm import value_grad_and_norms
+from issgd_jax.learning import variance
 from issgd_jax.store import NOBODY, Rejected, ScoreStore
 from issgd_jax.uniform import shuffled
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from issgd_jax.learner import Gradient, SamplerState, Stages, StepMetrics, TrainState
+from issgd_jax.learning.learner import Gradient, SamplerState, Stages, StepMetrics, TrainState
 
 
 def next_to_apply(begun: Sequence[int], ready: Sequence[bool], *, step: int, max_delay: int) -> int | None:

@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 from typing import NamedTuple
 
-from issgd_jax.variance import Moments
+from issgd_jax.learning.variance import Moments
 
 # Windows of each kind that are timed before the cost is known: the first few compile.
 IDLE_WINDOWS, ACTIVE_WINDOWS = 3, 5

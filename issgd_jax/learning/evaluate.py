@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from issgd_jax import sampling, variance
+from issgd_jax import sampling
+from issgd_jax.learning import variance
 
 # Examples in the forward pass at one time.
 CHUNK_SIZE = 512

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from issgd_jax import learner, sampling
+from issgd_jax import sampling
 from issgd_jax.calibrated import Calibrated
+from issgd_jax.learning import learner
 from issgd_jax.proposal import Mixture, Proportional, Uniform
 
 NUM_EXAMPLES, BATCH_SIZE = 23, 4

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from issgd_jax import variance
+from issgd_jax.learning import variance
 
 
 def gradients(num_examples, dimension=4, seed=0):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax import payoff, sampling, variance
-from issgd_jax.payoff import Payoff
-from issgd_jax.variance import Moments
+from issgd_jax import sampling
+from issgd_jax.learning import payoff, variance
+from issgd_jax.learning.payoff import Payoff
+from issgd_jax.learning.variance import Moments
 
 STEPS = 8  # of a window
 
