@@ -15,8 +15,8 @@ from issgd_jax import workdir as workdir_lib
 from issgd_jax.checkpoint import Checkpoint, Checkpoints
 from issgd_jax.config import flatten
 from issgd_jax.errors import InputError, NonFiniteLossError
-from issgd_jax.problem import explain_norms
 from issgd_jax.supervision import Supervision
+from issgd_jax.task.problem import explain_norms
 
 # Fields in which the processes of a learner may differ.
 _OWN = ("distributed.process_id", "data.dir", "log.", "checkpoint.")

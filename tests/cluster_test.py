@@ -24,8 +24,8 @@ from issgd_jax.cluster.crew import Crew
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.losses import example_loss
-from issgd_jax.models import MODELS
+from issgd_jax.task.losses import example_loss
+from issgd_jax.task.models import MODELS
 from tests.resume_test import arrays_of, check_same
 from tests.training_test import scores, smoke, without_time
 
@@ -356,7 +356,7 @@ def score(pool, sweeps):
             assert np.isfinite(round_.scores).all()
 
 import jax, jax.numpy as jnp
-from issgd_jax.models import MODELS
+from issgd_jax.task.models import MODELS
 params = MODELS["convnet"](3, channels=(4, 4), dense_size=8).init(jax.random.key(0), jnp.zeros((8, 8, 1)))
 with start(lambda: make_work(37), num_workers=None, reproducible=False) as pool:
     score(pool, 1)

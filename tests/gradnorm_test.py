@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from issgd_jax import losses, models
 from issgd_jax.gradnorm import explain, per_example_grad_norms, value_grad_and_norms
+from issgd_jax.task import losses, models
 
 SHAPES = {"mlp": (6, 5, 2), "convnet": (8, 8, 3), "gru": (7, 4, 1), "transformer": (8, 8, 1)}
 OPTIONS = {

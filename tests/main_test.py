@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from issgd_jax import config as config_lib
-from tests.data_test import SVHN
+from tests.task.data_test import SVHN
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))

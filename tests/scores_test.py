@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax import models, scores
-from issgd_jax.losses import example_loss
+from issgd_jax import scores
+from issgd_jax.task import models
+from issgd_jax.task.losses import example_loss
 
 NUM_CLASSES = 4
 

@@ -37,11 +37,12 @@ def checkpoint_cost(num_pairs: int) -> dict:
     import numpy as np
     import optax
 
-    from issgd_jax import losses, models, proposal
+    from issgd_jax import proposal
     from issgd_jax.calibrated import Calibrated
     from issgd_jax.checkpoint import Checkpoints
     from issgd_jax.learning import learner, payoff
     from issgd_jax.run_state import RunState, snapshot
+    from issgd_jax.task import losses, models
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (NUM_EXAMPLES, 32, 32, 3), np.uint8)

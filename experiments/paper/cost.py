@@ -113,7 +113,7 @@ def _without_gradient(config, parts):
 
     from issgd_jax import wiring
     from issgd_jax.learning import learner
-    from issgd_jax.problem import make_problem
+    from issgd_jax.task.problem import make_problem
 
     def given(params, step, drawn, gradient):
         del params

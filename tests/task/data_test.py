@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from issgd_jax import InputError, data
+from issgd_jax import InputError
+from issgd_jax.task import data
 
 SVHN = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
 TFDS_DIR = os.environ.get("TFDS_DATA_DIR", SVHN)
