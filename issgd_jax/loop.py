@@ -21,10 +21,10 @@ from issgd_jax.learning import learner, payoff
 from issgd_jax.metrics import say
 from issgd_jax.proposal import Uniform
 from issgd_jax.run_state import RunState, snapshot
-from issgd_jax.schedule import Round
+from issgd_jax.scoring.schedule import Round
+from issgd_jax.scoring.workers import WorkerPool
 from issgd_jax.store import Rejected
 from issgd_jax.supervision import Supervision
-from issgd_jax.workers import WorkerPool
 
 # Rounds lost one after the other, after which the workers are given up.
 MAX_FAILED_ROUNDS = 3

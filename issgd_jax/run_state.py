@@ -17,7 +17,7 @@ from issgd_jax.errors import InputError
 from issgd_jax.learning import learner, payoff
 from issgd_jax.learning.variance import Moments
 from issgd_jax.metrics import say
-from issgd_jax.schedule import Round
+from issgd_jax.scoring.schedule import Round
 
 
 @dataclasses.dataclass

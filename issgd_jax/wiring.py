@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import devices, loop, processes, proposal, sampling, schedule
+from issgd_jax import devices, loop, processes, proposal, sampling
 from issgd_jax.calibrated import Calibrated
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
@@ -19,9 +19,10 @@ from issgd_jax.errors import InputError
 from issgd_jax.learning import asgd, evaluate, learner
 from issgd_jax.learning import optimizer as optimizer_lib
 from issgd_jax.learning import payoff as payoff_lib
+from issgd_jax.scoring import schedule
+from issgd_jax.scoring.workers import WorkerPool
 from issgd_jax.task import data
 from issgd_jax.task.problem import Problem, gradient_norm, make_objective, make_problem, make_score_fn, minibatch_size
-from issgd_jax.workers import WorkerPool
 
 
 def make_parts(config: ConfigDict) -> loop.Parts:

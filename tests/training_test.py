@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import issgd_jax
 from experiments.configs import digits
 from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore, metrics
-from issgd_jax import scores as scores_lib
+from issgd_jax.scoring import scores as scores_lib
 
 REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples", "failed_rounds", "skipped_updates"}
 REQUIRED |= {"memory/resident_bytes"}

@@ -20,7 +20,7 @@ def measure_overlap() -> dict:
     import jax
     import jax.numpy as jnp
 
-    from issgd_jax.workers import WorkerPool
+    from issgd_jax.scoring.workers import WorkerPool
 
     seconds_a_chunk, rates, ready_after = 0.05, {}, []
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,7 @@ def measure_round() -> dict:
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
     from issgd_jax.learning import learner
-    from issgd_jax.workers import WorkerPool
+    from issgd_jax.scoring.workers import WorkerPool
 
     num_examples, chunk_size = 60_000, 250
     device = jax.devices()[0]

@@ -86,7 +86,7 @@ class Worker:
         return scores
 
     def _make_pool(self, shard: int):
-        from issgd_jax.workers import WorkerPool
+        from issgd_jax.scoring.workers import WorkerPool
 
         start, stop = self._layout.shard(shard)
         devices = self._work.devices[: stop - start]

@@ -9,10 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import devices
-from issgd_jax import scores as scores_lib
 from issgd_jax import uniform as uniform_lib
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
+from issgd_jax.scoring import scores as scores_lib
 from issgd_jax.task import data, losses, models
 
 # Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.workers import WorkerPool
+from issgd_jax.scoring.workers import WorkerPool
 from tests.gradnorm_test import loop, problem
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from issgd_jax.devices import put
-from issgd_jax.schedule import Round
+from issgd_jax.scoring.schedule import Round
 
 
 class WorkerPool:

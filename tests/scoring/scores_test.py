@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax import scores
+from issgd_jax.scoring import scores
 from issgd_jax.task import models
 from issgd_jax.task.losses import example_loss
 
