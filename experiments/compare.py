@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from issgd_jax import main as main_lib
 from issgd_jax import plots
-from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
-from issgd_jax.training import train
+from issgd_jax.run import workdir as workdir_lib
+from issgd_jax.run.training import train
 
 _ROWS = (
     ("training loss", "train/loss", "{:.5f}"),

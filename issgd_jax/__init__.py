@@ -1,48 +1,79 @@
 """Train on the examples that matter: distributed importance sampling for SGD in JAX.
 
-The pieces work alone and load when first used: importing this package imports nothing else.
+Public names load when they are first used: importing this package imports nothing else.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "train": "training",
-    "load": "data",
-    "Dataset": "data",
+if TYPE_CHECKING:
+    from issgd_jax import config as config
+    from issgd_jax import gradnorm as gradnorm
+    from issgd_jax import plots as plots
+    from issgd_jax import sampling as sampling
+    from issgd_jax.errors import BadScoreError as BadScoreError
+    from issgd_jax.errors import InputError as InputError
+    from issgd_jax.errors import NonFiniteLossError as NonFiniteLossError
+    from issgd_jax.errors import ProcessLostError as ProcessLostError
+    from issgd_jax.errors import StoppedError as StoppedError
+    from issgd_jax.gradnorm import explain as explain
+    from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
+    from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
+    from issgd_jax.run.metrics import read_metrics as read_metrics
+    from issgd_jax.run.training import train as train
+    from issgd_jax.sampling import Calibrated as Calibrated
+    from issgd_jax.sampling import Draw as Draw
+    from issgd_jax.sampling import Mixture as Mixture
+    from issgd_jax.sampling import Proportional as Proportional
+    from issgd_jax.sampling import ScoreStore as ScoreStore
+    from issgd_jax.sampling import Table as Table
+    from issgd_jax.sampling import Uniform as Uniform
+    from issgd_jax.sampling import build_table as build_table
+    from issgd_jax.sampling import draw as draw
+    from issgd_jax.sampling import uniform_table as uniform_table
+    from issgd_jax.scoring.scores import GradientNorm as GradientNorm
+    from issgd_jax.scoring.scores import PerExample as PerExample
+    from issgd_jax.scoring.scores import last_layer as last_layer
+    from issgd_jax.scoring.workers import WorkerPool as WorkerPool
+    from issgd_jax.task.data import Dataset as Dataset
+    from issgd_jax.task.data import load as load
+
+# Where each name is defined; a test holds this to the imports above.
+_MODULE_OF = {
+    "train": "run.training",
+    "read_metrics": "run.metrics",
+    "load": "task.data",
+    "Dataset": "task.data",
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
     "explain": "gradnorm",
-    "ScoreStore": "store",
-    "Uniform": "proposal",
-    "Proportional": "proposal",
-    "Mixture": "proposal",
-    "Calibrated": "calibrated",
-    "GradientNorm": "scores",
-    "PerExample": "scores",
-    "last_layer": "scores",
+    "ScoreStore": "sampling",
+    "Uniform": "sampling",
+    "Proportional": "sampling",
+    "Mixture": "sampling",
+    "Calibrated": "sampling",
     "Draw": "sampling",
     "Table": "sampling",
     "build_table": "sampling",
     "uniform_table": "sampling",
     "draw": "sampling",
-    "WorkerPool": "workers",
+    "GradientNorm": "scoring.scores",
+    "PerExample": "scoring.scores",
+    "last_layer": "scoring.scores",
+    "WorkerPool": "scoring.workers",
     "InputError": "errors",
     "NonFiniteLossError": "errors",
     "BadScoreError": "errors",
     "StoppedError": "errors",
     "ProcessLostError": "errors",
 }
-_MODULES = (
-    "calibrated", "checkpoint", "config", "data", "evaluate", "gradnorm", "learner", "losses", "metrics", "models",
-    "plots", "proposal", "sampling", "schedule", "scores", "store", "training", "variance", "wiring", "workdir",
-    "workers",
-)  # fmt: skip
-__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604
+_MODULES = ("config", "gradnorm", "plots", "sampling")
+__all__ = [*_MODULE_OF, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"issgd_jax.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"issgd_jax.{_MODULE_OF[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"issgd_jax.{name}")
     raise AttributeError(f"module 'issgd_jax' has no attribute {name!r}")

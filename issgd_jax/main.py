@@ -30,7 +30,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
     if not _WORKDIR.value:
         raise InputError("--workdir is empty: name a folder for the run")
-    from issgd_jax.training import train  # JAX and flax load only once the flags are right
+    from issgd_jax.run.training import train  # JAX and flax load only once the flags are right
 
     try:
         train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)

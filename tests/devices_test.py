@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import issgd_jax
 from issgd_jax import InputError, devices
-from issgd_jax.calibrated import Calibrated
 from issgd_jax.learning import learner
-from issgd_jax.proposal import Mixture
-from tests.resume_test import arrays_of, check_same, rewind, small
-from tests.training_test import scores, smoke, without_time
+from issgd_jax.sampling.calibrated import Calibrated
+from issgd_jax.sampling.proposal import Mixture
+from tests.run.resume_test import arrays_of, check_same, rewind, small
+from tests.run.training_test import scores, smoke, without_time
 
 NUM_EXAMPLES, BATCH_SIZE = 40, 12
 

@@ -78,11 +78,11 @@ def test_gradnorm_stands_alone():
 
 
 def test_plots_need_no_jax():
-    assert "jax" not in loaded_after("import issgd_jax.plots, issgd_jax.metrics")
+    assert "jax" not in loaded_after("import issgd_jax.plots, issgd_jax.run.metrics")
 
 
 def test_training_loads_no_tfds_or_tensorflow():
-    assert not loaded_after("import issgd_jax.training") & {"tensorflow_datasets", "tensorflow", "sklearn"}
+    assert not loaded_after("import issgd_jax.run.training") & {"tensorflow_datasets", "tensorflow", "sklearn"}
 
 
 def test_every_public_name_is_there():

@@ -8,8 +8,8 @@ import sys
 
 import jax
 
-from issgd_jax import loop, training
-from tests.training_test import smoke
+from issgd_jax.run import loop, training
+from tests.run.training_test import smoke
 
 _PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
 

@@ -127,7 +127,7 @@ def _wait_for_head(host: str, port: int) -> None:
 def _prepared(num_devices: int):
     """The digits experiment, free-running; its own pool is replaced."""
     from experiments.configs import digits
-    from issgd_jax import wiring
+    from issgd_jax.run import wiring
 
     config = digits.get_config()
     config.devices.host_platform_count = DEVICES + 1
@@ -146,7 +146,7 @@ def _run_for(
 
     import jax
 
-    from issgd_jax import loop, metrics, wiring
+    from issgd_jax.run import loop, metrics, wiring
 
     with jax.default_device(prepared.roles.learner):
         parts = wiring.build(dataclasses.replace(prepared, pool=pool))

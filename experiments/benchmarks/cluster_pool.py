@@ -53,11 +53,11 @@ def measure_round() -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from issgd_jax import proposal
-    from issgd_jax.calibrated import Calibrated
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
     from issgd_jax.learning import learner
+    from issgd_jax.sampling import proposal
+    from issgd_jax.sampling.calibrated import Calibrated
     from issgd_jax.scoring.workers import WorkerPool
 
     num_examples, chunk_size = 60_000, 250
@@ -105,11 +105,11 @@ def measure_database() -> dict:
     import jax
     import numpy as np
 
-    from issgd_jax import proposal
-    from issgd_jax.calibrated import Calibrated
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
     from issgd_jax.learning import learner
+    from issgd_jax.sampling import proposal
+    from issgd_jax.sampling.calibrated import Calibrated
 
     num_examples, chunk_size, num_workers = 10_000_000, 1_000_000, 2
     calibrated = jax.device_put(proposal.Mixture(Calibrated()))

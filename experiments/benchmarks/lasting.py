@@ -23,8 +23,8 @@ import time
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
-from issgd_jax.metrics import read_metrics
-from issgd_jax.workdir import versions
+from issgd_jax.run.metrics import read_metrics
+from issgd_jax.run.workdir import versions
 
 NUM_EXAMPLES, BATCH_SIZE, STEPS = 73_257, 128, 100
 SOAK_STEPS = 100_000
@@ -37,11 +37,11 @@ def checkpoint_cost(num_pairs: int) -> dict:
     import numpy as np
     import optax
 
-    from issgd_jax import proposal
-    from issgd_jax.calibrated import Calibrated
-    from issgd_jax.checkpoint import Checkpoints
     from issgd_jax.learning import learner, payoff
-    from issgd_jax.run_state import RunState, snapshot
+    from issgd_jax.run.checkpoint import Checkpoints
+    from issgd_jax.run.run_state import RunState, snapshot
+    from issgd_jax.sampling import proposal
+    from issgd_jax.sampling.calibrated import Calibrated
     from issgd_jax.task import losses, models
 
     rng = np.random.default_rng(0)

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio
-from issgd_jax import proposal
-from issgd_jax.calibrated import Calibrated
 from issgd_jax.learning import learner
+from issgd_jax.run.workdir import versions
+from issgd_jax.sampling import proposal
+from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.task import losses, models
-from issgd_jax.workdir import versions
 
 STEPS_PER_ROUND, CHUNK_SIZE = 32, 3 * 2048
 

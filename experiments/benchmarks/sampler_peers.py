@@ -17,7 +17,7 @@ from scipy import stats
 
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import sampling
-from issgd_jax.store import ScoreStore
+from issgd_jax.sampling.store import ScoreStore
 
 WRITTEN, DRAWN, BULK = 1024, 256, 100_000
 TORCH_LIMIT = 2**24

@@ -19,8 +19,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.paper import command, results, studies
-from issgd_jax import metrics
-from issgd_jax import workdir as workdir_lib
+from issgd_jax.run import metrics
+from issgd_jax.run import workdir as workdir_lib
 
 # Steps of a block, at least: enough that its beginning does not count.
 MIN_STEPS = 100
@@ -111,8 +111,8 @@ def _without_gradient(config, parts):
     import jax
     import jax.numpy as jnp
 
-    from issgd_jax import wiring
     from issgd_jax.learning import learner
+    from issgd_jax.run import wiring
     from issgd_jax.task.problem import make_problem
 
     def given(params, step, drawn, gradient):
@@ -131,7 +131,7 @@ class _Block:
     """The loop of one arm over a few rounds, each time from the start."""
 
     def __init__(self, config, *, with_gradient: bool = True):
-        from issgd_jax import wiring
+        from issgd_jax.run import wiring
 
         parts = dataclasses.replace(wiring.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
         self._parts = parts if with_gradient else _without_gradient(config, parts)
@@ -143,7 +143,7 @@ class _Block:
         import jax
         import jax.numpy as jnp
 
-        from issgd_jax import loop
+        from issgd_jax.run import loop
 
         # The loop's first step takes over the memory of what it starts with.
         train_state, sampler = jax.tree.map(jnp.copy, (self._parts.train_state, self._parts.sampler))

@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import sampling, wiring
+from issgd_jax import sampling
 from issgd_jax.errors import InputError
 from issgd_jax.learning import learner
+from issgd_jax.run import wiring
 from issgd_jax.task import problem as problem_lib
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.paper import runs, studies
-from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
+from issgd_jax.run import workdir as workdir_lib
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 CURVES = (

@@ -8,9 +8,9 @@ import warnings
 
 from ml_collections import ConfigDict
 
-from issgd_jax import metrics
-from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import InputError
+from issgd_jax.run import metrics
+from issgd_jax.run import workdir as workdir_lib
 
 # Nats: with less every example is fitted, and how much less would drown how fast it came.
 LEAST_LOSS = 1e-3

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from experiments.paper import command, runs, studies
 from issgd_jax import config as config_lib
-from issgd_jax import metrics
-from issgd_jax import workdir as workdir_lib
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
+from issgd_jax.run import metrics
+from issgd_jax.run import workdir as workdir_lib
 
 _AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: by memory, on a CPU at most 8.")
 
@@ -149,7 +149,7 @@ class _ArmSweep:
 
     @staticmethod
     def _train_alone(config: ConfigDict, folder: pathlib.Path) -> float:
-        from issgd_jax.training import train
+        from issgd_jax.run.training import train
 
         try:
             train(config, folder, overwrite=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from issgd_jax import workdir
 from issgd_jax.cluster.leases import Layout
+from issgd_jax.run import workdir
 
 _VERSIONS = ("python", "issgd-jax", "jax", "jaxlib")
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from issgd_jax import sampling
 from issgd_jax.gradnorm import value_grad_and_norms
 from issgd_jax.learning import variance
-from issgd_jax.store import NOBODY, Rejected, ScoreStore
-from issgd_jax.uniform import shuffled
+from issgd_jax.sampling.store import NOBODY, Rejected, ScoreStore
+from issgd_jax.sampling.uniform import shuffled
 
 # Draws that are uniform by epochs.
 EPOCHS = ("shuffled", "random_subset")

@@ -9,9 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import devices
-from issgd_jax import uniform as uniform_lib
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
+from issgd_jax.sampling import uniform as uniform_lib
 from issgd_jax.scoring import scores as scores_lib
 from issgd_jax.task import data, losses, models
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from issgd_jax import sampling
-from issgd_jax.calibrated import Calibrated
 from issgd_jax.learning import learner
 from issgd_jax.learning.asgd import Learners, next_to_apply
-from issgd_jax.proposal import Mixture, Uniform
+from issgd_jax.sampling.calibrated import Calibrated
+from issgd_jax.sampling.proposal import Mixture, Uniform
 from tests.learning.learner_test import (
     BATCH_SIZE,
     NUM_EXAMPLES,

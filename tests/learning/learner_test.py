@@ -7,9 +7,10 @@ import optax
 import pytest
 
 from issgd_jax import sampling
-from issgd_jax.calibrated import Calibrated
 from issgd_jax.learning import learner
-from issgd_jax.proposal import Mixture, Proportional, Uniform
+from issgd_jax.sampling import table as table_lib
+from issgd_jax.sampling.calibrated import Calibrated
+from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform
 
 NUM_EXAMPLES, BATCH_SIZE = 23, 4
 
@@ -149,7 +150,7 @@ def test_a_step_refreshes_the_scores_of_its_own_minibatch():
     )
 
 
-@pytest.mark.parametrize("draw", sampling.METHODS)
+@pytest.mark.parametrize("draw", table_lib.METHODS)
 @pytest.mark.parametrize(
     "proposal", [Mixture(Calibrated()), Proportional(0.1), Mixture(Proportional(0.0), 0.2)], ids=repr
 )

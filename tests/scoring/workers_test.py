@@ -7,7 +7,7 @@ import pytest
 
 from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.scoring.workers import WorkerPool
-from tests.gradnorm_test import loop, problem
+from tests.gradnorm.norms_test import loop, problem
 
 
 def make_pool(score_fn, examples, *, workers, chunk_size):

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from issgd_jax import InputError
 from issgd_jax.task import data
 
-SVHN = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
+SVHN = pathlib.Path(__file__).parents[3] / "shared" / "tfds"
 TFDS_DIR = os.environ.get("TFDS_DATA_DIR", SVHN)
 
 

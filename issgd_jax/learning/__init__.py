@@ -1,0 +1,1 @@
+"""One learner: the training step, asynchronous learners, the optimiser, and measurements of loss and variance."""

@@ -1,0 +1,203 @@
+"""What a run measures and shows: metrics.jsonl, TensorBoard events, a progress bar. Imports no jax."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import warnings
+
+from tqdm import tqdm
+
+from issgd_jax.errors import InputError
+from issgd_jax.run.workdir import METRICS_FILE
+
+
+def say(message: str) -> None:
+    """Tells the person at the terminal something, above the progress bar."""
+    tqdm.write(f"issgd_jax: {message}", file=sys.stderr)
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict]:
+    """Reads metrics.jsonl, {name: value} a row. A last line cut off by a crash is left out, with a warning.
+
+    Raises: InputError if any other line is not a row.
+    """
+    rows = []
+    lines = pathlib.Path(path).read_text(errors="replace").split("\n")
+    last = len(lines) - (not lines[-1])
+    for number, line in enumerate(lines[:last], start=1):
+        if row := _row(line):
+            rows.append(row)
+        elif number < last:
+            raise InputError(f"{path} line {number} is not a row of metrics: {line[:60]!r}")
+        else:
+            warnings.warn(f"{path}: last line {number} is cut off and left out", stacklevel=2)
+    return rows
+
+
+def _row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+class MetricsWriter:
+    """Writes rows of metrics as they are measured; a context manager.
+
+    A disk that is full or broken is told of; its rows wait, and are written with the next that can be.
+
+    last: the row written last. position: bytes of all rows so far.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, position: int = 0):
+        """position: where the rows of a run that goes on end; what comes after them is cut off.
+
+        Raises: InputError if the files cannot be written.
+        """
+        self._path, self._waiting = workdir / METRICS_FILE, b""
+        try:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
+            self._file.truncate(position)
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written ({error.strerror}): choose another --workdir") from error
+        self._written = position
+        rows = read_metrics(self._path)
+        self.last: dict | None = rows[-1] if rows else None
+        self._events = _Events(workdir) if tensorboard else None
+
+    @property
+    def position(self) -> int:
+        return self._written + len(self._waiting)
+
+    def write(self, row: dict) -> None:
+        """Appends one row: `step` and numbers. Values that are not finite cannot be JSON and are written as null."""
+        self.last = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._waiting += json.dumps(self.last).encode() + b"\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            say(f"the metrics of step {row['step']:,} cannot be written yet, training goes on: {error}")
+        if self._events:
+            self._events.add(self.last)
+
+    def _write_waiting(self) -> None:
+        """Whole lines or nothing: what a full disk took of a line is cut off again."""
+        try:
+            while self._waiting:
+                taken = self._file.write(self._waiting)
+                self._waiting = self._waiting[taken:]
+                self._written += taken
+        except OSError:
+            self._waiting = self._cut_line() + self._waiting
+            raise
+
+    def _cut_line(self) -> bytes:
+        """Takes an unfinished last line out of the file."""
+        with open(self._path, "rb") as file:
+            text = file.read()[: self._written]
+        end = text.rfind(b"\n") + 1
+        self._file.truncate(end)
+        self._written = end
+        return text[end:]
+
+    def to_disk(self) -> None:
+        """Settles what has been written, also if the power fails."""
+        with open(self._path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        try:
+            self._write_waiting()
+        except OSError as error:
+            raise InputError(
+                f"{self._path} lacks the last {len(self._waiting)} bytes of metrics ({error.strerror}): make room"
+            ) from error
+        finally:
+            self._file.close()
+            if self._events:
+                self._events.end()
+
+
+class _Events:
+    """TensorBoard events: the rows of metrics.jsonl once more; after an error, and when a run goes on, all anew."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir, self._writer = workdir, None
+
+    def add(self, row: dict) -> None:
+        """Adds a row that metrics.jsonl has already."""
+        try:
+            if self._writer is None:
+                self._begin()
+            else:
+                self._write(row)
+            self._writer.flush()
+        except OSError as error:
+            say(f"the TensorBoard events of step {row['step']:,} cannot be written yet, training goes on: {error}")
+            self.end()
+
+    def _begin(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        for old in self._workdir.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = EventsWriter(str(self._workdir / "events"))
+        for row in read_metrics(self._workdir / METRICS_FILE):
+            self._write(row)
+
+    def _write(self, row: dict) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step" and value is not None
+        ]
+        self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+
+    def end(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer:
+            with contextlib.suppress(OSError):  # told of when it was written
+                writer.close()
+
+
+class Progress:
+    """A progress bar over learner steps: rate, minibatch loss and the variance gain last measured."""
+
+    def __init__(self, steps: int, *, shown: bool, description: str, start: int = 0):
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=description,
+            unit="step",
+            disable=not shown,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        self._gain = ""
+
+    def step(self, loss: float) -> None:
+        """One step is done, with this minibatch loss."""
+        self._bar.set_postfix_str(f"loss={loss:.4f}{self._gain}", refresh=False)
+        self._bar.update()
+
+    def measured(self, row: dict) -> None:
+        """A row of metrics is there."""
+        if row.get("variance/gain") is not None:
+            self._gain = f", gain={row['variance/gain']:.2f}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._bar.close()

@@ -1,0 +1,162 @@
+"""`Calibrated`: from score and staleness to the gradient norm to be expected, learned from every re-scoring."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax.sampling.proposal import (
+    TINY,
+    Completion,
+    Proposal,
+    complete,
+    completion_of,
+    new_level,
+    relative,
+    thinned,
+)
+from issgd_jax.sampling.store import NEVER, ScoreStore
+
+
+class Calibration(NamedTuple):
+    """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
+
+    squares: f32[40, 12], sums of the new norm squared, in units of the level^2 of their time.
+    counts: f32[40, 12], how many.
+    level: f32[], see `new_level`: the unit of the score bins; 0 before.
+    """
+
+    squares: jax.Array
+    counts: jax.Array
+    level: jax.Array
+
+
+# Octaves of score, from 2^-28 to 2^12 of the level; octaves of staleness, from 1 to 2^11 steps and more.
+SCORE_BINS, STALENESS_BINS = 40, 12
+OCTAVES_BELOW_SCALE = 28
+# Pseudo-counts: how many re-scorings a cell (or a row) needs to outweigh its row (or the belief about it).
+SHRINKAGE = 16.0
+# The belief about a row: of so many examples all but one are as their score says, and one is as any other.
+DOUBT = 1 / 8
+
+
+class CalibratedBasis(NamedTuple):
+    """log_rms: f32[40, 12], see `_log_root_mean_squares`. level: f32[]."""
+
+    log_rms: jax.Array
+    level: jax.Array
+    completion: Completion
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calibrated(Proposal):
+    """Least variance for what is known of an example, its score and staleness: v = sqrt(E[norm^2 | score, staleness]).
+
+    Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this
+    v (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they
+    tell nothing, and by Jensen never worse than uniform. The conditional mean is measured: every re-scoring gives a
+    triple (old score, staleness, new norm), kept as averaged sums in a table of bins. A cell with little data leans on
+    its row (all stalenesses), and a row with little data on its score, with a doubt. Between the centres of score bins,
+    v is interpolated.
+
+    Alone it does not bound the importance weights: draw from `Mixture(Calibrated())`.
+
+    half_life: sweeps over the data after which an observation counts half.
+    """
+
+    half_life: float | jax.Array = 1.0
+
+    def init(self) -> Calibration:
+        bins = (SCORE_BINS, STALENESS_BINS)
+        return Calibration(
+            squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), level=jnp.float32(0)
+        )
+
+    def observe(
+        self,
+        state: Calibration,
+        basis: CalibratedBasis,
+        store: ScoreStore,
+        indices: jax.Array,
+        norm: jax.Array,
+        step: jax.Array,
+        importance_weights: jax.Array | float = 1.0,
+    ) -> Calibration:
+        """Adds the triples of new gradient norms f32[m], measured at `step`, for the examples `indices` i32[m].
+
+        First norms of an example, bad ones (NaN, infinite, negative) and indices outside [0, N) teach nothing.
+        Inside a bin all examples have the same v, so that the draw does not bias its mean: the weights are the level's.
+        """
+        del basis
+        num_examples = len(store)
+        indices, norm, importance_weights, each = thinned(indices, norm, importance_weights)
+        inside = (indices >= 0) & (indices < num_examples)
+        valid = inside & jnp.isfinite(norm) & (norm >= 0)
+        norm = jnp.where(valid, norm, 0)
+        level = new_level(state.level, norm, jnp.where(valid, each * importance_weights, 0), num_examples)
+        old_score, scored_at = store.at(jnp.clip(indices, 0, num_examples - 1))
+        staleness = step - scored_at
+        known = valid & (scored_at != NEVER) & (staleness > 0)
+        row = jnp.clip(jnp.floor(_octave(relative(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
+        column = _staleness_bin(staleness)
+        forget = 0.5 ** (each * jnp.sum(known) / (self.half_life * num_examples))
+        square = relative(norm, level) ** 2
+        # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
+        rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
+
+        def binned(values):
+            return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
+
+        return Calibration(
+            squares=forget * state.squares + binned(jnp.where(known, each * square, 0)),
+            counts=forget * state.counts + binned(each * known.astype(jnp.float32)),
+            level=level,
+        )
+
+    def basis(self, state: Calibration, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
+        level = jnp.where(state.level > 0, state.level, 1)
+        basis = CalibratedBasis(_log_root_mean_squares(state), level, Completion(*jnp.zeros(2)))
+        v = _calibrated(basis, store.score, step - store.scored_at)
+        return basis._replace(completion=completion_of(v, store.scored_at))
+
+    def v(self, basis: CalibratedBasis, score, scored_at, step) -> jax.Array:
+        v = _calibrated(basis, score, step - scored_at)
+        return complete(v, scored_at, basis.completion)
+
+
+def _log_root_mean_squares(state: Calibration) -> jax.Array:
+    """log2 sqrt(E[norm^2]) of each bin, in units of the level."""
+    centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
+    total = jnp.sum(state.counts)
+    of_any = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
+    belief = (1 - DOUBT) * centres**2 + DOUBT * of_any
+    row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), belief)
+    return 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
+
+
+def _calibrated(basis: CalibratedBasis, score, staleness) -> jax.Array:
+    """sqrt(E[norm^2 | score, staleness]) in units of the level, log-linear between centres of score bins."""
+    relative_score = score / basis.level
+    place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
+    row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
+    column = _staleness_bin(staleness)
+    low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
+    # A score of this very step is the norm itself: nothing to be learned about.
+    return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative_score)
+
+
+def _shrunk(total, count, prior):
+    """total / count, pulled to prior, arithmetically: better to draw too often from a doubtful cell than too rarely."""
+    return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
+
+
+def _octave(relative_score):
+    """Place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
+    return jnp.log2(jnp.maximum(relative_score, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
+
+
+def _staleness_bin(staleness):
+    octave = jnp.log2(jnp.maximum(staleness, 1).astype(jnp.float32))
+    return jnp.clip(octave.astype(jnp.int32), 0, STALENESS_BINS - 1)

@@ -1,0 +1,260 @@
+"""The score database: one flat array on the learner's device."""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from issgd_jax.devices import memory_bytes
+from issgd_jax.errors import InputError
+from issgd_jax.sampling import kernels
+
+NEVER = -1  # scored_at of an example that has no score yet
+NOBODY = -1  # index of no example
+MAX_STEP = 2**30  # steps are below it
+BYTES_AN_EXAMPLE = 8
+
+
+class Rejected(NamedTuple):
+    """Scores that did not enter a store. count: i32[]. index: i32[], the largest among the examples of the last
+    write that had any; -1 = none."""
+
+    count: jax.Array
+    index: jax.Array
+
+    @classmethod
+    def none(cls) -> "Rejected":
+        return cls(jnp.int32(0), jnp.int32(NOBODY))
+
+    def then(self, later: "Rejected") -> "Rejected":
+        """Both together."""
+        return Rejected(self.count + later.count, jnp.where(later.count > 0, later.index, self.index))
+
+
+class Histogram(NamedTuple):
+    """counts: int64[bins]. edges: f64[bins + 1], equally spaced in the logarithm. zeros: scores of exactly 0."""
+
+    counts: np.ndarray
+    edges: np.ndarray
+    zeros: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoreStore:
+    """The last known gradient norm of every example and the age of the parameters that gave it: 8 bytes an example.
+
+    score: f32[N], the paper's probability weight; finite and >= 0, and 0 where never scored.
+    scored_at: i32[N], learner step of those parameters, below 2^30; -1 = never scored.
+    """
+
+    score: jax.Array
+    scored_at: jax.Array
+
+    @classmethod
+    def init(cls, num_examples: int) -> "ScoreStore":
+        """An empty store: nothing scored yet.
+
+        Raises: ValueError if num_examples < 1; InputError, with the bytes needed, if the device cannot hold them.
+        """
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be >= 1, got {num_examples}")
+        _check_memory(num_examples)
+        return cls(
+            score=jnp.zeros(num_examples, jnp.float32),
+            scored_at=jnp.full(num_examples, NEVER, jnp.int32),
+        )
+
+    def __len__(self) -> int:
+        return self.score.shape[0]
+
+    def write(self, indices: jax.Array, score: jax.Array, step: jax.Array) -> tuple["ScoreStore", Rejected]:
+        """Stores `score` f32[m] for the examples `indices` i32[m], measured with the parameters of `step`; O(m).
+
+        Returns the new store and the scores rejected because they were NaN, infinite or negative: these leave the store
+        as it was. Indices outside [0, N) are padding and ignored. A measurement with older parameters never replaces
+        one with newer, in whatever order rounds arrive. Of an index that occurs twice, the last valid score is kept.
+        """
+        arrays = self.score, self.scored_at
+        args = *arrays, indices, score.astype(jnp.float32), jnp.asarray(step, jnp.int32)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        results = *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), number, number
+        *arrays, count, index = kernels.on_cpu("write_scores", plain_write, results, *args, aliases={0: 0, 1: 1})
+        return ScoreStore(*arrays), Rejected(count, index)
+
+    def at(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(score, scored_at) of the examples `indices` i32[m], all in [0, N); O(m)."""
+        results = tuple(jax.ShapeDtypeStruct(indices.shape, x.dtype) for x in (self.score, self.scored_at))
+        # XLA's CPU backend takes a look into a large array for a large task, and wakes all threads for it.
+        return kernels.on_cpu("read_scores", plain_read, results, self.score, self.scored_at, indices)
+
+    def check(self, indices, score) -> None:
+        """The strict mode, on the host, for the arguments of `write`.
+
+        Raises: ValueError that names the first examples whose scores are NaN, infinite or negative, or the first
+        indices outside [0, N), or the shapes if they differ.
+        """
+        indices, score = np.asarray(indices), np.asarray(score)
+        if indices.shape != score.shape or indices.ndim != 1:
+            raise ValueError(f"need indices and scores of one shape [m], got {indices.shape} and {score.shape}")
+        outside = (indices < 0) | (indices >= len(self))
+        if np.any(outside):
+            raise ValueError(f"indices must lie in [0, {len(self)}), got {_some(indices[outside])}")
+        bad = ~(np.isfinite(score) & (score >= 0))
+        if np.any(bad):
+            pairs = _some([f"{value} of example {index}" for index, value in zip(indices[bad], score[bad])])
+            raise ValueError(f"scores must be finite and >= 0, got {pairs}")
+
+    @property
+    def scored(self) -> jax.Array:
+        """bool[N]: True where a score is known."""
+        return self.scored_at != NEVER
+
+    def staleness(self, step: jax.Array) -> jax.Array:
+        """i32[N]: learner steps since the parameters that gave each score; `step + 1` where never scored."""
+        return step - self.scored_at
+
+    def append(self, num_examples: int) -> "ScoreStore":
+        """A store of as many more examples, never scored, after the others. Raises ValueError if num_examples < 0."""
+        if num_examples < 0:
+            raise ValueError(f"num_examples must be >= 0, got {num_examples}")
+        return self if num_examples == 0 else jax.tree.map(lambda *x: jnp.concatenate(x), self, self.init(num_examples))
+
+    def remove(self, indices) -> tuple["ScoreStore", np.ndarray]:
+        """A store without some examples, and i64[N']: the old index of each example that is left, in the old order.
+
+        Raises: ValueError if an index is outside [0, N), or no example would be left.
+        """
+        indices = np.unique(np.asarray(indices, np.int64))
+        outside = (indices < 0) | (indices >= len(self))
+        if np.any(outside):
+            raise ValueError(f"indices must lie in [0, {len(self)}), got {_some(indices[outside])}")
+        kept = np.setdiff1d(np.arange(len(self)), indices)
+        if not len(kept):
+            raise ValueError(f"all {len(self)} examples would be removed: leave at least one")
+        return jax.tree.map(lambda x: x[kept], self), kept
+
+    def merge(self, other: "ScoreStore") -> "ScoreStore":
+        """Of two stores of the same examples, the newer score of each; this one's where they are of the same step.
+
+        Raises: ValueError if the stores differ in size.
+        """
+        if len(self) != len(other):
+            raise ValueError(f"stores must have as many examples, got {len(self)} and {len(other)}: append or remove")
+        return jax.tree.map(lambda x, y: jnp.where(other.scored_at > self.scored_at, y, x), self, other)
+
+    def hardest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(indices i64[k], scores f32[k]) of the largest scores, largest first; fewer if fewer are scored.
+
+        Raises: ValueError if k < 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be >= 1, got {k}")
+        score = np.where(np.asarray(self.scored), np.asarray(self.score), -1)
+        k = min(k, int(np.sum(score >= 0)))
+        largest = np.argpartition(-score, min(k, len(score) - 1))[:k]
+        largest = largest[np.argsort(-score[largest], kind="stable")]
+        return largest, score[largest]
+
+    def histogram(self, bins: int = 40) -> Histogram:
+        """How the known scores are spread. Raises ValueError if bins < 1 or nothing is scored."""
+        score = np.asarray(self.score)[np.asarray(self.scored)]
+        if bins < 1 or not len(score):
+            raise ValueError(f"need bins >= 1 and at least one score, got {bins} bins and {len(score)} scores")
+        positive = score[score > 0].astype(np.float64)
+        low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+        edges = np.geomspace(low, high if high > low else 2 * low, bins + 1)
+        edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
+        return Histogram(np.histogram(positive, edges)[0], edges, int(np.sum(score == 0)))
+
+    def class_mass(self, labels, num_classes: int) -> np.ndarray:
+        """f64[num_classes], each class's share of the sum of the known scores; sums to 1, or all 0 without scores.
+
+        labels: i32[N] in [0, num_classes). Raises ValueError if they are not.
+        """
+        labels = np.asarray(labels)
+        if labels.shape != self.score.shape or labels.min() < 0 or labels.max() >= num_classes:
+            found = f"shape {labels.shape}, {labels.min()} to {labels.max()}"
+            raise ValueError(f"need {len(self)} labels in [0, {num_classes}), got {found}")
+        mass = np.bincount(labels, np.asarray(self.score, np.float64), minlength=num_classes)
+        return mass / mass.sum() if mass.sum() > 0 else mass
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes both arrays to a `.npz` file, which is there as a whole or not at all."""
+        path = pathlib.Path(path)
+        new = path.with_name(path.name + ".new")
+        with open(new, "wb") as file:
+            np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "ScoreStore":
+        """Reads what `save` wrote. Raises InputError if the file is missing, cut off, or holds anything else."""
+        try:
+            with open(path, "rb") as file, np.load(file) as arrays:
+                score, scored_at = arrays["score"], arrays["scored_at"]
+        except Exception as error:  # a broken archive fails in a dozen ways, from zlib's to the parser of headers
+            raise InputError(f"{path} is not a file of scores ({error!r}): use what ScoreStore.save wrote") from error
+        is_store = score.dtype == np.float32 and scored_at.dtype == np.int32 and score.ndim == 1 and len(score)
+        if not is_store or score.shape != scored_at.shape:
+            raise InputError(
+                f"{path} holds score {score.dtype}{score.shape} and scored_at {scored_at.dtype}{scored_at.shape}: "
+                "expected f32[N] and i32[N]"
+            )
+        outside = (scored_at < NEVER) | (scored_at >= MAX_STEP)
+        if np.any(outside):
+            raise InputError(
+                f"{path}: scored_at must be -1 (never) or a step in [0, {MAX_STEP}), got {_some(scored_at[outside])}"
+            )
+        store = cls(score=jnp.asarray(score), scored_at=jnp.asarray(scored_at))
+        try:
+            store.check(np.arange(len(score)), score)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+        return store
+
+
+def plain_read(score, scored_at, indices):
+    """`ScoreStore.at` in plain JAX."""
+    return score[indices], scored_at[indices]
+
+
+def plain_write(score, scored_at, indices, new_score, step):
+    """`ScoreStore.write` in plain JAX: (score, scored_at, count and index of those rejected)."""
+    num_examples = score.size
+    inside = (indices >= 0) & (indices < num_examples)
+    valid = jnp.isfinite(new_score) & (new_score >= 0)
+    newer = step >= scored_at[jnp.where(inside, indices, 0)]
+    target = jnp.where(inside & valid & newer, indices, num_examples)
+    # A scatter may take duplicates in any order. So each first leaves its place in scored_at, where the largest
+    # wins; only the winners then write.
+    place = MAX_STEP + jnp.arange(indices.size, dtype=jnp.int32)
+    contest = scored_at.at[target].max(place, mode="drop")
+    won = contest[jnp.where(inside, indices, 0)] == place
+    target = jnp.where(won, target, num_examples)
+    bad = inside & ~valid
+    return (
+        score.at[target].set(new_score, mode="drop"),
+        contest.at[target].set(step, mode="drop"),
+        jnp.sum(bad, dtype=jnp.int32),
+        jnp.max(jnp.where(bad, indices, NOBODY), initial=NOBODY),
+    )
+
+
+def _some(values, limit: int = 5) -> str:
+    """The first values, and how many more there are."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more
+
+
+def _check_memory(num_examples: int) -> None:
+    device = jax.config.jax_default_device or jax.devices()[0]
+    limit = memory_bytes(device)
+    needed = BYTES_AN_EXAMPLE * num_examples
+    if needed > limit:
+        raise InputError(
+            f"a store of {num_examples:,} examples needs {needed:,} bytes, but {device} has {limit:,}: split the data"
+        )

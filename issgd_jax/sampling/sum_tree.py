@@ -1,0 +1,162 @@
+"""A tree of partial sums over the leaves v: a changed leaf changes one sum a level, a draw walks down from the root.
+
+All levels lie in one flat array, leaves first, each padded with zeros to a multiple of 16; every sum is that of 16
+children, added pair by pair: k and k + 8, then k and k + 4, and so on. Sums are f32 and made anew from their children,
+never changed by a difference, so that no error grows; positions have twice the digits of f32, so that there is no
+rounding over millions of terms, and a leaf of zero is never drawn.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from issgd_jax.sampling import double_float, kernels
+from issgd_jax.sampling.double_float import Double
+
+# Children of a node: 64 bytes, a line of a processor's cache.
+RADIX = 16
+BITS = RADIX.bit_length() - 1
+# Plain JAX makes a level anew as a whole if it has fewer nodes than this multiple of what is written.
+DENSE = 16
+
+
+def build(values: jax.Array) -> jax.Array:
+    """The tree of the leaves f32[N], N >= 1: f32[M], M about N 16 / 15; O(N)."""
+    levels = []
+    for _ in _starts(values.size)[:-1]:
+        levels.append(jnp.pad(values, (0, -values.size % RADIX)))
+        values = _sum_children(levels[-1].reshape(-1, RADIX))
+    return jnp.concatenate(levels)
+
+
+def total(sums: jax.Array) -> jax.Array:
+    """f32[]: the sum of all leaves."""
+    return _sum_children(sums[-RADIX:])
+
+
+def write(sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves: int, keep_zeros=False) -> jax.Array:
+    """The tree with `values` f32[m] as the leaves `indices` i32[m]; O(m log N).
+
+    Indices outside [0, num_leaves) are ignored; where one occurs twice, its value must be the same both times.
+    keep_zeros: bool[], whether leaves of zero stay zero.
+    """
+    result = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
+    args = sums, indices, values.astype(jnp.float32), jnp.asarray(keep_zeros)
+    return kernels.on_cpu("write_tree", plain_write, result, *args, aliases={0: 0}, num_leaves=np.int64(num_leaves))
+
+
+def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, count=None):
+    """(leaves i32[B], their values f32[B]) in proportion to the values; O(B log N).
+
+    count: None for independent draws with replacement; else i32[] <= B: so many at equal spacing over the leaves in a
+    random order (another in every node), equal ones side by side; the places after them repeat the last.
+    """
+    results = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
+    count, equally_spaced = (batch_size, False) if count is None else (count, True)
+    plain = functools.partial(plain_draw, impl=jax.random.key_impl(key), batch_size=batch_size)
+    args = jax.random.key_data(key), sums, jnp.asarray(count, jnp.int32)
+    attributes = {"num_leaves": np.int64(num_leaves), "equally_spaced": np.bool_(equally_spaced)}
+    if not kernels.has_words_of(key):
+        return plain(*args, **attributes)
+    return kernels.on_cpu("draw_leaves", plain, results, *args, **attributes)
+
+
+def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zeros: jax.Array, *, num_leaves: int):
+    """`write` in plain JAX."""
+    inside = (indices >= 0) & (indices < num_leaves)
+    node = jnp.where(inside, indices, 0)
+    values = jnp.where(keep_zeros & (sums[node] == 0), 0, values)
+    starts = _starts(num_leaves)
+    for start, end in itertools.pairwise(starts):
+        sums = sums.at[jnp.where(inside, start + node, sums.size)].set(values, mode="drop")
+        if end - start <= DENSE * indices.size:
+            return jax.lax.dynamic_update_slice(sums, build(sums[start:end]), (start,))
+        node = node // RADIX
+        values = _sum_children(_children(sums, start + RADIX * node))
+    return sums
+
+
+def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
+    """`draw` in plain JAX."""
+    starts = _starts(num_leaves)
+    num_positions = 1 if equally_spaced else batch_size
+    words = jax.random.bits(jax.random.wrap_key_data(key_data, impl=impl), (num_positions + len(starts) - 1, 2))
+    position = _unit(*words[:num_positions].T)
+    if equally_spaced:
+        place = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
+        position = double_float.add(position, Double(place, jnp.zeros_like(place)))
+    root = total(sums)
+    position = double_float.multiply(position, root / count if equally_spaced else root)
+    first = jnp.asarray(starts[-2::-1], jnp.int32)
+
+    def descend(depth, state):
+        node, position, sum_ = state
+        multiplier, offset = words[num_positions + depth]
+        mirrored = (multiplier * node.astype(jnp.uint32) + offset) >> (32 - BITS)
+        parts = [_children(sums, first[depth] + RADIX * node).T]
+        while len(parts[0]) > 2:
+            parts.insert(0, parts[0][: len(parts[0]) // 2] + parts[0][len(parts[0]) // 2 :])
+        branch = jnp.zeros_like(node)
+        for bit, values in enumerate(parts):
+            left, right = _at(values, branch), _at(values, branch + 2**bit)
+            to_right, position, sum_ = _choose_half(left, right, position, sum_, (mirrored >> bit) & 1 > 0)
+            branch += to_right * 2**bit
+        return RADIX * node + branch, position, sum_
+
+    node = jnp.zeros(batch_size, jnp.int32)
+    state = node, position, jnp.full(batch_size, root)
+    node, _, values = jax.lax.fori_loop(0, len(starts) - 1, descend, state)
+    return node, values
+
+
+def _starts(num_leaves: int) -> list[int]:
+    """Where each level starts, leaves first, and the end of the last, which is one node's children."""
+    starts, size = [0], num_leaves
+    while len(starts) == 1 or size > 1:
+        size = -(-size // RADIX)
+        starts.append(starts[-1] + RADIX * size)
+    return starts
+
+
+def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
+    """f32[m, 16] that stand at starts i32[m]."""
+    return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
+
+
+def _sum_children(children: jax.Array) -> jax.Array:
+    """f32[..., 16] -> f32[...]."""
+    parts = [children[..., k] for k in range(RADIX)]  # XLA vectorizes over nodes
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [x + y for x, y in zip(parts[:half], parts[half:])]
+    return parts[0]
+
+
+def _unit(high: jax.Array, low: jax.Array) -> Double:
+    """Two random words -> uniform in [0, 1), with 48 bits."""
+    high, low = ((word >> 8).astype(jnp.float32) for word in (high, low))
+    return double_float.two_sum(high * 2.0**-24, low * 2.0**-48)
+
+
+def _at(values: jax.Array, place: jax.Array) -> jax.Array:
+    """values f32[K, B], place i32[B] -> f32[B]."""
+    return functools.reduce(lambda x, k: jnp.where(place == k, values[k], x), range(1, len(values)), values[0])
+
+
+def _choose_half(left, right, position: Double, sum_, mirrored) -> tuple[jax.Array, Double, jax.Array]:
+    """Whether the position in [0, sum_) lies in the right one of two halves, its place there, and that half's sum.
+
+    The smaller half always has the end that the position is counted from: its share is then as exact as its sum is,
+    however small it is beside the other.
+    """
+    from_end = double_float.subtract(Double(sum_, jnp.zeros_like(sum_)), position)
+    position = jax.tree.map(lambda x, y: jnp.where(mirrored, x, y), from_end, position)
+    smaller = Double(jnp.minimum(left, right), jnp.zeros_like(left))
+    in_smaller = ~double_float.less_equal(smaller, position) & (smaller.high > 0)
+    beyond = double_float.subtract(position, smaller)
+    position = jax.tree.map(lambda x, y: jnp.where(in_smaller, x, y), position, beyond)
+    to_right = in_smaller == (right < left)
+    return to_right, position, jnp.where(to_right, right, left)

@@ -1,0 +1,107 @@
+"""Uniform minibatches, as fast to draw as weighted ones: a slow uniform draw would flatter importance sampling."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from issgd_jax.sampling import kernels
+
+# A random subset is one example in so many, and serves for so many epochs.
+SUBSET = 3
+# Rounds of the shuffle: four make a network of random functions random; small ones mix less, so twice as many.
+FEISTEL_ROUNDS = 8
+
+
+def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:
+    """i32[B], each example as likely as any other up to `N / 2^64`; N < 2^31.
+
+    method: "systematic", one from each of B equal parts; "independent", with replacement; "without_replacement", every
+    subset as likely as any other.
+    """
+    if method == "without_replacement":
+        return _draw_subset(key, num_examples, batch_size)
+    plain = functools.partial(plain_draw, impl=jax.random.key_impl(key), batch_size=batch_size)
+    attributes = {"num_examples": np.int64(num_examples), "in_parts": np.bool_(method == "systematic")}
+    if not kernels.has_words_of(key):
+        return plain(jax.random.key_data(key), **attributes)
+    result = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return kernels.on_cpu("draw_uniform", plain, result, jax.random.key_data(key), **attributes)
+
+
+def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int, subset: bool = False) -> jax.Array:
+    """i32[B]: minibatch `step` i32[] of shuffled epochs, in which no example occurs twice; O(B), without state.
+
+    Each epoch has an order of its own, and leaves out the N modulo B examples that come last in it. subset: epochs are
+    those of a random third of the examples, and after three of them of another.
+
+    Raises: ValueError if batch_size exceeds N, or its third with subset.
+    """
+    size = num_examples // SUBSET if subset else num_examples
+    if batch_size > size:
+        raise ValueError(f"an epoch of {size} examples has no minibatch of {batch_size}: lower it")
+    batches = size // batch_size
+    epoch = step // batches
+    place = step % batches * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    place = _shuffle(jax.random.fold_in(key, epoch), place, size)
+    if not subset:
+        return place
+    return _shuffle(jax.random.fold_in(jax.random.fold_in(key, SUBSET), epoch // SUBSET), place, num_examples)
+
+
+def _shuffle(key: jax.Array, place: jax.Array, size: int) -> jax.Array:
+    """Where each place in [0, size) goes in a random order: a Feistel network, walked until it leads inside."""
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    mask = jnp.uint32(2**half - 1)
+    words = jax.random.bits(key, (FEISTEL_ROUNDS,))
+
+    def network(x):
+        left, right = x >> half, x & mask
+        for word in words:
+            left, right = right, left ^ (_mixed(right ^ word) & mask)
+        return left << half | right
+
+    def walk(x):
+        return jnp.where(x < size, x, network(x))
+
+    walked = jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, network(place.astype(jnp.uint32)))
+    return walked.astype(jnp.int32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Every bit of a word spread over all (the finalizer of MurmurHash3, Appleby 2011)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def plain_draw(key_data, *, num_examples: int, in_parts: bool, impl, batch_size: int) -> jax.Array:
+    """`draw`, but for subsets, in plain JAX."""
+    cell = _random_below(jax.random.wrap_key_data(key_data, impl=impl), int(num_examples), batch_size)
+    if not in_parts:
+        return cell
+    # Of the N * B cells of a line, example n owns B and part b owns N: one cell from each part.
+    starts = np.arange(batch_size, dtype=np.int64) * num_examples
+    return (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
+
+
+def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Array:
+    """i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits."""
+    high, low = jax.random.bits(key, (2, size))
+    limit = jnp.full(size, limit, jnp.uint32)
+    middle = high * limit
+    carry = (middle + jax.lax.mulhi(low, limit) < middle).astype(jnp.uint32)
+    return (jax.lax.mulhi(high, limit) + carry).astype(jnp.int32)
+
+
+def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Floyd's algorithm (Bentley and Floyd 1987)."""
+    last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    candidate = _random_below(key, last + 1, batch_size)
+
+    def choose(i, chosen):
+        is_taken = jnp.any(chosen == candidate[i])
+        return chosen.at[i].set(jnp.where(is_taken, last[i], candidate[i]))
+
+    return jax.lax.fori_loop(0, batch_size, choose, jnp.full(batch_size, -1, jnp.int32))

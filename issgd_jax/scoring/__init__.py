@@ -1,0 +1,1 @@
+"""Scores of the training examples, and the workers that compute them."""

@@ -1,0 +1,393 @@
+"""A real Ray cluster on this machine: workers killed, machines that come and go, and whatever does not fit."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+
+import issgd_jax
+from issgd_jax import InputError
+from issgd_jax.cluster import machines
+from issgd_jax.cluster.crew import Crew
+from issgd_jax.cluster.pool import ClusterPool
+from issgd_jax.cluster.worker import Work
+from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.run import loop, metrics, wiring
+from issgd_jax.task.losses import example_loss
+from issgd_jax.task.models import MODELS
+from tests.run.resume_test import arrays_of, check_same
+from tests.run.training_test import scores, smoke, without_time
+
+ROOT = pathlib.Path(__file__).parents[2]
+WORKERS = 3
+# Ray has its workers give way to all else; here they are what is tested, beside other tests on as many cores.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this machine alone, which all tests share."""
+    with machines.connected("local"):
+        yield
+
+
+def small(**overrides):
+    fixed = {
+        "cluster__address": "local",
+        "cluster__workers": WORKERS,
+        "devices__workers": 1,
+        "devices__host_platform_count": 1,
+        "model__mlp__hidden_sizes": (16,),
+        "schedule__steps_per_round": 4,
+        "schedule__score_delay": 8,
+    }
+    return smoke(**fixed | overrides)
+
+
+def ray_processes(name, of=None):
+    """Of the cluster that this process, or another, has started."""
+    for process in psutil.Process(of).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                yield process
+
+
+def workers():
+    return {process.pid for process in ray_processes("ray::Worker")}
+
+
+class Killer:
+    """Stands between the loop and its step, and kills workers with signal 9: so many at each of these steps."""
+
+    def __init__(self, train_step, plan, others, seed=0):
+        """others: workers of another run, about to end."""
+        self._others = others
+        self._train_step, self._plan, self._rng = train_step, dict(plan), random.Random(seed)
+        self.step, self.killed = 0, []
+
+    def __call__(self, *arguments, **keywords):
+        number = self._plan.get(self.step, 0)
+        if number:
+            # Not only between two rounds.
+            time.sleep(self._rng.uniform(0, 0.05))
+            for process in self._rng.sample(self._workers(at_least=number), number):
+                os.kill(process, signal.SIGKILL)
+                self.killed.append(process)
+        self.step += 1
+        return self._train_step(*arguments, **keywords)
+
+    def _workers(self, at_least):
+        for _ in range(600):
+            if len(found := list(workers() - self._others - set(self.killed))) >= at_least:
+                return sorted(found)
+            time.sleep(0.1)
+        raise TimeoutError(f"{at_least} workers")
+
+
+def make_work(num_examples, size=8):
+    """A ConvNet on noise, the same on every machine."""
+
+    def loss_fn(params, image, label):
+        return example_loss(model.apply(params, image), label)
+
+    def load(first, last):
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(num_examples, size, size, 1)).astype(np.float32)
+        labels = rng.integers(0, 3, num_examples).astype(np.int32)
+        return images[first:last], labels[first:last]
+
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", 2)
+    model = MODELS["convnet"](3, channels=(4, 4), dense_size=8)
+    return Work(per_example_grad_norms(loss_fn), load, num_examples, tuple(jax.local_devices()[:2]))
+
+
+def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path):
+    """The program itself, with a cluster of its own; what it leaves behind is no process."""
+    command = [
+        sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py:smoke", f"--workdir={tmp_path}",
+        "--config.cluster.address=local", "--config.cluster.workers=1", "--config.devices.host_platform_count=1",
+        "--config.devices.workers=1", "--config.schedule.name=free_running",
+    ]  # fmt: skip
+    process = subprocess.Popen([*command, "--config.steps=1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    places = {place.laddr for one in processes for place in one.net_connections() if place.status == "LISTEN"}
+    assert places and all(place.ip.endswith("127.0.0.1") for place in places), places
+    (raylet,) = ray_processes("raylet", process.pid)
+    address = next(x.removeprefix("--gcs-address=") for x in raylet.cmdline() if x.startswith("--gcs-address="))
+    command_of_status = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--address={address}"]
+    with_token = os.environ | {"RAY_AUTH_MODE": "token"}  # as Ray asks for, where the address is not found by itself
+    status = subprocess.run(command_of_status, cwd=ROOT, env=with_token, capture_output=True, text=True, check=False)
+    assert status.returncode == 0 and "worker 0" in status.stdout and "leases:" in status.stdout, status
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told
+    step = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
+    again = subprocess.run(
+        [*command, f"--config.steps={step + 20}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert again.returncode == 0 and f"goes on from the checkpoint of step {step:,}" in again.stderr, again.stderr
+
+
+def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster):
+    num_examples = 37
+    work = make_work(num_examples)
+    images, labels = work.load(0, num_examples)
+    params = MODELS["convnet"](3, channels=(4, 4), dense_size=8).init(jax.random.key(0), jnp.asarray(images[0]))
+    expected = np.asarray(work.score_fn(params, images, labels))
+    pool = ClusterPool(
+        lambda: make_work(num_examples), num_examples=num_examples, chunk_size=5, num_workers=2, params_bytes=1000
+    )
+    with pool:
+        found, times = np.full(num_examples, np.nan), np.zeros(num_examples, int)
+        for round_ in pool.score_next(params, 7, num_rounds=pool.rounds_per_sweep):
+            assert round_.step == 7 and round_.num_examples == 10
+            np.add.at(times, round_.indices, 1)
+            found[round_.indices] = round_.scores
+        status = pool.status()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert times.min() >= 1
+    assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_dropped"] == 0
+    assert status["bytes_in"] == 4 * times.sum()
+    assert [worker["devices"] for worker in status["workers"]] == [["cpu", "cpu"]] * 2
+
+
+def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, tmp_path, monkeypatch):
+    """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
+    config = small(steps=100, eval_every=20, checkpoint__every_steps=50)
+    undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
+    killers, make_train_step, others = [], wiring.make_train_step, workers()
+
+    def make_killer(*arguments, **keywords):
+        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}, others))
+        return killers[0]
+
+    monkeypatch.setattr(wiring, "make_train_step", make_killer)
+    disturbed = issgd_jax.train(config, tmp_path / "disturbed")
+    assert len(set(killers[0].killed)) == 6
+    assert without_time(disturbed) == without_time(undisturbed)
+    np.testing.assert_array_equal(scores(tmp_path / "disturbed"), scores(tmp_path / "undisturbed"))
+    check_same(tmp_path / "disturbed", 100, arrays_of(tmp_path / "undisturbed", 100))
+
+
+def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
+    """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
+    others = workers()
+    prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running"))
+    with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+        parts = wiring.build(prepared)
+        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, others)
+        entered, last = [], {}
+
+        def train_step(state, sampler, proposal, examples, *, uniform):
+            with jax.transfer_guard("allow"):  # what a test reads between two steps, the loop itself must not
+                v, scored_at = np.asarray(sampler.table.v()), np.asarray(sampler.store.scored_at)
+                state, sampler, found = killer(state, sampler, proposal, examples, uniform=uniform)
+                expected = v.mean(dtype=np.float64) / v[np.asarray(found.minibatch.indices)]
+                np.testing.assert_allclose(np.asarray(found.minibatch.importance_weights), expected, rtol=1e-4)
+                entered.append(int(scored_at.max()))
+                last["params"] = jax.device_get(state.params)
+            status = pool.status()
+            if len(killer.killed) == 6 and all(worker["alive"] for worker in status["workers"]):
+                last.setdefault("back", (status["leases_done"], len(entered)))
+            if "back" in last and status["leases_done"] > last["back"][0] + 5 * WORKERS:
+                raise StopIteration
+            return state, sampler, found
+
+        plan = loop.Plan(10**6, 10**6, 4, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
+        checked = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
+        with pytest.raises(StopIteration):
+            loop.run(checked, plan, writer)
+        status = pool.status()
+    dead, back = entered.index(entered[-1]), last["back"][1]
+    assert sum(worker["restarts"] for worker in status["workers"]) == 6
+    assert back - 120 > 40 and dead > back  # steps without anybody, and scores after that
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(last["params"]))
+    assert status["leases_done"] + status["leases_out"] + status["leases_waiting"] == pool._next_lease
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster can be reached at cluster.address '127.0.0.1:1'"),
+        ("nowhere.invalid:6379", "no Ray cluster can be reached at cluster.address 'nowhere.invalid:6379'"),
+        ("127.0.0.1:99999", "no Ray cluster can be reached"),
+        ("locale", "cluster.address must be local, auto or HOST:PORT, got 'locale'"),
+    ],
+)
+def test_an_address_that_cannot_be_reached(address, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(InputError, match=message):
+        issgd_jax.train(small(cluster__address=address), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"cluster.address is 'local', which needs Ray .* 'issgd-jax\[cluster\]'"):
+        issgd_jax.train(small(), tmp_path)
+
+
+def start(make, **arguments):
+    fixed = {"num_examples": 37, "chunk_size": 5, "num_workers": 2}
+    return ClusterPool(make, **fixed | arguments)
+
+
+def without_data():
+    raise InputError("fashion_mnist is not at /data as array_record")
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (without_data, {}, "machine .* cannot do the work: InputError: fashion_mnist is not at /data"),
+        (
+            lambda: make_work(36),
+            {},
+            "machine .* has 36 training examples where the learner has 37: give it",
+        ),
+        (make_work, {"params_bytes": 10**15}, "object store of machine .* has .* bytes, but two copies .* need"),
+    ],
+)
+def test_a_machine_that_does_not_fit_is_named_before_training(cluster, make, arguments, message):
+    with pytest.raises(InputError, match=message), start(make, **arguments):
+        pass
+
+
+def test_a_chunk_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"chunk_size must be between 1 and 37 \(all examples\), got 38"):
+        start(make_work, chunk_size=38)
+    with pytest.raises(InputError, match=r"\(all examples\), got 1201 \(see --config.workers.chunk_size"):
+        wiring.prepare(small(workers__chunk_size=1201))
+
+
+def test_a_worker_whose_code_fails_is_told_of_and_others_do_it(cluster, capsys):
+    """Red if an error in a worker's own code ends the run, or is not told."""
+
+    def make():
+        work = make_work(37)
+        first = []
+
+        def load(*rows):
+            if rows[0] == 0 and not first:
+                first.append(rows)
+                raise OSError("the disk\nis gone")
+            return work.load(*rows)
+
+        return dataclasses.replace(work, load=load)
+
+    params = MODELS["convnet"](3, channels=(4, 4), dense_size=8).init(jax.random.key(0), jnp.zeros((8, 8, 1)))
+    with start(make) as pool:
+        for round_ in pool.score_next(params, 0, num_rounds=pool.rounds_per_sweep):
+            assert np.isfinite(round_.scores).all()
+    assert "has failed to score, others try: OSError: the disk … is gone" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(120)
+def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, monkeypatch):
+    """Red if a worker that is told to end while it learns something else goes on, and is waited for forever."""
+
+    async def ends_with_news(crew, worker):
+        crew._leases.join(worker)
+        waiting = asyncio.create_task(crew._next(worker))
+        await asyncio.sleep(0.01)
+        crew._tell()
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=10)
+        return waiting.cancelled()
+
+    async def dies_at_the_end(*_):
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            raise ray.exceptions.ActorDiedError
+
+    import ray
+
+    monkeypatch.setattr(Crew, "_serve", dies_at_the_end)
+    with start(lambda: make_work(37), num_workers=1) as pool:
+        assert asyncio.run_coroutine_threadsafe(ends_with_news(pool._crew, object()), pool._loop).result()
+
+
+COME_AND_GO = """
+import os, pathlib, sys, time
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+import numpy as np, ray
+from ray.cluster_utils import Cluster
+from issgd_jax.cluster import machines
+from issgd_jax.errors import InputError
+from tests.cluster.pool_test import make_work, start
+
+class Node:
+    def __init__(self, **options):
+        self.node = cluster.add_node(num_cpus=1, **options)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+ray.init(cluster.address, namespace=machines.NAMESPACE, log_to_driver=False, logging_level="ERROR")
+other = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": sys.argv[1]})
+cluster.wait_for_nodes()
+try:
+    with start(lambda: make_work(37), num_workers=None):
+        raise AssertionError("another version of jax is accepted")
+except InputError as error:
+    print(error)
+cluster.remove_node(other)
+first = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+
+def score(pool, sweeps):
+    for _ in range(sweeps):
+        for round_ in pool.score_next(params, 0, num_rounds=pool.rounds_per_sweep):
+            assert np.isfinite(round_.scores).all()
+
+import jax, jax.numpy as jnp
+from issgd_jax.task.models import MODELS
+params = MODELS["convnet"](3, channels=(4, 4), dense_size=8).init(jax.random.key(0), jnp.zeros((8, 8, 1)))
+with start(lambda: make_work(37), num_workers=None, reproducible=False) as pool:
+    score(pool, 1)
+    assert len(pool.status()["workers"]) == 1
+    second = cluster.add_node(num_cpus=1)
+    while sum(worker["leases"] > 0 for worker in pool.status()["workers"]) < 2:
+        score(pool, 1)
+    cluster.remove_node(first)
+    while len(pool.status()["workers"]) > 1:
+        score(pool, 1)
+    score(pool, 2)
+    assert [worker["worker"] for worker in pool.status()["workers"]] == ["worker 1"]
+print("survived")
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_machines_come_and_go_and_one_with_another_jax_is_refused(tmp_path):
+    """Each a Ray node of its own. Red if one that joins is not used, or one that leaves is waited for."""
+    (tmp_path / "jax-0.0.1.dist-info").mkdir()
+    (tmp_path / "jax-0.0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 0.0.1\n")
+    done = subprocess.run(
+        [sys.executable, "-c", COME_AND_GO, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("survived\n"), done
+    assert f"has jax 0.0.1 where the learner has {jax.__version__}: install the same on all machines" in done.stdout
+    assert "is gone: its machine has left the cluster" in done.stderr

@@ -1,0 +1,182 @@
+"""Real processes, killed at random moments, stopped by signals, stalled, or two where one belongs."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import issgd_jax
+from issgd_jax import InputError
+from issgd_jax.run import checkpoint, metrics
+from issgd_jax.run.supervision import Supervision
+from issgd_jax.run.workdir import locked
+from tests import victims
+from tests.run.resume_test import arrays_of, check_same, steps_of
+from tests.run.training_test import read_events, scores, without_time
+
+ROOT = pathlib.Path(__file__).parents[2]
+KILLS = 25  # in each of four tests, which run side by side
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("reference")
+    history = issgd_jax.train(victims.config(), workdir)
+    return without_time(history), scores(workdir), arrays_of(workdir, 200)
+
+
+def check_whole(workdir, reference):
+    """Bit by bit the run that was never stopped: rows, events, scores, parameters; and nothing left over."""
+    history, known, last = reference
+    rows = metrics.read_metrics(workdir / "metrics.jsonl")
+    assert without_time(rows) == history
+    (events,) = workdir.glob("events.out.tfevents.*")
+    assert [step for step, _ in read_events(events)["train/loss"]] == [row["step"] for row in rows]
+    np.testing.assert_array_equal(scores(workdir), known)
+    check_same(workdir, 200, last)
+    assert len(steps_of(workdir)) <= 3 and not list(workdir.rglob("making_*")) and not list(workdir.rglob("*.new"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments_and_gone_on_bit_by_bit(seed, reference, tmp_path):
+    """kill -9; red if anything is lost, doubled or differs in a bit afterwards."""
+    rng, context = random.Random(seed), victims.server()
+    runs, kills, during_a_write = 0, 0, 0
+    while kills < KILLS:
+        workdir = tmp_path / str(runs)
+        begun = context.Event()
+        process = context.Process(target=victims.train, args=(workdir, begun, {}))
+        process.start()
+        moment = rng.random()
+        if moment < 0.2:  # while it starts
+            process.join(rng.uniform(0, 2.5))
+        else:
+            assert begun.wait(120)
+            if moment < 0.4:  # while it writes
+                while process.is_alive() and not any((workdir / "checkpoints").glob("making_*")):
+                    time.sleep(0.001)
+            else:
+                process.join(rng.uniform(0, 1.5))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            during_a_write += any((workdir / "checkpoints").glob("making_*"))
+        else:
+            assert process.exitcode == 0
+        if process.exitcode == 0 or kills == KILLS:
+            issgd_jax.train(victims.config(), workdir)
+            check_whole(workdir, reference)
+            runs += 1
+    assert during_a_write > 0
+
+
+def program(workdir, *arguments):
+    command = [sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py:smoke"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, tmp_path):
+    arguments = ("--config.steps=1000000", "--config.checkpoint.every_steps=1000000", "--config.eval_every=1000000")
+    process = program(tmp_path, *arguments)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, told
+    (step,) = steps_of(tmp_path)
+    assert f"stopped by {number.name} at step {step:,}; the same command goes on from the checkpoint" in told
+    assert "Traceback" not in told and step > 0
+    again = program(tmp_path, *arguments[1:], f"--config.steps={step + 10}")
+    _, told = again.communicate(timeout=120)
+    assert again.returncode == 0 and f"goes on from the checkpoint of step {step:,} of {step + 10:,}" in told, told
+
+
+def test_two_programs_on_one_folder(tmp_path):
+    """The lock dies with its owner, also by kill -9."""
+    first = program(tmp_path, "--config.steps=1000000")
+    wait_for(tmp_path / "metrics.jsonl", first)
+    second = program(tmp_path)
+    _, told = second.communicate(timeout=120)
+    assert second.returncode == 1 and f"is in use by process {first.pid} on " in told and "Traceback" not in told
+    with pytest.raises(InputError, match=f"is in use by process {first.pid}"), locked(tmp_path):
+        pass
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    third = program(tmp_path, "--overwrite")
+    _, told = third.communicate(timeout=120)
+    assert third.returncode == 0, told
+
+
+def test_the_heartbeat_tells_the_last_finished_step(tmp_path):
+    before = time.time()
+    issgd_jax.train(victims.config(steps=20), tmp_path)
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert beat["step"] == 20 and beat["process"] == os.getpid() and before < beat["at"] <= time.time()
+
+
+def test_a_stall_is_told_with_the_stacks_of_all_threads(tmp_path, capsys):
+    def stalled_in_here(seconds):
+        time.sleep(seconds)
+
+    with Supervision(tmp_path, watchdog_seconds=0.2) as watch:
+        watch.finished(41)
+        stalled_in_here(1.0)
+        told = capsys.readouterr().err
+        assert "no step has finished for 0.2 s since step 41" in told and "stalled_in_here" in told
+        assert told.count("no step has finished") == 1  # once a stall
+        assert (tmp_path / "watchdog.txt").read_text() in told
+        for step in range(42, 50):
+            watch.finished(step)
+            time.sleep(0.1)
+        assert "no step" not in capsys.readouterr().err
+        stalled_in_here(0.5)
+        assert "since step 49" in capsys.readouterr().err
+
+
+def test_signals_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Supervision(tmp_path, watchdog_seconds=60) as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_its_steps(reference, tmp_path, capsys):
+    issgd_jax.train(victims.config(), tmp_path)
+    newest = tmp_path / "checkpoints" / "step_0000000200"
+    path = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    text = bytearray(path.read_bytes())
+    text[len(text) // 2] ^= 4
+    path.write_bytes(text)
+    issgd_jax.train(victims.config(), tmp_path)
+    told = capsys.readouterr().err
+    assert "checkpoint of step 200 cannot be used" in told and "goes on from the checkpoint of step 196" in told
+    check_whole(tmp_path, reference)
+    assert checkpoint.read(newest).state["step"] == 200

@@ -1,0 +1,462 @@
+"""Whole runs on real digits: schedules, reproducibility, devices, bad numbers and bad input."""
+
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import issgd_jax
+from experiments.configs import digits
+from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore
+from issgd_jax.run import metrics
+from issgd_jax.scoring import scores as scores_lib
+
+REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples", "failed_rounds", "skipped_updates"}
+REQUIRED |= {"memory/resident_bytes"}
+REQUIRED |= {f"{split}/{kind}" for split in ("train", "test") for kind in ("loss", "error")}
+REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain", "equivalent_batch")}
+SCORES = {
+    f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")
+}
+
+
+def smoke(**overrides) -> ConfigDict:
+    config = digits.get_config("smoke")
+    config.log.progress = False
+    config.log.tensorboard = False
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+@pytest.fixture
+def compilations():
+    """The programs that are compiled, or read from the cache of compiled programs, while a test runs."""
+    events = []
+
+    def listen(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k not in ("wall_seconds", "memory/resident_bytes")} for row in history]
+
+
+def scores(workdir):
+    store = ScoreStore.load(workdir / "scores.npz")
+    return np.asarray(store.score), np.asarray(store.scored_at)
+
+
+@pytest.mark.parametrize("schedule", ["exact", "relaxed", "free_running"])
+@pytest.mark.parametrize("proposal", ["proportional", "mixture", "calibrated"])
+def test_every_schedule_with_every_proposal(schedule, proposal, tmp_path):
+    config = smoke(schedule__name=schedule, proposal__name=proposal, steps=12, eval_every=6)
+    history = issgd_jax.train(config, tmp_path)
+    assert [row["step"] for row in history] == [0, 6, 12]
+    assert all(row.keys() == REQUIRED | SCORES for row in history)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    assert history[-1]["learner_examples"] == 12 * 32
+    if schedule == "exact":
+        assert history[-1]["worker_examples"] == 12 * 1200
+        assert history[-1]["scores/scored_fraction"] == 1
+        assert history[1]["scores/staleness_max"] == 0 and history[-1]["scores/staleness_max"] == 1
+    if schedule == "relaxed":  # rounds of 300 at steps 0, 4, 8; each enters 4 steps later
+        assert history[-1]["worker_examples"] == 2 * 300
+        assert history[-1]["scores/staleness_max"] == 12
+
+
+def test_the_exact_schedule_draws_from_the_ideal_proposal_at_every_step(tmp_path):
+    """Red if the monitor pairs the parameters of one step with the probabilities of another."""
+    config = smoke(schedule__name="exact", steps=6, eval_every=1, proposal__uniform_fraction=0.0)
+    config.monitor.examples = 1200
+    *history, last = issgd_jax.train(config, tmp_path)
+    for row in history:
+        np.testing.assert_allclose(row["variance/actual"], row["variance/ideal"], rtol=1e-3)
+        assert row["variance/ideal"] < row["variance/uniform"]
+        assert row["scores/staleness_max"] == 0 and row["scores/scored_fraction"] == 1
+    assert last["scores/staleness_max"] == 1  # after the last step nothing is scored any more
+
+
+def test_leaving_old_scores_out_is_measured_too(tmp_path):
+    history = issgd_jax.train(smoke(proposal__name="proportional", proposal__max_staleness=8), tmp_path)
+    assert all(row["variance/actual"] > 0 and np.isfinite(row["variance/gain"]) for row in history)
+    assert history[-1]["variance/gain"] > 0
+
+
+def test_uniform_has_no_workers_and_no_scores(tmp_path):
+    history = issgd_jax.train(smoke(proposal__name="uniform"), tmp_path)
+    assert all(row.keys() == REQUIRED for row in history)
+    assert all(row["worker_examples"] == 0 and row["variance/gain"] == 1 for row in history)
+    assert all(row["variance/actual"] == row["variance/uniform"] for row in history)
+    assert not (tmp_path / "scores.npz").exists()
+
+
+def test_off_is_uniform(tmp_path):
+    off, uniform = (
+        without_time(issgd_jax.train(smoke(**which), tmp_path / name))
+        for name, which in (("off", {"proposal__when": "off"}), ("uniform", {"proposal__name": "uniform"}))
+    )
+    assert off == uniform
+
+
+@pytest.mark.parametrize("workers", [True, False])
+def test_auto_stays_while_it_pays_and_leaves_and_returns_where_it_does_not(workers, tmp_path):
+    """With a given cost, bit by bit the run without auto where that pays."""
+    choices = {"steps": 160, "eval_every": 4, "workers__enabled": workers}
+    always = without_time(issgd_jax.train(smoke(**choices), tmp_path / "on"))
+    choices["proposal__when"] = "auto"
+    paying = without_time(issgd_jax.train(smoke(proposal__cost=0.0, **choices), tmp_path / "paying"))
+    assert all(row["payoff/active"] == 1 for row in paying)
+    assert [{k: v for k, v in row.items() if not k.startswith("payoff/")} for row in paying] == always
+    dear = [issgd_jax.train(smoke(proposal__cost=1e9, **choices), tmp_path / name) for name in "ab"]
+    assert without_time(dear[0]) == without_time(dear[1])
+    active = np.array([row["payoff/active"] for row in dear[0][:-1]])
+    assert active[0] == 1 and {(1, 0), (0, 1)} <= set(itertools.pairwise(active))
+    # While idle, what is measured are the uniform draws made, not those that the proposal would have made.
+    assert all((row["variance/gain"] == 1) == (row["payoff/active"] == 0) for row in dear[0][1:])
+    scored = np.array([row["worker_examples"] for row in dear[0]])
+    idle = (active == 0) & np.r_[False, (active == 0)[:-1]]  # one round may still be on its way
+    assert np.all(np.diff(scored)[idle] == 0) and (scored[-1] > 0) == workers
+
+
+def test_auto_measures_its_cost(tmp_path):
+    history = issgd_jax.train(smoke(steps=80, eval_every=40, proposal__when="auto"), tmp_path)
+    assert history[0]["payoff/cost"] is None and history[0]["payoff/active"] == 0
+    assert history[-1]["payoff/cost"] > 0 and history[-1]["worker_examples"] > 0
+
+
+def test_importance_sampling_lowers_the_variance(tmp_path):
+    history = issgd_jax.train(smoke(steps=120, eval_every=20), tmp_path)
+    assert all(row["variance/ideal"] <= row["variance/actual"] * 1.05 for row in history)
+    assert history[-1]["variance/gain"] > 1.2
+
+
+@pytest.mark.parametrize("proposal", ["proportional", "calibrated", "uniform"])
+def test_same_seed_and_delay_are_bit_equal(proposal, tmp_path):
+    config = smoke(proposal__name=proposal)
+    a, b = (without_time(issgd_jax.train(config, tmp_path / name)) for name in "ab")
+    assert a == b
+    if proposal != "uniform":
+        for x, y in zip(scores(tmp_path / "a"), scores(tmp_path / "b"), strict=True):
+            np.testing.assert_array_equal(x, y)
+    other = without_time(issgd_jax.train(smoke(proposal__name=proposal, seed=1), tmp_path / "c"))
+    assert other != a
+
+
+def test_four_devices_and_one_agree_to_rounding(tmp_path):
+    four = issgd_jax.train(smoke(), tmp_path / "four")
+    one = smoke(devices__workers=1, devices__host_platform_count=1, workers__chunk_size=300)
+    one = issgd_jax.train(one, tmp_path / "one")
+    for a, b in zip(without_time(four), without_time(one), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(scores(tmp_path / "four")[0], scores(tmp_path / "one")[0], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["convnet", "gru", "transformer"])
+def test_every_model_trains(model, tmp_path):
+    config = smoke(model__name=model, steps=8, eval_every=8, learner__optimizer="adam", learner__learning_rate=0.003)
+    config.workers.chunk_size = 50
+    history = issgd_jax.train(config, tmp_path)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr_schedule"),
+    [("sgd", "cosine"), ("sgd", "linear"), ("adamw", "linear"), ("rmsprop", "cosine"), ("lion", "constant")],
+)
+def test_optimizers_and_schedules_of_optax(optimizer, lr_schedule, tmp_path):
+    config = smoke(steps=3, eval_every=3, proposal__name="uniform")
+    config.learner.optimizer, config.learner.lr_schedule, config.learner.learning_rate = optimizer, lr_schedule, 0.001
+    assert np.isfinite(issgd_jax.train(config, tmp_path)[-1]["train/loss"])
+
+
+def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
+    real = scores_lib.GradientNorm
+    calls = []
+
+    def sometimes_bad(loss_fn, microbatch_size):
+        norms_fn = real(loss_fn, microbatch_size)
+        calls.append(loss_fn)
+        if len(calls) > 1:  # the monitor's own
+            return norms_fn
+        bad = jnp.array([jnp.nan, jnp.inf, 1.0, 1.0])
+        return lambda params, *batch: norms_fn(params, *batch) * bad[jnp.arange(batch[1].shape[0]) % 4]
+
+    monkeypatch.setattr(scores_lib, "GradientNorm", sometimes_bad)
+    history = issgd_jax.train(smoke(), tmp_path)
+    assert len(calls) == 2
+    score, scored_at = scores(tmp_path)
+    assert np.all(np.isfinite(score)) and history[-1]["scores/rejected"] == 9 * 150
+    assert 0 < np.mean(scored_at >= 0) < 1
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    calls.clear()
+    with pytest.raises(BadScoreError, match=r"score\(s\) were NaN, infinite or negative up to step 20, .* example \d+"):
+        issgd_jax.train(smoke(workers__strict=True), tmp_path, overwrite=True)
+
+
+def test_the_learner_scores_what_it_trains_on(tmp_path):
+    # One round in all, of a quarter of the examples: every other score is the learner's own.
+    few = {"steps": 20, "eval_every": 20, "schedule__steps_per_round": 1000}
+    for refresh in (True, False):
+        workdir = tmp_path / str(refresh)
+        history = issgd_jax.train(smoke(learner__refresh=refresh, **few), workdir)
+        _, scored_at = scores(workdir)
+        assert (np.max(scored_at) == 19) == refresh and np.sum(scored_at == 0) > 0
+        assert history[-1]["scores/rejected"] == 0
+
+
+def test_the_equivalent_batch_is_the_gain_in_examples(tmp_path):
+    row = issgd_jax.train(smoke(), tmp_path)[-1]
+    np.testing.assert_allclose(row["variance/equivalent_batch"], 32 * row["variance/gain"], rtol=1e-6)
+
+
+def test_without_workers_the_learner_alone_gives_scores(tmp_path):
+    config = smoke(workers__enabled=False, steps=100, eval_every=20, monitor__examples=1200)
+    history = issgd_jax.train(config, tmp_path)
+    assert all(row["worker_examples"] == 0 for row in history)
+    fractions = [row["scores/scored_fraction"] for row in history]
+    assert fractions[0] == 0 and fractions == sorted(fractions) and fractions[-1] > 0.5
+    assert history[-1]["variance/gain"] > 1.2
+    np.testing.assert_allclose(np.mean(scores(tmp_path)[1] >= 0), fractions[-1], rtol=1e-6)
+
+
+def test_scores_age_while_no_round_enters(tmp_path):
+    """Red if a proposal that waits for its workers draws by what it knew when it last heard of them."""
+    few = {"steps": 70, "eval_every": 20, "schedule__score_delay": 60}
+    waiting = issgd_jax.train(smoke(**few), tmp_path / "waiting")
+    alone = issgd_jax.train(smoke(**few, workers__enabled=False), tmp_path / "alone")
+    assert without_time(waiting)[:3] == without_time(alone)[:3]
+    assert waiting[-1]["worker_examples"] > 0
+
+
+@pytest.mark.parametrize("score", ["last_layer", "loss"])
+def test_other_scores_lower_the_variance_too(score, tmp_path):
+    history = issgd_jax.train(smoke(workers__score=score, steps=60, eval_every=60), tmp_path)
+    found, scored_at = scores(tmp_path)
+    assert history[-1]["variance/gain"] > 1.05 and np.all(scored_at >= 0)
+    assert score == "loss" or np.max(found) <= np.sqrt(2)
+
+
+@pytest.mark.parametrize("draw", ["independent", "without_replacement"])
+def test_every_draw_trains(draw, tmp_path):
+    history = issgd_jax.train(smoke(learner__draw=draw), tmp_path)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+
+
+def test_explain_is_printed_before_training(tmp_path, capsys):
+    issgd_jax.train(smoke(steps=5, eval_every=5, log__explain=True), tmp_path)
+    assert re.search(r"\['Dense_0'\]\['kernel'\] +64×32 +outer", capsys.readouterr().out)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_metrics(tmp_path):
+    config = smoke(learner__learning_rate=1e30, proposal__name="uniform", steps=30, eval_every=30)
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"minibatch loss or gradient is not finite at step \d+; last good metrics: step 0, ",
+    ):
+        issgd_jax.train(config, tmp_path)
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0] and np.isfinite(rows[0]["train/loss"])
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    history = issgd_jax.train(smoke(log__tensorboard=True), tmp_path)
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == history
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"]["learner"]["batch_size"] == 32
+    assert record["versions"]["jax"] == jax.__version__ and record["versions"]["issgd-jax"]
+    assert record["devices"] == {"learner": ["cpu"], "workers": ["cpu"] * 3}
+    assert record["git_commit"] is None or len(record["git_commit"].removesuffix("-dirty")) == 40
+    events = list(tmp_path.glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    steps, values = zip(*read_events(events[0])["train/loss"], strict=True)
+    assert steps == tuple(row["step"] for row in history)
+    assert values == pytest.approx([row["train/loss"] for row in history])
+
+
+def read_events(path):
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    values = {}
+    for raw in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(raw)
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__name": "digts"}, "unknown data set 'digts': did you mean digits"),
+        ({"data__train_split": "trian"}, "unknown split 'trian' of digits"),
+        (
+            {"model__name": "mpl"},
+            r"model.name must be one of convnet, gru, mlp, transformer, got 'mpl' .*--config.model.name",
+        ),
+        (
+            {"proposal__name": "calibrate"},
+            "proposal.name must be one of uniform, proportional, mixture, calibrated, got 'calibrate'",
+        ),
+        ({"schedule__name": "free"}, "schedule.name must be one of exact, relaxed, free_running"),
+        ({"learner__optimizer": "sdg"}, "no optimiser 'sdg'; did you mean sgd"),
+        (
+            {"learner__optimizer": "lbfgs"},
+            "lbfgs cannot train with a constant rate from gradients|lbfgs has no momentum",
+        ),
+        ({"learner__optimizer": "adagrad"}, "adagrad has no momentum, got 0.9: set --config.learner.momentum=0"),
+        ({"learner__lr_schedule": "step"}, "learner.lr_schedule must be one of"),
+        ({"learner__batch_size": 1201}, "learner.batch_size is 1201, but there are 1200 examples to draw from"),
+        (
+            {"learner__draw": "random_subset", "proposal__name": "uniform", "learner__batch_size": 401},
+            "learner.batch_size is 401, but there are 400 examples to draw from",
+        ),
+        ({"learner__draw": "shuffled"}, "learner.draw is shuffled, which draws uniformly, but proposal.name is"),
+        (
+            {"workers__chunk_size": 401},
+            r"chunk_size must be between 1 and 400 \(1200 examples over 3 workers\), got 401",
+        ),
+        ({"learner__asynchronous": 0}, "learner.asynchronous must be between 1 and 1,024, got 0"),
+        (
+            {"learner__asynchronous": 4, "learner__max_gradient_delay": 2},
+            "learner.max_gradient_delay must be >= learner.asynchronous - 1 = 3, got 2",
+        ),
+        (
+            {"learner__asynchronous": 2},
+            r"devices.workers must be between 1 and 2 with 4 device\(s\), 2 .* learners, got 3: .*count=5",
+        ),
+        ({"learner__batch_size": 0}, "learner.batch_size must be between 1 and 2,147,483,647, got 0"),
+        ({"workers__chunk_size": -1}, "workers.chunk_size must be between 1 and"),
+        ({"steps": 0}, "steps must be between 1"),
+        ({"eval_every": -5}, "eval_every must be between 1"),
+        (
+            {"schedule__steps_per_round": 0},
+            r"schedule.steps_per_round must be between 1 .*--config.schedule.steps_per_round",
+        ),
+        ({"schedule__score_delay": -1}, "schedule.score_delay must be between 0"),
+        ({"proposal__smoothing": -0.5}, "proposal.smoothing must be >= 0 and .*, got -0.5"),
+        ({"proposal__smoothing": float("nan")}, "proposal.smoothing must be >= 0 and .*, got nan"),
+        ({"proposal__uniform_fraction": 1.0}, "proposal.uniform_fraction must be >= 0 and <= 0.999"),
+        ({"learner__learning_rate": 0.0}, "learner.learning_rate must be > 0"),
+        ({"learner__learning_rate": float("inf")}, "learner.learning_rate must be > 0 and .*, got inf"),
+        ({"learner__momentum": 1.0}, "learner.momentum must be >= 0 and < 1"),
+        ({"devices__workers": 4}, r"devices.workers must be between 1 and 3 with 4 device\(s\), got 4"),
+        ({"devices__workers": 0}, "devices.workers must be between 1"),
+        ({"devices__learners": 5}, r"devices.learners must be between 1 and 4 with 4 .*, got 5: .*_platform_count=5"),
+        ({"devices__learners": 0}, "devices.learners must be between 1 and 2,147,483,647, got 0"),
+        ({"devices__learners": 3}, r"devices.workers must be between 1 and 1 with 4 device\(s\), 3 of them learners"),
+        (
+            {"devices__learners": 2, "devices__workers": 2, "learner__batch_size": 601},
+            "learner.batch_size is 601 on each of 2 learners, but there are 1200 examples to draw from",
+        ),
+        ({"devices__host_platform_count": 9}, "host_platform_count is 9, but JAX has started with 4"),
+        ({"devices__host_platform_count": -1}, "devices.host_platform_count must be between 0"),
+        ({"monitor__examples": 1}, "monitor.examples must be between 2"),
+        ({"model__mlp__hidden_sizes": (8, 0)}, "model.mlp.hidden_sizes must be sizes >= 1, got 0"),
+        (
+            {"schedule__score_delay": 40},
+            "score_delay is 40, but training ends after 40 steps: no score would ever enter",
+        ),
+        (
+            {"schedule__steps_per_round": 2, "schedule__score_delay": 33},
+            r"score_delay must be <= 16 \* steps_per_round",
+        ),
+        ({"seed": 2**32}, "seed must be between 0 and 4,294,967,295"),
+        ({"proposal__max_staleness": 2**40}, "proposal.max_staleness must be between 0"),
+        ({"proposal__smoothing": 1e38}, "proposal.smoothing must be .* <= 1e"),
+        ({"data__name": ""}, "data.name is empty"),
+        ({"data__name": "../x"}, "data set '../x' cannot be found"),
+        ({"data__name": "mnist:9.9.9"}, "data set 'mnist:9.9.9' cannot be found"),
+        ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "train_split has 1 example"),
+        ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
+        ({"learner__draw": "madow"}, "learner.draw must be one of systematic, independent, without_replacement"),
+        ({"workers__score": "norm"}, "workers.score must be one of gradient_norm, last_layer, loss"),
+        (
+            {"workers__enabled": False, "learner__refresh": False},
+            "workers.enabled and learner.refresh are both False: proposal calibrated would never see a score",
+        ),
+        ({"workers__enabled": False, "schedule__name": "exact"}, "schedule.name is exact.*workers.enabled is False"),
+        (
+            {"model__mlp__hidden_sizes": (10**6, 10**6)},
+            "model mlp has 1,000,076,000,010 parameters, which need .* bytes, but",
+        ),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of stop, skip, got 'ignore'"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep must be between 1 and"),
+        ({"watchdog_seconds": 0.0}, "watchdog_seconds must be > 0"),
+        ({"model__transformer__num_heads": 5}, "width must be a multiple of num_heads, got 64 and 5"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_compiled_or_written(overrides, message, tmp_path, compilations):
+    with pytest.raises(InputError, match=message):
+        issgd_jax.train(smoke(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not compilations
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "type_name"),
+    [
+        ("steps", None, "int"), ("steps", True, "int"), ("steps", 2.5, "int"), ("seed", None, "int"),
+        ("learner.learning_rate", None, "float"), ("learner.learning_rate", "fast", "float"),
+        ("data.name", None, "str"), ("learner.nesterov", 1, "bool"), ("model.mlp.hidden_sizes", 8, "tuple"),
+        ("devices.workers", 1.5, "int or None"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type(name, value, type_name, tmp_path):
+    config = smoke()
+    with config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError, match=f"{name} must be of type {type_name}, got {value!r}"):
+        issgd_jax.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_is_no_whole_number(tmp_path):
+    with pytest.raises(InputError, match="model.mlp.hidden_sizes must be sizes >= 1, got 8.5"):
+        issgd_jax.train(smoke(model__mlp__hidden_sizes=(8.5,)), tmp_path)
+
+
+def test_a_field_that_no_config_has():
+    config = smoke()
+    with config.unlocked():
+        config.learner.learning_rat = 0.1
+    with pytest.raises(InputError, match=r"no field 'learner.learning_rat': did you mean learner.learning_rate\?"):
+        issgd_jax.train(config, "/nonexistent")
+
+
+def test_a_field_that_is_missing():
+    config = smoke()
+    del config.proposal.half_life
+    with pytest.raises(InputError, match="lacks the field.*proposal.half_life"):
+        issgd_jax.train(config, "/nonexistent")
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, compilations):
+    (tmp_path / "file").write_text("in the way")
+    for workdir in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(InputError, match="cannot be written"):
+            issgd_jax.train(smoke(), workdir)
+    assert not compilations
+
+
+def test_compilations_are_seen(tmp_path, compilations):
+    issgd_jax.train(smoke(steps=1, proposal__name="uniform"), tmp_path)
+    assert compilations  # else the tests above could not fail
+
+
+def test_labels_out_of_range():
+    with pytest.raises(InputError, match=r"labels must lie in \[0, 3\), got 0 to 3"):
+        issgd_jax.Dataset(np.zeros((4, 2, 2, 1), np.uint8), np.arange(4, dtype=np.int32), num_classes=3)

@@ -1,0 +1,195 @@
+"""A kernel that differs from plain JAX, or a tree that differs from one built anew, turns these red."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from issgd_jax.sampling import kernels, store, sum_tree, uniform
+
+SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled anew
+WRITTEN = 64
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler: there are no kernels to compare")
+
+
+def leaves(num_leaves, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    v = {
+        "lognormal": rng.lognormal(0, 3, num_leaves),
+        "some zero": rng.lognormal(0, 1, num_leaves) * (rng.random(num_leaves) < 0.3),
+        "one huge": np.where(np.arange(num_leaves) == num_leaves // 2, 1e9, 1e-6),
+        "30 orders of magnitude": 10 ** rng.uniform(-15, 15, num_leaves),
+        "all zero": np.zeros(num_leaves),
+    }[kind]
+    return v.astype(np.float32)
+
+
+KINDS = ("lognormal", "some zero", "one huge", "30 orders of magnitude")
+
+
+@functools.partial(jax.jit, static_argnames=("equally_spaced", "num_leaves"))
+def both_draws(key, sums, count, *, equally_spaced, num_leaves):
+    fast = sum_tree.draw(key, sums, num_leaves=num_leaves, batch_size=WRITTEN, count=count if equally_spaced else None)
+    plain = sum_tree.plain_draw(
+        jax.random.key_data(key),
+        sums,
+        count,
+        num_leaves=num_leaves,
+        equally_spaced=equally_spaced,
+        impl=jax.random.key_impl(key),
+        batch_size=WRITTEN,
+    )
+    return fast, plain
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=100)
+@given(
+    num_leaves=SIZES,
+    kind=st.sampled_from(KINDS),
+    equally_spaced=st.booleans(),
+    count=st.integers(1, WRITTEN),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_kernel_draws_what_plain_jax_draws(num_leaves, kind, equally_spaced, count, seed):
+    """The same random words, orders and roundings; positions have 53 bits in one and 48 in the other."""
+    sums = sum_tree.build(leaves(num_leaves, kind, seed))
+    fast, plain = both_draws(
+        jax.random.key(seed), sums, jnp.int32(count), equally_spaced=equally_spaced, num_leaves=num_leaves
+    )
+    np.testing.assert_array_equal(fast[0], plain[0])
+    np.testing.assert_array_equal(fast[1], plain[1])
+
+
+@needs_kernels
+def test_under_another_generator_the_draw_is_made_of_its_words():
+    key, sums = jax.random.key(3, impl="rbg"), sum_tree.build(leaves(300, "lognormal"))
+    for fast, plain in zip(*both_draws(key, sums, jnp.int32(WRITTEN), equally_spaced=True, num_leaves=300)):
+        np.testing.assert_array_equal(fast, plain)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=30)
+@given(
+    num_examples=st.sampled_from([1, 7, 1437, 2**24 + 1, 2**30]),
+    method=st.sampled_from(["systematic", "independent"]),
+    batch_size=st.sampled_from([1, 100]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_kernel_draws_the_uniform_minibatch_of_plain_jax(num_examples, method, batch_size, seed):
+    key = jax.random.key(seed)
+    plain = uniform.plain_draw(
+        jax.random.key_data(key),
+        num_examples=num_examples,
+        in_parts=method == "systematic",
+        impl=jax.random.key_impl(key),
+        batch_size=batch_size,
+    )
+    np.testing.assert_array_equal(uniform.draw(key, num_examples, batch_size, method), plain)
+
+
+@functools.partial(jax.jit, static_argnames="num_leaves")
+def both_writes(sums, indices, values, keep_zeros, *, num_leaves):
+    fast = sum_tree.write(sums, indices, values, num_leaves=num_leaves, keep_zeros=keep_zeros)
+    return fast, sum_tree.plain_write(sums, indices, values, keep_zeros, num_leaves=num_leaves)
+
+
+@settings(deadline=None, max_examples=100)
+@given(num_leaves=SIZES, kind=st.sampled_from((*KINDS, "all zero")), keep_zeros=st.booleans(), seed=st.integers(0, 99))
+def test_a_written_tree_is_the_tree_built_anew(num_leaves, kind, keep_zeros, seed):
+    """By the kernel and by plain JAX, to the last bit; with doubles, and with indices outside."""
+    rng = np.random.default_rng(seed)
+    old, new = leaves(num_leaves, kind, seed), leaves(num_leaves, "some zero", seed + 1)
+    indices = rng.integers(-3, num_leaves + 3, WRITTEN).astype(np.int32)
+    inside = indices[(indices >= 0) & (indices < num_leaves)]
+    expected = old.copy()
+    expected[inside] = np.where(keep_zeros & (old[inside] == 0), 0, new[inside])
+    values = np.where((indices >= 0) & (indices < num_leaves), new[np.clip(indices, 0, num_leaves - 1)], np.nan)
+    fast, plain = both_writes(
+        sum_tree.build(old), indices, values.astype(np.float32), keep_zeros, num_leaves=num_leaves
+    )
+    np.testing.assert_array_equal(fast, sum_tree.build(expected))
+    np.testing.assert_array_equal(plain, sum_tree.build(expected))
+
+
+@functools.partial(jax.jit, static_argnames="num_examples")
+def both_stores(indices, first, second, *, num_examples):
+    written = store.ScoreStore.init(num_examples)
+    plain = written.score, written.scored_at
+    for step, scores in ((5, first), (3, second), (7, second[::-1])):
+        written, rejected = written.write(indices, scores, step)
+        *plain, count, index = store.plain_write(*plain, indices, scores, step)
+    inside = jnp.clip(indices, 0, num_examples - 1)
+    return (
+        (written.score, written.scored_at, *rejected, *written.at(inside)),
+        (*plain, count, index, *store.plain_read(*plain, inside)),
+    )
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=50)
+@given(
+    indices=st.lists(st.integers(-2, 12), min_size=8, max_size=8),
+    scores=st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0, np.nan, np.inf, -np.inf, 1e-38]), min_size=16, max_size=16),
+)
+def test_the_kernel_keeps_the_scores_that_plain_jax_keeps(indices, scores):
+    """Doubles, bad scores, older ones and indices outside."""
+    indices, scores = np.asarray(indices, np.int32), np.asarray(scores, np.float32).reshape(2, 8)
+    for fast, plain in zip(*both_stores(indices, *scores, num_examples=11)):
+        np.testing.assert_array_equal(fast, plain)
+
+
+@needs_kernels
+def test_vmapped_kernels_keep_their_trees_apart():
+    """Several seeds in one program: each has a tree and a key of its own."""
+    v = np.stack([leaves(300, "lognormal", seed) for seed in range(3)])
+    keys, indices = jax.random.split(jax.random.key(0), 3), jnp.arange(5)
+
+    def run(key, v):
+        sums = sum_tree.write(sum_tree.build(v), indices, v[:5] * 2, num_leaves=300)
+        return sum_tree.draw(key, sums, num_leaves=300, batch_size=8, count=8)
+
+    together = jax.jit(jax.vmap(run))(keys, v)
+    for i in range(3):
+        for x, y in zip(together, run(keys[i], v[i])):
+            np.testing.assert_array_equal(x[i], y)
+
+
+def test_without_kernels_the_same_is_drawn():
+    """A run without a compiler, or on another device, draws the examples that it draws with one."""
+    code = (
+        "import jax, numpy as np; from issgd_jax import kernels, sum_tree; "
+        "sums = sum_tree.build(np.arange(1000, dtype=np.float32)); "
+        "print(kernels.available(), *sum_tree.draw(jax.random.key(1), sums, num_leaves=1000, batch_size=9, count=9)[0])"
+    )
+    on, off = (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for environment in (dict(os.environ), os.environ | {"ISSGD_JAX_KERNELS": "0"})
+    )
+    assert off[0] == "False" and on[1:] == off[1:] and len(on) == 10
+
+
+def test_without_a_compiler_a_warning_tells_what_is_slower_and_why(tmp_path):
+    code = "from issgd_jax import kernels; print(kernels.available())"
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n" and "plain JAX" in done.stderr and "compiler" in done.stderr
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    code = "from issgd_jax import kernels; print(kernels.available())"
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n" and "no room left" in done.stderr
