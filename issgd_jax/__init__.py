@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from issgd_jax.gradnorm import explain as explain
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
-    from issgd_jax.run.metrics import read_metrics as read_metrics
     from issgd_jax.run.training import train as train
     from issgd_jax.sampling import Calibrated as Calibrated
     from issgd_jax.sampling import Draw as Draw
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 # Where each name is defined; a test holds this to the imports above.
 _MODULE_OF = {
     "train": "run.training",
-    "read_metrics": "run.metrics",
     "load": "task.data",
     "Dataset": "task.data",
     "per_example_grad_norms": "gradnorm",

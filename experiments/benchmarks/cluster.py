@@ -23,7 +23,7 @@ import json
 
 from experiments.benchmarks import cluster_learner, cluster_pool
 from experiments.benchmarks.environment import RESULTS, hardware
-from issgd_jax.run.workdir import versions
+from issgd_jax.provenance import versions
 
 FILE = RESULTS / "cluster.json"
 MEASURES = {

@@ -33,7 +33,7 @@ from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax.gradnorm import per_example_grad_norms, value_grad_and_norms
-from issgd_jax.run.workdir import versions
+from issgd_jax.provenance import versions
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKER = "experiments.benchmarks.gradnorm_peers"

@@ -23,8 +23,8 @@ import time
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
+from issgd_jax.provenance import versions
 from issgd_jax.run.metrics import read_metrics
-from issgd_jax.run.workdir import versions
 
 NUM_EXAMPLES, BATCH_SIZE, STEPS = 73_257, 128, 100
 SOAK_STEPS = 100_000

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio
 from issgd_jax.learning import learner
-from issgd_jax.run.workdir import versions
+from issgd_jax.provenance import versions
 from issgd_jax.sampling import proposal
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.task import losses, models

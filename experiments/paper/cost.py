@@ -19,8 +19,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.paper import command, results, studies
+from issgd_jax.provenance import versions
 from issgd_jax.run import metrics
-from issgd_jax.run import workdir as workdir_lib
 
 # Steps of a block, at least: enough that its beginning does not count.
 MIN_STEPS = 100
@@ -89,7 +89,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
         "blocks": num_blocks,
         "hardware": hardware(),
-        "versions": workdir_lib.versions(),
+        "versions": versions(),
     }
 
 

@@ -17,8 +17,8 @@ from issgd_jax.cluster import machines
 from issgd_jax.cluster.leases import Layout, Leases
 from issgd_jax.cluster.rounds import Broadcast, LeasedRound
 from issgd_jax.cluster.worker import Hello, Work, versions
+from issgd_jax.console import say
 from issgd_jax.errors import brief
-from issgd_jax.run.metrics import say
 
 # Leases that a worker has at a time: while it does one, the next is on its way.
 LEASES_A_WORKER = 2

@@ -16,8 +16,8 @@ from issgd_jax.cluster.crew import LEASES_A_WORKER, Crew, where
 from issgd_jax.cluster.leases import Layout
 from issgd_jax.cluster.rounds import Broadcast, LeasedRound
 from issgd_jax.cluster.worker import Work
+from issgd_jax.console import say
 from issgd_jax.errors import InputError
-from issgd_jax.run.metrics import say
 
 # Until every worker is there, before training begins.
 START_SECONDS = 120.0

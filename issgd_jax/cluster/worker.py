@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from issgd_jax import provenance
 from issgd_jax.cluster.leases import Layout
-from issgd_jax.run import workdir
 
 _VERSIONS = ("python", "issgd-jax", "jax", "jaxlib")
 
@@ -42,7 +42,7 @@ def versions() -> dict[str, str | None]:
     folder, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    found = workdir.versions()
+    found = provenance.versions()
     return {name: found[name] for name in _VERSIONS} | {"issgd_jax code": digest.hexdigest()[:12]}
 
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from issgd_jax.console import say
 from issgd_jax.errors import InputError, brief
-from issgd_jax.run.metrics import say
 
 _ARRAYS, _STATE, _FILES = "arrays", "state.json", "files.json"
 _NAME = re.compile(r"step_(\d{10})")

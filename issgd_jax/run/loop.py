@@ -14,12 +14,12 @@ from jax.sharding import Sharding
 
 from issgd_jax import sampling
 from issgd_jax.cluster.pool import ClusterPool
+from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import BadScoreError, NonFiniteLossError, StoppedError, brief
 from issgd_jax.learning import learner, payoff
 from issgd_jax.run import metrics, supervision
 from issgd_jax.run.checkpoint import Checkpoints
-from issgd_jax.run.metrics import say
 from issgd_jax.run.run_state import RunState, snapshot
 from issgd_jax.run.supervision import Supervision
 from issgd_jax.sampling.proposal import Uniform

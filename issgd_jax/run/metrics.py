@@ -5,19 +5,14 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 import warnings
 
 from tqdm import tqdm
 
+from issgd_jax.console import say
 from issgd_jax.errors import InputError
 from issgd_jax.run.workdir import METRICS_FILE
-
-
-def say(message: str) -> None:
-    """Tells the person at the terminal something, above the progress bar."""
-    tqdm.write(f"issgd_jax: {message}", file=sys.stderr)
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import InputError
 from issgd_jax.learning import learner, payoff
 from issgd_jax.learning.variance import Moments
 from issgd_jax.run.checkpoint import Checkpoint
-from issgd_jax.run.metrics import say
 from issgd_jax.scoring.schedule import Round
 
 

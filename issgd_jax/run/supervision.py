@@ -12,8 +12,9 @@ import traceback
 
 import psutil
 
-from issgd_jax.run.metrics import say
-from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE, write_atomically
+from issgd_jax.console import say
+from issgd_jax.files import write_text_atomically
+from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE
 
 # The terminal's, the system's, the terminal's end, and what batch systems and spot instances are told to send.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -80,7 +81,7 @@ class Supervision:
         at = time.time() - (time.monotonic() - finished_at)
         beat = {"step": step, "at": round(at, 3), "process": os.getpid(), "host": socket.gethostname()}
         try:
-            write_atomically(self._workdir / HEARTBEAT_FILE, json.dumps(beat) + "\n")
+            write_text_atomically(self._workdir / HEARTBEAT_FILE, json.dumps(beat) + "\n")
         except OSError as error:
             if not self._complained:
                 say(f"the heartbeat cannot be written, training goes on: {error}")

@@ -12,7 +12,10 @@ from ml_collections import ConfigDict
 
 from issgd_jax import processes
 from issgd_jax.config import flatten
+from issgd_jax.console import say
 from issgd_jax.errors import InputError, NonFiniteLossError
+from issgd_jax.files import write_text_atomically
+from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.checkpoint import Checkpoint, Checkpoints
@@ -75,14 +78,14 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None
     workers = prepared.pool.device_kinds if prepared.pool else []
     devices = {"learner": [device.device_kind for device in roles.learners], "workers": workers}
     with contextlib.ExitStack() as stack:
-        about = {"devices": devices, "versions": workdir_lib.versions()}
+        about = {"devices": devices, "versions": versions()}
         folder = workdir / workdir_lib.CHECKPOINTS
         checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
         found = checkpoints.newest(lambda state: _hindrance(state, workdir)) if before else None
         if found:
             _tell_of_resuming(found.state, config.steps, about)
         elif before:
-            metrics.say("the run here was stopped before its first checkpoint: it begins anew")
+            say("the run here was stopped before its first checkpoint: it begins anew")
         found = _of_first(found, config)
         workdir_lib.write_record(workdir, config.to_dict(), devices, before if found else None)
         watch = stack.enter_context(Supervision(workdir, watchdog_seconds=config.watchdog_seconds))
@@ -137,9 +140,9 @@ def _keep_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
         try:
             # JSON has no word for NaN.
             kept = {name: _as_text(x) if name == "losses" else x for name, x in error.batch.items()}
-            workdir_lib.write_atomically(path, json.dumps(kept) + "\n")
+            write_text_atomically(path, json.dumps(kept) + "\n")
         except OSError as problem:  # the error itself matters more
-            metrics.say(f"{path} cannot be written: {problem}")
+            say(f"{path} cannot be written: {problem}")
 
 
 def _as_text(losses: list[float]) -> list[float | str]:
@@ -163,4 +166,4 @@ def _tell_of_resuming(state: dict, steps: int, about: dict) -> None:
         )
     differ = " and ".join(name for name in about if state[name] != about[name])
     not_equal = f"; {differ} differ from before, so that the numbers will not be bit-equal" if differ else ""
-    metrics.say(f"goes on from the checkpoint of step {state['step']:,} of {steps:,}{not_equal}")
+    say(f"goes on from the checkpoint of step {state['step']:,} of {steps:,}{not_equal}")

@@ -3,19 +3,18 @@
 import contextlib
 import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 
 from issgd_jax.config import default, flatten
 from issgd_jax.errors import InputError
+from issgd_jax.files import LEFTOVER, write_text_atomically
+from issgd_jax.provenance import git_commit, versions
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
@@ -34,7 +33,6 @@ _RUN_FILES = (
     NONFINITE_FILE,
     "events.out.tfevents.*",
 )
-_PACKAGES = ("issgd-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 # Fields that change nothing of what a run computes, but perhaps whether it can go on, or where its data lies.
 HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite")
@@ -138,7 +136,7 @@ def _last_step(workdir: pathlib.Path) -> int | None:
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes an earlier run's files, and leaves all others."""
-    for pattern in _RUN_FILES:
+    for pattern in (*_RUN_FILES, f"*{LEFTOVER}"):
         for file in workdir.glob(pattern):
             file.unlink()
     shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
@@ -151,13 +149,13 @@ def write_record(
 
     before: the record of the run that goes on.
     """
-    now = {"command": sys.argv, "versions": versions(), "devices": devices, "git_commit": _git_commit()}
+    now = {"command": sys.argv, "versions": versions(), "devices": devices, "git_commit": git_commit()}
     record = {"config": config, **now}
     if before:
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = before | {"config": config, "resumed": [*before.get("resumed", []), {"at": at, **now}]}
     with writing(workdir / CONFIG_FILE):
-        write_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
+        write_text_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -169,32 +167,3 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise InputError(
             f"{path} cannot be written ({error.strerror}): make room, or choose another --workdir"
         ) from error
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file as a whole: whoever reads it, or a crash, finds the old text or the new."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None for one that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the code that runs, with `-dirty` if it has been changed; None outside a checkout."""
-    folder = pathlib.Path(__file__).parents[1]
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -10,6 +10,7 @@ import numpy as np
 
 from issgd_jax.devices import memory_bytes
 from issgd_jax.errors import InputError
+from issgd_jax.files import replace_atomically
 from issgd_jax.sampling import kernels
 
 NEVER = -1  # scored_at of an example that has no score yet
@@ -184,11 +185,8 @@ class ScoreStore:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes both arrays to a `.npz` file, which is there as a whole or not at all."""
-        path = pathlib.Path(path)
-        new = path.with_name(path.name + ".new")
-        with open(new, "wb") as file:
+        with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
-        new.replace(path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ScoreStore":

@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 
 from issgd_jax.errors import InputError
+from issgd_jax.files import replace_atomically
 
 EMBEDDED = "digits"
 _DIGITS_TRAIN = 1437  # of 1,797: 80 %
@@ -241,13 +242,9 @@ def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, images=arrays[0], labels=arrays[1])
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         warnings.warn(f"decoded data could not be kept at {path} ({error}): the next run decodes again", stacklevel=2)

@@ -9,12 +9,13 @@ import pathlib
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jaxlib
+
+from issgd_jax.files import replace_atomically
 
 SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
 FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform")
@@ -79,9 +80,7 @@ def _compiled() -> pathlib.Path:
     if compiler is None:
         raise OSError("none was found")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = pathlib.Path(folder) / name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+    with replace_atomically(cache / name) as new:  # another process may compile the same
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(new)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(made, cache / name)  # at once: another process may be at the same
     return cache / name
