@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from issgd_jax.sampling import Draw as Draw
     from issgd_jax.sampling import Mixture as Mixture
     from issgd_jax.sampling import Proportional as Proportional
+    from issgd_jax.sampling import Sampler as Sampler
+    from issgd_jax.sampling import SamplerState as SamplerState
     from issgd_jax.sampling import ScoreStore as ScoreStore
     from issgd_jax.sampling import Table as Table
     from issgd_jax.sampling import Uniform as Uniform
@@ -45,6 +47,8 @@ _MODULE_OF = {
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
     "explain": "gradnorm",
+    "Sampler": "sampling",
+    "SamplerState": "sampling",
     "ScoreStore": "sampling",
     "Uniform": "sampling",
     "Proportional": "sampling",

@@ -146,6 +146,11 @@ def default() -> ConfigDict:
     )
 
 
+def samples_by_importance(config: ConfigDict) -> bool:
+    """Returns whether examples are drawn by their scores, not uniformly."""
+    return config.proposal.name != "uniform"
+
+
 def with_options(config: ConfigDict, options: str) -> ConfigDict:
     """Applies what follows the colon in `--config=FILE.py:options`: nothing, or `smoke` for a run of seconds on a CPU.
 

@@ -21,7 +21,7 @@ ORDER_IN = {
     "task": ("data", "models", "losses", "problem"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "workdir", "metrics", "supervision", "checkpoint", "run_state", "diagnosis", "measure", "loop", "wiring",
+        "workdir", "metrics", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring",
         "training",
     ),
 }  # fmt: skip

@@ -104,13 +104,13 @@ class ClusterPool:
         return -(-(LEASES_A_WORKER + 1) * max(self._width, len(self._crew.slots)) // self._leases_per_round)
 
     @property
-    def place(self) -> dict[str, int]:
+    def cursor(self) -> dict[str, int]:
         """Where the next round begins, as an example of a sweep."""
         return {"item": self._next_lease * self._chunk_size, "workers": 1}
 
-    def go_to(self, place: dict[str, int]) -> None:
+    def seek(self, cursor: dict[str, int]) -> None:
         """Goes on at a place, also of a pool with another number of workers: at the same part of a sweep."""
-        self._next_lease = place["item"] * place["workers"] // self._chunk_size
+        self._next_lease = cursor["item"] * cursor["workers"] // self._chunk_size
 
     def score_next(self, params, step: int, num_rounds: int = 1) -> list[LeasedRound]:
         """Orders rounds with the parameters of `step`, and returns at once. The parameters are copied, so that the

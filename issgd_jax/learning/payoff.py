@@ -35,8 +35,8 @@ class State(NamedTuple):
     idle_seconds: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, fields: dict) -> "State":
-        """From what `_asdict` gave, after its way through JSON."""
+    def from_dict(cls, fields: dict) -> "State":
+        """Returns the state whose `_asdict` went through JSON."""
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
         return cls(**fields | {"moments": Moments(*fields["moments"])})
 

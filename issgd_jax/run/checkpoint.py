@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not there, checked before they are read, written by a thread of their own.
+"""Checkpoints: complete or absent, verified before they are read, written by a thread of their own.
 
-A checkpoint is a folder `step_0000001000` with the arrays (`arrays/`, as Orbax writes them), what else the run knows
-(`state.json`), and the CRC-32 of every file (`files.json`). It is made under another name and renamed when it is on the
-disk, so that whatever has the name is complete.
+A checkpoint is a folder `step_0000001000` with the arrays (`arrays/`, in Orbax's format), the rest of the state
+(`state.json`), and the CRC-32 of every file (`files.json`). It is written under another name and renamed when it is on
+the disk.
 """
 
 import concurrent.futures
@@ -19,54 +19,78 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, brief
+from issgd_jax.files import sync_to_disk
 
 _ARRAYS, _STATE, _FILES = "arrays", "state.json", "files.json"
 _NAME = re.compile(r"step_(\d{10})")
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was written: names the file."""
+    """A checkpoint differs from what was written; names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """arrays: {name: host array}. state: whatever JSON can hold; `step` is there."""
+    """Content of a checkpoint.
+
+    Attributes:
+      arrays: {name: host array}.
+      state: whatever JSON can hold; `step` is there.
+    """
 
     arrays: dict[str, np.ndarray]
     state: dict
 
 
+class Readable(Protocol):
+    """A state that can become a checkpoint, such as `run_state.Snapshot`."""
+
+    step: int
+
+    def read(self) -> Checkpoint | None:
+        """Returns the checkpoint, perhaps after waiting; None if the state must not be kept."""
+
+
 def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint that is there as a whole or not at all. Raises OSError or ValueError if it cannot."""
-    making = folder.with_name(f"making_{folder.name}")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
+    """Writes a checkpoint, completely or not at all.
+
+    Raises:
+      OSError, ValueError: it cannot be written.
+    """
+    partial = folder.with_name(f"making_{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        _check_room(making, checkpoint)
-        _checkpointer().save(making.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
-        _write_file(making / _STATE, json.dumps(checkpoint.state))
-        _write_file(making / _FILES, json.dumps(dict(_checksums(making))))
-        _to_disk(making)
-        making.rename(folder)
-        _to_disk(folder.parent)
+        _check_space(partial, checkpoint)
+        _checkpointer().save(partial.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
+        _write_synced(partial / _STATE, json.dumps(checkpoint.state))
+        _write_synced(partial / _FILES, json.dumps(dict(_checksums(partial))))
+        sync_to_disk(partial)
+        partial.rename(folder)
+        sync_to_disk(folder.parent)
     except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def read(folder: pathlib.Path) -> Checkpoint:
-    """Reads a checkpoint, after every byte of it has been checked. Raises DamagedError if one is not as written."""
+    """Reads a checkpoint after verifying every byte.
+
+    Raises:
+      DamagedError: a file differs from what was written.
+    """
     try:
         expected = json.loads((folder / _FILES).read_text())
-        found = {name: crc for name, crc in _checksums(folder) if name != _FILES}
-        for name in sorted({*dict(expected), *found}):
-            if expected.get(name) != found.get(name):
-                raise DamagedError(f"{folder / name} is not as it was written")
+        checksums = {name: crc for name, crc in _checksums(folder) if name != _FILES}
+        for name in sorted({*dict(expected), *checksums}):
+            if expected.get(name) != checksums.get(name):
+                raise DamagedError(f"{folder / name} differs from what was written")
         state = json.loads((folder / _STATE).read_text())
         return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
     except DamagedError:
@@ -76,32 +100,41 @@ def read(folder: pathlib.Path) -> Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager, whose end waits for what is still being written.
+    """Checkpoints of one run; a context manager, whose exit waits for the one that is being written.
 
-    One thread writes, so that the run goes on; a disk that is full or broken is told of, and costs the checkpoint.
+    One thread writes, so that the run continues; a full or broken disk costs the checkpoint, with a message.
     """
 
     def __init__(self, folder: pathlib.Path, *, every_steps: int, keep: int, about: dict | None = None):
-        """about: is kept with every checkpoint's state."""
+        """Removes what an interrupted write has left.
+
+        Args:
+          folder: of the checkpoints.
+          every_steps: see `is_due`.
+          keep: how many of the newest are kept, beside the best by test error.
+          about: saved with the state of every checkpoint.
+        """
         self._folder, self._every_steps, self._keep, self._about = folder, every_steps, keep, about or {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: concurrent.futures.Future | None = None
         self.best_error = self._least_error()
-        self._remove_rests()
+        self._remove_partial()
 
     def is_due(self, step: int) -> bool:
-        """Whether the state at the beginning of this step is to be kept."""
+        """Whether the state at the beginning of this step is to be saved."""
         return step > 0 and step % self._every_steps == 0
 
-    def save(self, step: int, make: Callable[[], Checkpoint | None], *, test_error: float | None = None) -> None:
-        """Begins to write what `make`, called by the thread, returns, and returns once the one before is written.
+    def save(self, snapshot: Readable, *, test_error: float | None = None) -> None:
+        """Starts to write a snapshot, once the one before is written.
 
-        make: returns None if its state is not worth keeping. test_error: of this state, where it was measured.
+        Args:
+          snapshot: the thread calls its `read`.
+          test_error: of this state, where it was measured.
         """
         self.wait()
         if test_error is not None:
             self.best_error = min(self.best_error, test_error)
-        self._writing = self._thread.submit(self._write, step, make, test_error)
+        self._writing = self._thread.submit(self._write, snapshot, test_error)
 
     def wait(self) -> None:
         """Returns once nothing is being written."""
@@ -111,49 +144,53 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         names = (_NAME.fullmatch(path.name) for path in self._folder.glob("step_*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def newest(self, fits: Callable[[dict], str | None] = lambda state: None) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there has never been one.
+    def newest(self, obstacle: Callable[[dict], str | None] = lambda state: None) -> Checkpoint | None:
+        """Returns the newest checkpoint that is intact; None if there has never been one.
 
-        Newer ones that are damaged are told of, and put aside under another name. fits: what hinders a state, if
-        anything.
+        Damaged ones are logged and renamed.
 
-        Raises: InputError if there are checkpoints and none can be used.
+        Args:
+          obstacle: returns why a state cannot be used; None if it can.
+
+        Raises:
+          InputError: there are checkpoints and none can be used.
         """
         for step in reversed(self.steps):
             folder = self._path(step)
             try:
                 checkpoint = read(folder)
-                if hindrance := fits(checkpoint.state):
-                    raise DamagedError(hindrance)
+                if reason := obstacle(checkpoint.state):
+                    raise DamagedError(reason)
             except DamagedError as error:
-                aside = folder.with_name(f"damaged_{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                say(f"the checkpoint of step {step:,} cannot be used ({error}): put aside, the one before is taken")
+                renamed = folder.with_name(f"damaged_{folder.name}")
+                shutil.rmtree(renamed, ignore_errors=True)
+                folder.rename(renamed)
+                say(f"the checkpoint of step {step:,} cannot be used ({error}): it is renamed, and the one before used")
             else:
                 return checkpoint
         if damaged := sorted(self._folder.glob("damaged_*")):
             raise InputError(
-                f"none of the {len(damaged)} checkpoint(s) in {self._folder} can be used: mend the disk, or begin anew "
-                "with --overwrite"
+                f"none of the {len(damaged)} checkpoint(s) in {self._folder} can be used: repair the disk, or start "
+                "again with --overwrite"
             )
         return None
 
-    def _write(self, step: int, make: Callable[[], Checkpoint | None], test_error: float | None) -> None:
-        if self._path(step).is_dir():
+    def _write(self, snapshot: Readable, test_error: float | None) -> None:
+        path = self._path(snapshot.step)
+        if path.is_dir():
             return
-        self._remove_rests()
+        self._remove_partial()
         try:
-            if checkpoint := make():
-                more = self._about | {"test_error": test_error}
-                write(self._path(step), dataclasses.replace(checkpoint, state=checkpoint.state | more))
+            if checkpoint := snapshot.read():
+                state = checkpoint.state | self._about | {"test_error": test_error}
+                write(path, dataclasses.replace(checkpoint, state=state))
                 self._remove_old()
-        except Exception as error:  # whatever hinders it must not end the run
-            say(f"the checkpoint of step {step:,} could not be written, training goes on: {brief(error)}")
+        except Exception as error:  # no failure to save may end the run
+            say(f"the checkpoint of step {snapshot.step:,} could not be written, training continues: {brief(error)}")
             self.best_error = self._least_error()
 
     def _remove_old(self) -> None:
@@ -162,18 +199,18 @@ class Checkpoints:
             if step != best:
                 shutil.rmtree(self._path(step))
 
-    def _remove_rests(self) -> None:
-        """Of writes that did not end; and of those that failed: threads of Orbax may write on for a moment."""
-        for rest in self._folder.glob("making_*"):
-            shutil.rmtree(rest, ignore_errors=True)
+    def _remove_partial(self) -> None:
+        """Removes what interrupted and failed writes left: threads of Orbax may write for a moment after an error."""
+        for partial in self._folder.glob("making_*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _least_error(self) -> float:
         return min((error for _, error in self._errors()), default=math.inf)
 
     def _errors(self) -> Iterator[tuple[int, float]]:
-        """(step, test error) of the checkpoints that have one, ascending."""
+        """Yields (step, test error) of the checkpoints that have one, ascending."""
         for step in self.steps:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged one is told of when it is read
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # damage is reported when it is read
                 error = json.loads((self._path(step) / _STATE).read_text()).get("test_error")
                 if isinstance(error, float):
                     yield step, error
@@ -187,32 +224,32 @@ class Checkpoints:
     def __exit__(self, *exception):
         self.wait()
         self._thread.shutdown()
-        self._remove_rests()
+        self._remove_partial()
 
 
 @functools.cache
 def _checkpointer():
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(_not_of_orbax)
-    # Of the processes of a run the first alone writes; the others would not come to a barrier.
+    logging.getLogger("absl").addFilter(_is_not_orbax)
+    # Of the processes of a run the first alone writes; the others would never reach a barrier.
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     # Noise does not compress, and the time would be taken from the learner.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True, multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """What Orbax logs, tracebacks among it, comes as an exception too."""
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Drops Orbax's log, tracebacks included: its errors arrive as exceptions too."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _check_room(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
-    """What a full disk interrupts is told by every thread of the library underneath: better not begun."""
-    wanted, free = sum(array.nbytes for array in checkpoint.arrays.values()), shutil.disk_usage(folder).free
-    if wanted > free:
-        told = f"{os.strerror(errno.ENOSPC)}: {wanted / 1e6:,.1f} MB wanted, {free / 1e6:,.1f} MB free"
-        raise OSError(errno.ENOSPC, told, str(folder.parent))
+def _check_space(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
+    """Raises OSError if the disk is too full: interrupted, every thread of Orbax would print a traceback."""
+    needed, free = sum(array.nbytes for array in checkpoint.arrays.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+        raise OSError(errno.ENOSPC, message, str(folder.parent))
 
 
 def _save_args(arrays: dict[str, np.ndarray]):
@@ -222,7 +259,7 @@ def _save_args(arrays: dict[str, np.ndarray]):
 
 
 def _checksums(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
-    """(name, CRC-32) of every file below folder."""
+    """Yields (name, CRC-32) of every file below folder."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             crc = 0
@@ -232,17 +269,6 @@ def _checksums(folder: pathlib.Path) -> Iterator[tuple[str, int]]:
             yield path.relative_to(folder).as_posix(), crc
 
 
-def _write_file(path: pathlib.Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _to_disk(folder: pathlib.Path) -> None:
-    """What a folder holds is settled, also if the power fails."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_synced(path: pathlib.Path, text: str) -> None:
+    path.write_text(text)
+    sync_to_disk(path)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import time
 import warnings
@@ -54,14 +53,14 @@ class MetricsWriter:
 
         Raises: InputError if the files cannot be written.
         """
-        self._path, self._waiting = workdir / METRICS_FILE, b""
+        self.path, self._waiting = workdir / METRICS_FILE, b""
         try:
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
             self._file.truncate(position)
         except OSError as error:
-            raise InputError(f"{self._path} cannot be written ({error.strerror}): choose another --workdir") from error
+            raise InputError(f"{self.path} cannot be written ({error.strerror}): choose another --workdir") from error
         self._written = position
-        rows = read_metrics(self._path)
+        rows = read_metrics(self.path)
         self.last: dict | None = rows[-1] if rows else None
         self._events = _Events(workdir) if tensorboard else None
 
@@ -93,17 +92,12 @@ class MetricsWriter:
 
     def _cut_line(self) -> bytes:
         """Takes an unfinished last line out of the file."""
-        with open(self._path, "rb") as file:
+        with open(self.path, "rb") as file:
             text = file.read()[: self._written]
         end = text.rfind(b"\n") + 1
         self._file.truncate(end)
         self._written = end
         return text[end:]
-
-    def to_disk(self) -> None:
-        """Settles what has been written, also if the power fails."""
-        with open(self._path, "rb") as file:
-            os.fsync(file.fileno())
 
     def __enter__(self):
         return self
@@ -113,7 +107,7 @@ class MetricsWriter:
             self._write_waiting()
         except OSError as error:
             raise InputError(
-                f"{self._path} lacks the last {len(self._waiting)} bytes of metrics ({error.strerror}): make room"
+                f"{self.path} lacks the last {len(self._waiting)} bytes of metrics ({error.strerror}): make room"
             ) from error
         finally:
             self._file.close()

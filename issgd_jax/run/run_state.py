@@ -1,9 +1,10 @@
-"""Everything that a run needs to go on as if it had never stopped, and its way into a checkpoint and back."""
+"""State of a run: everything it needs to resume as if it had never stopped, and its way into a checkpoint and back."""
 
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import pathlib
+import time
 from typing import Any
 
 import jax
@@ -14,146 +15,200 @@ from jax.sharding import Sharding
 from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import InputError
-from issgd_jax.learning import learner, payoff
+from issgd_jax.files import sync_to_disk
+from issgd_jax.learning import payoff
+from issgd_jax.learning.learner import StepMetrics, TrainState
 from issgd_jax.learning.variance import Moments
 from issgd_jax.run.checkpoint import Checkpoint
+from issgd_jax.sampling import SamplerState
 from issgd_jax.scoring.schedule import Round
 
 
 @dataclasses.dataclass
 class RunState:
-    """A run at the beginning of a step, before anything of that step is done.
+    """A run at the beginning of a step, before anything of that step is done; changed in place by the loop.
 
-    train_state, sampler: on the learner's device. judged: of the payoff. in_flight: rounds whose scores have not
-    entered. pending: (step, its metrics), not yet read. place: of the worker pool; None without one. renewed: the last
-    step before which the table was made anew. failed_rounds: rounds lost to an error of their device. skipped: updates
-    that were not finite and left out. window_seconds: spent on steps since the payoff was last judged. wall_seconds:
-    since the run began, without the time it was stopped.
+    Attributes:
+      train_state, sampler_state: on the learner's device.
+      payoff_state: whether examples are sampled by importance now, and what that was measured to give.
+      step: steps done.
+      in_flight: rounds whose scores have not entered.
+      pending: (step, its metrics), not yet read.
+      cursor: of the worker pool; None without one.
+      rebuilt_at: the last step before which the table was rebuilt.
+      worker_examples: scores that have entered.
+      failed_rounds: rounds lost to an error of their device.
+      skipped: updates that were not finite and were skipped.
+      window_seconds: spent on steps since the last decision of the payoff.
+      began: `time.monotonic()` at which the run would have begun, had it never stopped.
     """
 
-    train_state: learner.TrainState
-    sampler: learner.SamplerState
-    judged: payoff.State
+    train_state: TrainState
+    sampler_state: SamplerState
+    payoff_state: payoff.State
     step: int = 0
     in_flight: collections.deque[Round] = dataclasses.field(default_factory=collections.deque)
-    pending: tuple[int, learner.StepMetrics] | None = None
-    place: dict[str, int] | None = None
-    renewed: int = 0
+    pending: tuple[int, StepMetrics] | None = None
+    cursor: dict[str, int] | None = None
+    rebuilt_at: int = 0
     worker_examples: int = 0
     failed_rounds: int = 0
     skipped: int = 0
     window_seconds: float = 0.0
-    wall_seconds: float = 0.0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the run began, without the time it was stopped."""
+        return time.monotonic() - self.began
 
 
-_COUNTERS = (
-    "step",
-    "place",
-    "renewed",
-    "worker_examples",
-    "failed_rounds",
-    "skipped",
-    "window_seconds",
-    "wall_seconds",
-)
+_COUNTERS = ("step", "cursor", "rebuilt_at", "worker_examples", "failed_rounds", "skipped", "window_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A copy of a run's state on its devices; `read` makes a checkpoint of it.
+
+    Attributes:
+      step: steps done.
+      arrays: (train_state, sampler_state), copies that are never donated.
+      finite: bool[], whether the training state is.
+      loss_and_moments: of the pending step; None if none is pending.
+      rounds: in flight.
+      described: what JSON can hold.
+      metrics_path: of metrics.jsonl, whose rows must be on the disk before the checkpoint is.
+      skip_nonfinite: whether the pending loss may be not finite, as such updates are skipped.
+      wait_for_rounds: whether rounds in flight are waited for; else those that are not ready are left out, and their
+        examples scored a sweep later.
+    """
+
+    step: int
+    arrays: tuple[TrainState, SamplerState]
+    finite: jax.Array
+    loss_and_moments: tuple[jax.Array, Moments | None] | None
+    rounds: tuple[Round, ...]
+    described: dict[str, Any]
+    metrics_path: pathlib.Path | None = None
+    skip_nonfinite: bool = False
+    wait_for_rounds: bool = True
+
+    @classmethod
+    def take(cls, state: RunState, *, metrics_bytes: int = 0, **options) -> "Snapshot":
+        """Copies the state as it is now, without waiting.
+
+        Args:
+          metrics_bytes: size of metrics.jsonl now.
+          options: metrics_path, skip_nonfinite, wait_for_rounds.
+        """
+        arrays, finite = _copied(one_copy((state.train_state, state.sampler_state)))
+        described = {name: getattr(state, name) for name in _COUNTERS}
+        described |= {
+            "wall_seconds": state.wall_seconds,
+            "payoff_state": state.payoff_state._asdict(),
+            "pending_step": state.pending[0] if state.pending else None,
+            "metrics_bytes": metrics_bytes,
+        }
+        loss_and_moments = (state.pending[1].loss, state.pending[1].moments) if state.pending else None
+        return cls(state.step, arrays, finite, loss_and_moments, tuple(state.in_flight), described, **options)
+
+    def read(self) -> Checkpoint | None:
+        """Waits for the arrays and returns the checkpoint; None if the parameters or the pending loss are not finite.
+
+        Raises:
+          OSError: the rows of metrics cannot be written.
+        """
+        if self.metrics_path:
+            sync_to_disk(self.metrics_path)
+        rounds, described = _read_rounds(r for r in self.rounds if self.wait_for_rounds or r.is_ready())
+        train_state, sampler_state = self.arrays
+        finite, arrays = jax.device_get((self.finite, _tree(train_state, sampler_state, self.loss_and_moments, rounds)))
+        is_loss_bad = self.loss_and_moments and not self.skip_nonfinite and not np.isfinite(arrays["pending"][0])
+        if not finite or is_loss_bad:
+            say(f"no checkpoint of step {self.step:,}: the update before it is not finite")
+            return None
+        return Checkpoint(_by_path(arrays), self.described | {"rounds": described})
 
 
 @jax.jit
 def _copied(arrays) -> tuple[Any, jax.Array]:
-    """Copies, which nobody donates; and whether all numbers of the training state are finite."""
+    """Returns copies, and whether all numbers of the training state are finite."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(arrays[0]) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jax.tree.map(jnp.copy, arrays), jnp.all(jnp.array(finite))
 
 
-def snapshot(
-    state: RunState, *, skipping: bool = False, waiting: bool = True, **more
-) -> Callable[[], Checkpoint | None]:
-    """Holds the state as it is now, without waiting; what it returns makes the checkpoint of it, and may wait.
-
-    There is no checkpoint of parameters that are not finite. skipping: whether the pending metrics may be, as such
-    updates are left out. waiting: whether rounds in flight are waited for, or left out if they are not ready, and their
-    examples scored a sweep later. more: for the checkpoint's state.
-    """
-    (train_state, sampler), finite = _copied(one_copy((state.train_state, state.sampler)))
-    rounds, pending = list(state.in_flight), state.pending
-    described = {name: getattr(state, name) for name in _COUNTERS} | more
-    described |= {"judged": state.judged._asdict(), "pending_step": pending[0] if pending else None}
-    read = (pending[1].loss, pending[1].moments) if pending else None
-
-    def make() -> Checkpoint | None:
-        of_rounds, about = _read([round_ for round_ in rounds if waiting or round_.is_ready()])
-        is_finite, arrays = jax.device_get((finite, _arrays(train_state, sampler, read, of_rounds)))
-        if not is_finite or (read and not skipping and not np.isfinite(arrays["pending"][0])):
-            say(f"no checkpoint of step {described['step']:,}: the update before it is not finite")
-            return None
-        return Checkpoint(_named(arrays), described | {"rounds": about})
-
-    return make
-
-
-def _read(rounds: list[Round]) -> tuple[list, list[dict]]:
-    """(indices, scores) and what else there is of each round, but for those that their device failed to score."""
-    arrays, about = [], []
+def _read_rounds(rounds) -> tuple[list, list[dict]]:
+    """Returns (indices, scores) and the other fields of each round, without those that their device failed to score."""
+    arrays, described = [], []
     for round_ in rounds:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told of when it is to enter
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # logged when it is to enter
             arrays.append(jax.device_get((round_.indices, round_.scores)))
-            about.append({"step": round_.step, "num_examples": round_.num_examples})
-    return arrays, about
+            described.append({"step": round_.step, "num_examples": round_.num_examples})
+    return arrays, described
 
 
 def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sharding, *, moments: bool) -> RunState:
-    """The state that a checkpoint is of.
+    """Returns the state that a checkpoint holds.
 
-    fresh: the state that the run begins with. placement: of the learner's arrays. moments: whether the
-    metrics of a step have them.
+    Args:
+      checkpoint: as `Snapshot.read` returned it.
+      fresh: the state before the first step; gives the structure of the arrays.
+      placement: of the learner's arrays.
+      moments: whether the metrics of a step have moments.
 
-    Raises: InputError if the checkpoint is of a run with other arrays, naming one, or of an earlier version.
+    Raises:
+      InputError: the checkpoint is of a run with other arrays, naming one, or of an earlier version.
     """
     described = checkpoint.state
-    if unknown := [name for name in _COUNTERS if name not in described]:
+    if missing := [name for name in (*_COUNTERS, "payoff_state") if name not in described]:
         raise InputError(
-            f"the checkpoint of step {described['step']:,} says nothing of {unknown[0]!r}: an earlier version of "
-            "issgd_jax made it. Go on with that version, choose another --workdir, or begin anew with --overwrite"
+            f"the checkpoint of step {described['step']:,} has no {missing[0]!r}: an earlier version of issgd_jax "
+            "wrote it. Resume with that version, choose another --workdir, or start again with --overwrite"
         )
-    numbers = np.zeros((), np.float32)
+    number = np.zeros((), np.float32)
     pending_step, rounds = described["pending_step"], described["rounds"]
-    read = None if pending_step is None else (numbers, Moments(numbers, numbers, numbers) if moments else None)
-    template = _arrays(fresh.train_state, fresh.sampler, read, [(numbers, numbers)] * len(rounds))
-    expected = _named(template)
-    for name, array in expected.items():
-        found = checkpoint.arrays.get(name)
-        of_any_shape = name.startswith("rounds.")
-        if found is None or not (of_any_shape or (found.shape, found.dtype) == (array.shape, array.dtype)):
-            has = "no such array" if found is None else f"{found.dtype}{found.shape}"
-            raise InputError(
-                f"the checkpoint of step {described['step']:,} has {has} where this run has {name}: "
-                f"{array.dtype}{array.shape}. The data or the network are not those it was made with: choose another "
-                "--workdir, or begin anew with --overwrite"
-            )
+    pending = None if pending_step is None else (number, Moments(number, number, number) if moments else None)
+    template = _tree(fresh.train_state, fresh.sampler_state, pending, [(number, number)] * len(rounds))
+    expected = _by_path(template)
+    _check_arrays(checkpoint, expected)
     leaves = put([checkpoint.arrays[name] for name in expected], placement)
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    pending = None
-    if read:
-        loss, found_moments = arrays["pending"]
-        # The minibatch is needed only where the loss is not finite, and of such a step there is no checkpoint.
-        pending = (pending_step, learner.StepMetrics(loss, found_moments, None))
+    if pending:
+        # The minibatch is needed only where the loss is not finite, and then there is no checkpoint.
+        pending = (pending_step, StepMetrics(*arrays["pending"], None))
     return RunState(
         train_state=arrays["train_state"],
-        sampler=arrays["sampler"],
-        judged=payoff.State.of(described["judged"]),
+        sampler_state=arrays["sampler_state"],
+        payoff_state=payoff.State.from_dict(described["payoff_state"]),
         in_flight=collections.deque(
-            Round(scores=scores, indices=indices, **about) for about, (indices, scores) in zip(rounds, arrays["rounds"])
+            Round(scores=scores, indices=indices, **fields)
+            for fields, (indices, scores) in zip(rounds, arrays["rounds"])
         ),
         pending=pending,
+        began=time.monotonic() - described["wall_seconds"],
         **{name: described[name] for name in _COUNTERS},
     )
 
 
-def _arrays(train_state, sampler, pending, rounds: list) -> dict[str, Any]:
-    return {"train_state": train_state, "sampler": sampler, "pending": pending, "rounds": rounds}
+def _check_arrays(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
+    """Raises InputError unless the checkpoint has these arrays; those of rounds may have any shape."""
+    for name, array in expected.items():
+        saved = checkpoint.arrays.get(name)
+        any_shape = name.startswith("rounds.")
+        if saved is None or not (any_shape or (saved.shape, saved.dtype) == (array.shape, array.dtype)):
+            has = "no such array" if saved is None else f"{saved.dtype}{saved.shape}"
+            raise InputError(
+                f"the checkpoint of step {checkpoint.state['step']:,} has {has} where this run has {name}: "
+                f"{array.dtype}{array.shape}. The data or the network are not those it was made with: choose another "
+                "--workdir, or start again with --overwrite"
+            )
 
 
-def _named(arrays) -> dict[str, Any]:
-    """{path: array}, in the order of the leaves."""
+def _tree(train_state, sampler_state, pending, rounds: list) -> dict[str, Any]:
+    return {"train_state": train_state, "sampler_state": sampler_state, "pending": pending, "rounds": rounds}
+
+
+def _by_path(arrays) -> dict[str, Any]:
+    """Returns {path: array}, in the order of the leaves."""
     paths = jax.tree_util.tree_leaves_with_path(arrays)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}

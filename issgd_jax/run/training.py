@@ -1,7 +1,8 @@
-"""Trains an experiment in a folder, or goes on with the run that lies there."""
+"""Trains an experiment in a folder, or resumes the run that is there."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -10,6 +11,7 @@ import tempfile
 import jax
 from ml_collections import ConfigDict
 
+from issgd_jax import config as config_lib
 from issgd_jax import processes
 from issgd_jax.config import flatten
 from issgd_jax.console import say
@@ -23,32 +25,52 @@ from issgd_jax.run.supervision import Supervision
 from issgd_jax.task.problem import explain_norms
 
 # Fields in which the processes of a learner may differ.
-_OWN = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
+_PROCESS_FIELDS = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
-    """Trains as the config says and returns the history, the rows of metrics.jsonl.
+    """Trains as the config says and returns the rows of metrics.jsonl.
 
-    A run of the same experiment that lies in workdir goes on from its newest checkpoint: with the exact and the relaxed
-    schedule and on the same hardware, bit by bit as if it had never stopped. Leaves metrics.jsonl, TensorBoard events,
-    config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz. Where the learner spans
-    processes, process 0 alone reads and writes the workdir, and tells the others where to go on.
+    A run of the same experiment in workdir is resumed from its newest checkpoint. Leaves metrics.jsonl, TensorBoard
+    events, config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz. Where the learner
+    spans processes, process 0 alone reads and writes the workdir, and sends the others the checkpoint.
 
-    Raises: InputError before anything is compiled or written, if a value cannot work, or workdir holds another
-      experiment or is in use; NonFiniteLossError if training diverges; BadScoreError if a score is bad and
-      workers.strict is set; StoppedError after a signal, to whichever process, with a checkpoint made;
-      ProcessLostError if another process is gone.
+    Args:
+      config: see `issgd_jax.config.default`.
+      workdir: folder of the run; created if it is missing.
+      overwrite: whether a run that is there is replaced.
+
+    Guarantees:
+      With the exact and the relaxed schedule and on the same hardware, a run that was stopped and resumed equals, bit
+      by bit, one that never stopped.
+
+    Raises:
+      InputError: before anything is compiled or written, if a value cannot work, or workdir holds another experiment
+        or is in use.
+      NonFiniteLossError: training diverges.
+      BadScoreError: a score is bad and workers.strict is set.
+      StoppedError: after a signal, to whichever process, with a checkpoint.
+      ProcessLostError: another process is gone.
+
+    Example:
+      >>> import tempfile, issgd_jax
+      >>> config = issgd_jax.config.default()
+      >>> config.steps, config.eval_every, config.workers.chunk_size, config.log.progress = 20, 10, 256, False
+      >>> config.schedule.score_delay = 10
+      >>> rows = train(config, tempfile.mkdtemp())
+      >>> [row["step"] for row in rows]
+      [0, 10, 20]
     """
     with processes.noticing_loss():
         prepared = wiring.prepare(config)
         if processes.is_first():
             return _train_in(workdir, prepared, overwrite)
         with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:
-            return _train(_without_traces(prepared), pathlib.Path(folder), None)
+            return _train(_without_files(prepared), pathlib.Path(folder), None)
 
 
-def _without_traces(prepared: wiring.Prepared) -> wiring.Prepared:
-    """For a process whose folder goes with it."""
+def _without_files(prepared: wiring.Prepared) -> wiring.Prepared:
+    """Returns the run of a process that leaves nothing behind."""
     config = prepared.config.copy_and_resolve_references()
     config.log.progress = config.log.tensorboard = False
     config.checkpoint.every_steps = 0
@@ -57,8 +79,8 @@ def _without_traces(prepared: wiring.Prepared) -> wiring.Prepared:
 
 def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite: bool) -> list[dict]:
     config = prepared.config
-    asked_for = prepared.config.to_dict()
-    workdir_lib.check(workdir, asked_for, overwrite=overwrite)
+    fields = config.to_dict()
+    workdir_lib.check(workdir, fields, overwrite=overwrite)
     with (
         jax.default_device(prepared.roles.learner),
         prepared.pool or contextlib.nullcontext(),
@@ -66,104 +88,114 @@ def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite:
     ):
         if config.log.explain:
             print(explain_norms(prepared.problem))
-        before = workdir_lib.check(workdir, asked_for, overwrite=overwrite)  # nobody else can change it any more
-        if before is None:
+        record = workdir_lib.check(workdir, fields, overwrite=overwrite)  # locked now: no other program can change it
+        if record is None:
             workdir_lib.clear(folder)
-        return _train(prepared, folder, before)
+        return _train(prepared, folder, record)
 
 
-def _train(prepared: wiring.Prepared, workdir: pathlib.Path, before: dict | None) -> list[dict]:
-    """before: the record of the run that goes on."""
+def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None) -> list[dict]:
+    """Trains in a locked folder; record: content of config.json of the run to resume."""
     config, roles = prepared.config, prepared.roles
     workers = prepared.pool.device_kinds if prepared.pool else []
-    devices = {"learner": [device.device_kind for device in roles.learners], "workers": workers}
+    about = {
+        "devices": {"learner": [device.device_kind for device in roles.learners], "workers": workers},
+        "versions": versions(),
+    }
     with contextlib.ExitStack() as stack:
-        about = {"devices": devices, "versions": versions()}
         folder = workdir / workdir_lib.CHECKPOINTS
         checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
-        found = checkpoints.newest(lambda state: _hindrance(state, workdir)) if before else None
-        if found:
-            _tell_of_resuming(found.state, config.steps, about)
-        elif before:
-            say("the run here was stopped before its first checkpoint: it begins anew")
-        found = _of_first(found, config)
-        workdir_lib.write_record(workdir, config.to_dict(), devices, before if found else None)
+        checkpoint = _from_first(_newest(checkpoints, workdir, config, about) if record else None, config)
+        workdir_lib.write_record(workdir, config.to_dict(), about["devices"], record if checkpoint else None)
         watch = stack.enter_context(Supervision(workdir, watchdog_seconds=config.watchdog_seconds))
 
         parts = wiring.build(prepared)
         state = loop.start(parts)
-        if found:
-            state = run_state.restore(found, state, roles.placement, moments=parts.payoff is not None)
-        plan = loop.Plan(
-            steps=config.steps,
-            eval_every=config.eval_every,
-            window=config.schedule.steps_per_round,
-            strict=config.workers.strict,
-            skip_nonfinite=config.on_nonfinite == "skip",
-            progress=metrics.Progress(
-                config.steps, shown=config.log.progress, description=config.proposal.name, start=state.step
-            ),
-        )
-        position = found.state["metrics_bytes"] if before and found else 0
+        if checkpoint:
+            state = run_state.restore(checkpoint, state, roles.placement, moments=parts.payoff is not None)
+        position = checkpoint.state["metrics_bytes"] if record and checkpoint else 0
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
             try:
-                sampler = loop.run(
+                sampler_state = loop.run(
                     parts,
-                    plan,
+                    _plan(config, state.step),
                     writer,
                     state=state,
                     checkpoints=checkpoints if config.checkpoint.every_steps else None,
                     watch=watch,
                 )
             except NonFiniteLossError as error:
-                _keep_minibatch(error, workdir / workdir_lib.NONFINITE_FILE)
+                _write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE)
                 raise
-        if config.proposal.name != "uniform":
+        if config_lib.samples_by_importance(config):
             path = workdir / workdir_lib.SCORES_FILE
             with workdir_lib.writing(path):
-                sampler.store.save(path)
+                sampler_state.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
 
-def _of_first(found: Checkpoint | None, config: ConfigDict) -> Checkpoint | None:
-    """The checkpoint that process 0 goes on from, in all processes; the others must run the same config."""
-    mine = json.loads(json.dumps(flatten(config)))
-    (first, state), arrays = processes.from_first((mine, found and found.state), found.arrays if found else {})
-    differ = [f"{name} is {mine[name]!r}, there {first[name]!r}" for name in mine if mine[name] != first[name]]
-    if differ := [text for text in differ if not text.startswith(_OWN)]:
-        raise InputError(f"this process runs another config than process 0: {', '.join(differ)}")
-    return Checkpoint(arrays, state) if state else None
+def _plan(config: ConfigDict, first_step: int) -> loop.Plan:
+    progress = metrics.Progress(
+        config.steps, shown=config.log.progress, description=config.proposal.name, start=first_step
+    )
+    return loop.Plan(
+        steps=config.steps,
+        eval_every=config.eval_every,
+        strict=config.workers.strict,
+        skip_nonfinite=config.on_nonfinite == "skip",
+        progress=progress,
+    )
 
 
-def _keep_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
-    if error.batch:
-        try:
-            # JSON has no word for NaN.
-            kept = {name: _as_text(x) if name == "losses" else x for name, x in error.batch.items()}
-            write_text_atomically(path, json.dumps(kept) + "\n")
-        except OSError as problem:  # the error itself matters more
-            say(f"{path} cannot be written: {problem}")
+def _newest(checkpoints: Checkpoints, workdir: pathlib.Path, config: ConfigDict, about: dict) -> Checkpoint | None:
+    """Returns the checkpoint to resume from, and logs it; None if the run was stopped before the first."""
+    checkpoint = checkpoints.newest(functools.partial(_missing_rows, workdir))
+    if checkpoint is None:
+        say("the run here was stopped before its first checkpoint: it starts again")
+        return None
+    step = checkpoint.state["step"]
+    if step > config.steps:
+        raise InputError(
+            f"steps is {config.steps:,}, but the run in workdir has done {step:,}: raise it, or start again with "
+            "--overwrite"
+        )
+    changed = " and ".join(name for name in about if checkpoint.state[name] != about[name])
+    not_equal = f"; {changed} have changed, so that the numbers will not be bit-equal" if changed else ""
+    say(f"resumes from the checkpoint of step {step:,} of {config.steps:,}{not_equal}")
+    return checkpoint
 
 
-def _as_text(losses: list[float]) -> list[float | str]:
-    return [loss if math.isfinite(loss) else str(loss) for loss in losses]
-
-
-def _hindrance(state: dict, workdir: pathlib.Path) -> str | None:
-    """Why a run cannot go on from a checkpoint, if it cannot: the rows that were measured before it must be there."""
+def _missing_rows(workdir: pathlib.Path, state: dict) -> str | None:
+    """Says why a run cannot resume from a checkpoint: the rows that were written before it must be there."""
     path = workdir / workdir_lib.METRICS_FILE
-    found = path.stat().st_size if path.is_file() else 0
-    if found < state["metrics_bytes"]:
-        return f"{path} has {found:,} bytes and had {state['metrics_bytes']:,}"
+    size = path.stat().st_size if path.is_file() else 0
+    if size < state["metrics_bytes"]:
+        return f"{path} has {size:,} bytes and had {state['metrics_bytes']:,}"
     return None
 
 
-def _tell_of_resuming(state: dict, steps: int, about: dict) -> None:
-    if state["step"] > steps:
-        raise InputError(
-            f"steps is {steps:,}, but the run in workdir has done {state['step']:,}: raise it, or begin anew with "
-            "--overwrite"
-        )
-    differ = " and ".join(name for name in about if state[name] != about[name])
-    not_equal = f"; {differ} differ from before, so that the numbers will not be bit-equal" if differ else ""
-    say(f"goes on from the checkpoint of step {state['step']:,} of {steps:,}{not_equal}")
+def _from_first(checkpoint: Checkpoint | None, config: ConfigDict) -> Checkpoint | None:
+    """Returns, in all processes, the checkpoint of process 0; raises InputError if their configs differ."""
+    fields = json.loads(json.dumps(flatten(config)))
+    arrays = checkpoint.arrays if checkpoint else {}
+    (first, state), arrays = processes.from_first((fields, checkpoint and checkpoint.state), arrays)
+    different = [
+        f"{name} is {fields[name]!r}, there {first[name]!r}"
+        for name in fields
+        if fields[name] != first[name] and not name.startswith(_PROCESS_FIELDS)
+    ]
+    if different:
+        raise InputError(f"this process runs another config than process 0: {', '.join(different)}")
+    return Checkpoint(arrays, state) if state else None
+
+
+def _write_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
+    """Writes the minibatch of an error, if it has one; losses that are not finite, which JSON cannot hold, as text."""
+    if not error.batch:
+        return
+    losses = error.batch.get("losses", [])
+    batch = error.batch | ({"losses": [x if math.isfinite(x) else str(x) for x in losses]} if losses else {})
+    try:
+        write_text_atomically(path, json.dumps(batch) + "\n")
+    except OSError as problem:  # the error itself matters more
+        say(f"{path} cannot be written: {problem}")

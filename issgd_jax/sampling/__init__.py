@@ -2,10 +2,11 @@
 
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform
+from issgd_jax.sampling.sampler import DRAWS, Sampler, SamplerState
 from issgd_jax.sampling.store import ScoreStore
 from issgd_jax.sampling.table import Draw, Table, build_table, draw, effective_sample_size, uniform_table
 
 __all__ = [
-    "Calibrated", "Draw", "Mixture", "Proportional", "ScoreStore", "Table", "Uniform", "build_table", "draw",
-    "effective_sample_size", "uniform_table",
+    "DRAWS", "Calibrated", "Draw", "Mixture", "Proportional", "Sampler", "SamplerState", "ScoreStore", "Table",
+    "Uniform", "build_table", "draw", "effective_sample_size", "uniform_table",
 ]  # fmt: skip

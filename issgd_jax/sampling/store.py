@@ -14,7 +14,7 @@ from issgd_jax.files import replace_atomically
 from issgd_jax.sampling import kernels
 
 NEVER = -1  # scored_at of an example that has no score yet
-NOBODY = -1  # index of no example
+NO_EXAMPLE = -1  # index of no example
 MAX_STEP = 2**30  # steps are below it
 BYTES_AN_EXAMPLE = 8
 
@@ -28,7 +28,7 @@ class Rejected(NamedTuple):
 
     @classmethod
     def none(cls) -> "Rejected":
-        return cls(jnp.int32(0), jnp.int32(NOBODY))
+        return cls(jnp.int32(0), jnp.int32(NO_EXAMPLE))
 
     def then(self, later: "Rejected") -> "Rejected":
         """Both together."""
@@ -238,7 +238,7 @@ def plain_write(score, scored_at, indices, new_score, step):
         score.at[target].set(new_score, mode="drop"),
         contest.at[target].set(step, mode="drop"),
         jnp.sum(bad, dtype=jnp.int32),
-        jnp.max(jnp.where(bad, indices, NOBODY), initial=NOBODY),
+        jnp.max(jnp.where(bad, indices, NO_EXAMPLE), initial=NO_EXAMPLE),
     )
 
 

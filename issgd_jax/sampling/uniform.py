@@ -10,8 +10,22 @@ from issgd_jax.sampling import kernels
 
 # A random subset is one example in so many, and serves for so many epochs.
 SUBSET = 3
+# Draws that go through the examples, or a random subset of them, epoch by epoch.
+EPOCHS = ("shuffled", "random_subset")
 # Rounds of the shuffle: four make a network of random functions random; small ones mix less, so twice as many.
 FEISTEL_ROUNDS = 8
+
+
+def largest_minibatch(num_examples: int, draw: str) -> int:
+    """Returns the largest minibatch that this kind of draw has from N examples; 2^31 - 1 with replacement.
+
+    Example:
+      >>> largest_minibatch(100, "shuffled"), largest_minibatch(100, "random_subset")
+      (100, 33)
+    """
+    if draw == "random_subset":
+        return num_examples // SUBSET
+    return num_examples if draw in ("shuffled", "without_replacement") else 2**31 - 1
 
 
 def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:

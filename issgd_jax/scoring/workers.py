@@ -70,13 +70,13 @@ class WorkerPool:
         self._score = _compiled(score_fn, mesh, self._shard_size, chunk_size, of_shards, gathers)
 
     @property
-    def place(self) -> dict[str, int]:
+    def cursor(self) -> dict[str, int]:
         """Where the next round begins: an item of every worker's shard."""
         return {"item": self._next_start, "workers": self._num_workers}
 
-    def go_to(self, place: dict[str, int]) -> None:
+    def seek(self, cursor: dict[str, int]) -> None:
         """Goes on at a place, also of a pool with another number of workers: with the same example, or one near it."""
-        self._next_start = place["item"] * place["workers"] // self._num_workers % self._shard_size
+        self._next_start = cursor["item"] * cursor["workers"] // self._num_workers % self._shard_size
 
     @property
     def rounds_per_sweep(self) -> int:

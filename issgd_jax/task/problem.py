@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from issgd_jax import devices
 from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain
-from issgd_jax.sampling import uniform as uniform_lib
 from issgd_jax.scoring import scores as scores_lib
 from issgd_jax.task import data, losses, models
 
@@ -51,13 +50,6 @@ def make_problem(config: ConfigDict) -> Problem:
     Raises: InputError if the data is not there or too small, or the network cannot take it; compiles nothing.
     """
     train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
-    available = len(train_data) // (uniform_lib.SUBSET if config.learner.draw == "random_subset" else 1)
-    if minibatch_size(config) > available:
-        times = f" on each of {config.devices.learners} learners" if config.devices.learners > 1 else ""
-        raise InputError(
-            f"learner.batch_size is {config.learner.batch_size}{times}, but there are {available} examples to draw "
-            "from: lower it"
-        )
     if len(train_data) < 2:
         raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
