@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import issgd_jax
 from issgd_jax import InputError, devices
-from issgd_jax.learning import learner
+from issgd_jax.learning.learner import Learner, TrainState
+from issgd_jax.sampling import Sampler
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture
 from tests.run.resume_test import arrays_of, check_same, rewind, small
@@ -46,19 +47,20 @@ def other_score(params, images, labels):
 def few_steps(count, **options):
     """The states and metrics after some steps on so many devices; before the last, the scores of a round enter."""
     loss_fn, params, examples = conv_problem()
-    mesh, optimizer, proposal = mesh_of(count), optax.sgd(0.1, momentum=0.9), Mixture(Calibrated())
+    mesh, optimizer = mesh_of(count), optax.sgd(0.1, momentum=0.9)
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, Mixture(Calibrated()), options.pop("draw", "systematic"))
     placement = NamedSharding(mesh, PartitionSpec()) if mesh else jax.devices()[0]
-    step = learner.make_train_step(loss_fn, optimizer, batch_size=BATCH_SIZE, seed=3, mesh=mesh, **options)
-    state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES)
+    step = Learner(loss_fn, optimizer, mesh=mesh, **options).compile()
+    state, sampler_state = TrainState.init(params, optimizer), sampler.init(3)
     round_, now = (jnp.arange(20), jnp.linspace(0.1, 9, 20)), jnp.int32(2)
-    state, sampler, proposal, examples, round_, now = jax.device_put(
-        (state, sampler, proposal, examples, round_, now), placement
+    state, sampler_state, sampler, examples, round_, now = jax.device_put(
+        (state, sampler_state, sampler, examples, round_, now), placement
     )
     for i in range(4):
         if i == 3:
-            sampler = learner.take_in(proposal, sampler, *round_, scored_at=now, step=now)
-        state, sampler, metrics = step(state, sampler, proposal, examples)
-    return state, sampler, metrics
+            sampler_state = sampler.ingest(sampler_state, *round_, now)
+        state, sampler_state, metrics = step(state, sampler_state, sampler, examples)
+    return state, sampler_state, metrics
 
 
 @pytest.mark.parametrize(
@@ -78,18 +80,19 @@ def test_a_step_shared_by_devices_is_that_of_one(options):
 
 def test_sharing_devices_copy_neither_store_nor_table():
     """Both states are donated on every device; red if that is lost on the way into shard_map, O(N) a step."""
-    num_examples, proposal, optimizer = 573_000, Mixture(Calibrated()), optax.sgd(0.1)
+    num_examples, optimizer = 573_000, optax.sgd(0.1)
+    sampler = Sampler(num_examples, 128, Mixture(Calibrated()))
     placement = NamedSharding(mesh_of(2), PartitionSpec())
-    state = learner.init_train_state({"w": jnp.zeros(3)}, optimizer), learner.init_sampler(proposal, num_examples)
+    states = TrainState.init({"w": jnp.zeros(3)}, optimizer), sampler.init(0)
     examples = jnp.ones((num_examples, 3)), jnp.ones(num_examples)
-    (state, sampler), proposal, examples = jax.device_put((state, proposal, examples), placement)
-    step = learner.make_train_step(
-        lambda params, x, y: (params["w"] @ x - y) ** 2, optimizer, batch_size=128, seed=0, mesh=mesh_of(2)
-    )
-    memory = step.lower(state, sampler, proposal, examples).compile().memory_analysis()
+    states, sampler, examples = jax.device_put((states, sampler, examples), placement)
+    step = Learner(lambda params, x, y: (params["w"] @ x - y) ** 2, optimizer, mesh=mesh_of(2)).compile()
+    memory = step.lower(*states, sampler, examples).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_examples
-    step(state, sampler, proposal, examples)
-    assert state.params["w"].is_deleted() and sampler.store.score.is_deleted() and sampler.table.sums.is_deleted()
+    step(*states, sampler, examples)
+    state, sampler_state = states
+    assert state.params["w"].is_deleted()
+    assert sampler_state.store.score.is_deleted() and sampler_state.table.sums.is_deleted()
 
 
 def check_close(found, expected):

@@ -77,7 +77,7 @@ class Worker:
         return self._score(self._pools[shard], item)
 
     def _score(self, pool, item: int) -> np.ndarray:
-        pool.go_to({"item": item, "workers": 1})
+        pool.seek({"item": item, "workers": 1})
         (round_,) = pool.score_next(self._params, step=0)
         place = np.asarray(round_.indices).ravel() - item  # in the chunk
         wanted = (place >= 0) & (place < self._layout.chunk_size)

@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from issgd_jax import sampling
-from issgd_jax.learning import learner
-from issgd_jax.learning.asgd import Learners, next_to_apply
+from issgd_jax.learning.asgd import AsynchronousLearners, next_to_apply
+from issgd_jax.learning.learner import Learner, TrainState
+from issgd_jax.sampling import Sampler
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Uniform
 from tests.learning.learner_test import (
     BATCH_SIZE,
     NUM_EXAMPLES,
+    drawing_from,
     full_gradient,
     per_example,
     problem,
     quadratic_loss,
-    sampler_of,
 )
 
 SEED = 4
@@ -33,20 +34,33 @@ def make(number, *, optimizer, max_delay=None, devices=None, loss_fn=quadratic_l
     """Learners, and the state and sampler that they begin with."""
     params, examples = problem()
     devices = devices or jax.devices()
-    stages = learner.make_stages(loss_fn, optimizer, batch_size=BATCH_SIZE, seed=SEED, **options)
     max_delay = number - 1 if max_delay is None else max_delay
-    learners = Learners(stages, examples, devices=devices, number=number, max_delay=max_delay)
-    return learners, learner.init_train_state(params, optimizer), examples
+    learners = AsynchronousLearners(
+        Learner(loss_fn, optimizer, **options), examples, devices=devices, number=number, max_delay=max_delay
+    )
+    return learners, TrainState.init(params, optimizer), examples
 
 
-def run(learners, state, sampler, proposal, examples, steps):
+def calibrated():
+    """A sampler that learns, and its first state."""
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, Mixture(Calibrated()))
+    return sampler, sampler.init(SEED)
+
+
+def uniform():
+    """A sampler that draws uniformly, and its first state."""
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, Uniform())
+    return sampler, sampler.init(SEED)
+
+
+def run(learners, state, sampler, sampler_state, examples, steps):
     """The states before and after each step; nothing in them is donated to a later one."""
-    state = learners.start(state, sampler)
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     states = [jax.tree.map(np.array, state)]
     for _ in range(steps):
-        state, sampler, _ = learners.train_step(state, sampler, proposal, examples)
+        state, sampler_state, _ = learners.train_step(state, sampler_state, sampler, examples)
         states.append(jax.tree.map(np.array, state))
-    return states, sampler
+    return states, sampler_state
 
 
 def uneven_table():
@@ -62,7 +76,7 @@ def test_each_update_is_of_the_parameters_before_k_minus_1_others(number):
     """Against plain numpy: a delay, draw or importance weight of another step, or a momentum applied twice, is seen."""
     steps, rate, momentum = 12, 0.02, 0.9
     learners, state, (x, y) = make(number, optimizer=optax.sgd(rate, momentum, nesterov=True), refresh=False)
-    states, _ = run(learners, state, sampler_of(uneven_table()), Uniform(), (x, y), steps)
+    states, _ = run(learners, state, *drawing_from(uneven_table(), seed=SEED), (x, y), steps)
 
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     versions = [np.append(np.asarray(states[0].params["w"], np.float64), float(states[0].params["b"]))]
@@ -82,28 +96,28 @@ def test_each_update_is_of_the_parameters_before_k_minus_1_others(number):
 
 def test_one_learner_takes_the_ordinary_step():
     """But for the rounding of programs that are compiled apart."""
-    optimizer, proposal = optax.sgd(0.02, 0.9, nesterov=True), Mixture(Calibrated())
+    optimizer = optax.sgd(0.02, 0.9, nesterov=True)
     learners, state, examples = make(1, optimizer=optimizer, moments=True)
-    plain = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=SEED, moments=True)
-    ours = jax.tree.map(jnp.copy, state), learner.init_sampler(proposal, NUM_EXAMPLES)
-    theirs = jax.tree.map(jnp.copy, state), learner.init_sampler(proposal, NUM_EXAMPLES)
+    plain = Learner(quadratic_loss, optimizer, moments=True).compile()
+    sampler, sampler_state = calibrated()
+    actual, expected = (jax.tree.map(jnp.copy, (state, sampler_state)) for _ in "12")
     for i in range(6):
-        uniform = i == 3
-        *ours, metrics = learners.train_step(*ours, proposal, examples, uniform=uniform)
-        *theirs, expected = plain(*theirs, proposal, examples, uniform=uniform)
-        expected = expected._replace(minibatch=metrics.minibatch) if uniform else expected
+        is_uniform = i == 3
+        *actual, metrics = learners.train_step(*actual, sampler, examples, uniform=is_uniform)
+        *expected, expected_metrics = plain(*expected, sampler, examples, uniform=is_uniform)
+        if is_uniform:
+            expected_metrics = expected_metrics._replace(minibatch=metrics.minibatch)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-        jax.tree.map(close, (ours, metrics), (theirs, expected))
+        jax.tree.map(close, (actual, metrics), (expected, expected_metrics))
 
 
 def test_the_number_of_devices_changes_no_bit():
     """Red if what one learner does depends on when another was done, or the round robin loses one."""
     results = []
     for devices in (jax.devices(), jax.devices()[:1], jax.devices()[:3]):
-        proposal = Mixture(Calibrated())
         learners, state, examples = make(6, optimizer=optax.sgd(0.02, 0.9), devices=devices)
-        states, sampler = run(learners, state, learner.init_sampler(proposal, NUM_EXAMPLES), proposal, examples, 15)
-        results.append((states, jax.tree.map(np.array, sampler)))
+        states, sampler_state = run(learners, state, *calibrated(), examples, 15)
+        results.append((states, jax.tree.map(np.array, sampler_state)))
     for result in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, results[0], result)
 
@@ -111,31 +125,31 @@ def test_the_number_of_devices_changes_no_bit():
 def test_all_that_is_in_flight_lies_with_its_owner():
     """Else a checkpoint, or the update, would mix devices."""
     learners, state, examples = make(4, optimizer=optax.sgd(0.02))
-    sampler = learner.init_sampler(Uniform(), NUM_EXAMPLES)
-    state = learners.start(state, sampler)
+    sampler, sampler_state = uniform()
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     for _ in range(3):
-        state, sampler, _ = learners.train_step(state, sampler, Uniform(), examples)
-        assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves((state, sampler)))
+        state, sampler_state, _ = learners.train_step(state, sampler_state, sampler, examples)
+        assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves((state, sampler_state)))
 
 
 def test_scores_are_those_of_the_parameters_they_were_measured_at():
     """Red if peers' norms enter as of the step that applies them: they would count as fresher than they are."""
-    number, steps, proposal = 3, 7, Mixture(Calibrated())
+    number, steps, seen, versions = 3, 7, {}, []
     learners, state, examples = make(number, optimizer=optax.sgd(0.02, 0.9))
-    sampler, seen, versions = learner.init_sampler(proposal, NUM_EXAMPLES), {}, []
-    state = learners.start(state, sampler)
+    sampler, sampler_state = calibrated()
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     for t in range(steps):
         versions.append(jax.tree.map(np.array, state.params))
-        state, sampler, metrics = learners.train_step(state, sampler, proposal, examples)
+        state, sampler_state, metrics = learners.train_step(state, sampler_state, sampler, examples)
         seen |= dict.fromkeys(np.asarray(metrics.minibatch.indices).tolist(), max(0, t - (number - 1)))
     expected = np.full(NUM_EXAMPLES, -1)
     expected[list(seen)] = list(seen.values())
-    np.testing.assert_array_equal(sampler.store.scored_at, expected)
+    np.testing.assert_array_equal(sampler_state.store.scored_at, expected)
     assert max(seen.values()) == steps - number
     for n, step in seen.items():
         gradients = per_example(versions[step], jax.tree.map(lambda x, n=n: x[n : n + 1], examples))
         norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
-        np.testing.assert_allclose(sampler.store.score[n], norm, rtol=1e-5)
+        np.testing.assert_allclose(sampler_state.store.score[n], norm, rtol=1e-5)
 
 
 def there_and_back(here, there):
@@ -162,13 +176,12 @@ def test_applied_gradients_are_unbiased_at_the_parameters_they_are_of():
     here, _ = problem()
     there = {"w": jnp.array([-1.0, 2.0, 0.0]), "b": jnp.float32(-2)}
     learners, state, examples = make(4, optimizer=there_and_back(here, there))
-    proposal, steps = Mixture(Calibrated()), 1500
-    sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
-    state = learners.start(state, sampler)
+    steps, (sampler, sampler_state) = 1500, calibrated()
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     for i in range(steps):
-        state, sampler, metrics = learners.train_step(state, sampler, proposal, examples)
+        state, sampler_state, metrics = learners.train_step(state, sampler_state, sampler, examples)
         if i % 10 == 9:
-            sampler = learner.renew(proposal, sampler, step=state.step)
+            sampler_state = sampler.rebuild(sampler_state)
     assert np.ptp(metrics.minibatch.importance_weights) > 0.1
     _, sums, squares = state.opt_state
     # Updates 0 and 2 are of the first parameters too, as all begin with them.
@@ -203,7 +216,8 @@ def test_no_gradient_is_ever_too_late_whoever_is_slow(data, number, slack):
 def test_a_slow_learner_is_overtaken_but_never_by_more_than_the_bound():
     number, max_delay, slow = 3, 5, jax.devices()[1]
     learners, state, examples = make(number, optimizer=optax.sgd(0.0), max_delay=max_delay)
-    sampler, gradient_, update = learner.init_sampler(Uniform(), NUM_EXAMPLES), learners._gradient, learners._update
+    sampler, sampler_state = uniform()
+    gradient_, update = learners._gradient, learners._update
     applied, begun = [], []
 
     @jax.jit
@@ -215,14 +229,14 @@ def test_a_slow_learner_is_overtaken_but_never_by_more_than_the_bound():
         gradient = gradient_(params, step, *given)
         return gradient._replace(finite=later(gradient.finite)) if step.devices() == {slow} else gradient
 
-    def noted(params, opt_state, step, sampler, proposal, gradient):
+    def noted(params, opt_state, step, sampler_state, sampler, gradient):
         applied.append(gradient.step)
-        return update(params, opt_state, step, sampler, proposal, gradient)
+        return update(params, opt_state, step, sampler_state, sampler, gradient)
 
     learners._gradient, learners._update = slowly, noted
-    state = learners.start(state, sampler)
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     for _ in range(30):
-        state, sampler, _ = learners.train_step(state, sampler, Uniform(), examples)
+        state, sampler_state, _ = learners.train_step(state, sampler_state, sampler, examples)
         time.sleep(0.002)
     applied = [int(step) for step in applied]
     delays = [t - step for t, step in enumerate(applied)]
@@ -241,11 +255,12 @@ def test_a_gradient_that_is_not_finite_is_told_of_with_its_own_minibatch():
     learners, state, examples = make(
         2, optimizer=optax.sgd(0.0), loss_fn=bad_for_some, refresh=False, check_gradient=True
     )
-    sampler, y = sampler_of(sampling.uniform_table(NUM_EXAMPLES)), np.asarray(examples[1])
-    state, found = learners.start(state, sampler), []
+    y, found = np.asarray(examples[1]), []
+    sampler, sampler_state = uniform()
+    state, sampler_state = learners.start(state, sampler_state, sampler)
     for _ in range(8):
-        state, sampler, metrics = learners.train_step(
-            state._replace(params=problem()[0]), sampler, Uniform(), examples, uniform=True
+        state, sampler_state, metrics = learners.train_step(
+            state._replace(params=problem()[0]), sampler_state, sampler, examples, uniform=True
         )
         indices, _, losses = metrics.minibatch
         assert np.all(np.isfinite(losses))

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from issgd_jax import sampling
-from issgd_jax.learning import learner
+from issgd_jax.learning.learner import Learner, TrainState
+from issgd_jax.sampling import Sampler
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform
@@ -35,7 +36,7 @@ def per_example(params, examples):
 
 def tables():
     """Every way to a table: each proposal, on scores that are partly missing, stale and of wildly different size."""
-    store = learner.init_sampler(Uniform(), NUM_EXAMPLES).store
+    store = sampling.ScoreStore.init(NUM_EXAMPLES)
     scores = np.random.default_rng(5).lognormal(0, 2, 15).astype(np.float32)
     store, _ = store.write(jnp.arange(15), scores, jnp.int32(3))
     for proposal in (Uniform(), Proportional(0.1), Proportional(0.0), Calibrated(), Mixture(Calibrated())):
@@ -43,19 +44,24 @@ def tables():
         yield repr(proposal), proposal.table(basis, store, jnp.int32(9))
 
 
-def sampler_of(table):
-    """A sampler that draws from `table`, its store empty."""
-    return learner.init_sampler(Uniform(), NUM_EXAMPLES)._replace(table=table)
+def drawing_from(table, batch_size=BATCH_SIZE, seed=0):
+    """A sampler and its state that draws from `table`, its store empty."""
+    sampler = Sampler(NUM_EXAMPLES, batch_size, Uniform())
+    return sampler, sampler.init(seed)._replace(table=table)
 
 
 def one_step_gradients(table, params, examples, batch_size, count):
-    """The gradients that `train_step` applied, over many keys (the step number makes the key)."""
+    """The gradients that a step applied, over many keys (the number of the draw makes the key)."""
     optimizer = optax.sgd(1.0)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=batch_size, seed=1)
-    states = jax.vmap(lambda i: learner.init_train_state(params, optimizer)._replace(step=i))(jnp.arange(count))
-    samplers = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), sampler_of(table))
-    new, _, metrics = jax.vmap(step, in_axes=(0, 0, None, None))(states, samplers, Uniform(), examples)
-    return jax.tree.map(lambda old, after: old - after, params, new.params), metrics.loss
+    step = Learner(quadratic_loss, optimizer, refresh=False).step
+    state = TrainState.init(params, optimizer)
+    sampler, sampler_state = drawing_from(table, batch_size, seed=1)
+
+    def step_of_draw(number):
+        return step(state, sampler_state._replace(num_draws=number), sampler, examples)
+
+    new, _, metrics = jax.jit(jax.vmap(step_of_draw))(jnp.arange(count))
+    return jax.tree.map(lambda old, updated: old - updated, params, new.params), metrics.loss
 
 
 @pytest.mark.parametrize(("name", "table"), list(tables()), ids=lambda x: x if isinstance(x, str) else "")
@@ -99,9 +105,10 @@ def test_uniform_is_plain_sgd():
     params, examples = problem()
     table = sampling.uniform_table(NUM_EXAMPLES)
     optimizer = optax.sgd(0.1)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=3)
-    state = learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer)
-    state, _, metrics = step(state, sampler_of(table), Uniform(), examples)
+    step = Learner(quadratic_loss, optimizer).compile()
+    state = TrainState.init(jax.tree.map(jnp.copy, params), optimizer)
+    sampler, sampler_state = drawing_from(table, seed=3)
+    state, _, metrics = step(state, sampler_state, sampler, examples)
     indices = sampling.draw(jax.random.fold_in(jax.random.key(3), 0), table, BATCH_SIZE).indices
     batch = jax.tree.map(lambda x: x[indices], examples)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, full_gradient(params, batch))
@@ -112,39 +119,41 @@ def test_uniform_is_plain_sgd():
 @pytest.mark.parametrize("refresh", [True, False])
 def test_both_states_are_donated(refresh):
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
-    state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=refresh)
-    step(state, sampler, proposal, examples)
-    assert params["w"].is_deleted() and sampler.store.score.is_deleted() and sampler.table.sums.is_deleted()
+    optimizer, sampler = optax.sgd(0.1), Sampler(NUM_EXAMPLES, 2)
+    sampler_state = sampler.init(0)
+    Learner(quadratic_loss, optimizer, refresh=refresh).compile()(
+        TrainState.init(params, optimizer), sampler_state, sampler, examples
+    )
+    assert params["w"].is_deleted()
+    assert sampler_state.store.score.is_deleted() and sampler_state.table.sums.is_deleted()
 
 
 def test_a_step_refreshes_the_scores_of_its_own_minibatch():
     params, examples = problem()
     optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal)
     norms = np.linalg.norm(
         np.concatenate([np.reshape(g, (NUM_EXAMPLES, -1)) for g in jax.tree.leaves(per_example(params, examples))], 1),
         axis=1,
     )
-    sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
+    sampler_state = sampler.init(7)._replace(step=jnp.int32(5), num_draws=jnp.int32(5))
     old = jnp.arange(NUM_EXAMPLES), jnp.full(NUM_EXAMPLES, 2.0)
-    sampler = learner.take_in(proposal, sampler, *old, scored_at=jnp.int32(0), step=jnp.int32(5))
-    before, table = jax.tree.map(np.asarray, (sampler.proposal_state, sampler.table))
-    drawn = sampling.draw(jax.random.fold_in(jax.random.key(7), 5), sampler.table, BATCH_SIZE).indices
-    state = learner.init_train_state(params, optimizer)._replace(step=jnp.int32(5))
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=7)
-    _, sampler, _ = step(state, sampler, proposal, examples)
+    sampler_state = sampler.ingest(sampler_state, *old, jnp.int32(0))
+    proposal_state, table = jax.tree.map(np.asarray, (sampler_state.proposal_state, sampler_state.table))
+    drawn = sampling.draw(jax.random.fold_in(jax.random.key(7), 5), sampler_state.table, BATCH_SIZE).indices
+    state = TrainState.init(params, optimizer)._replace(step=jnp.int32(5))
+    _, sampler_state, _ = Learner(quadratic_loss, optimizer).compile()(state, sampler_state, sampler, examples)
     scored_at = np.zeros(NUM_EXAMPLES)
     scored_at[drawn] = 5  # of the parameters before the update
-    np.testing.assert_array_equal(sampler.store.scored_at, scored_at)
-    np.testing.assert_allclose(sampler.store.score, np.where(scored_at == 5, norms, 2.0), rtol=1e-5)
-    taught = np.asarray(sampler.proposal_state.of_proposal.counts) - before.of_proposal.counts
+    np.testing.assert_array_equal(sampler_state.store.scored_at, scored_at)
+    np.testing.assert_allclose(sampler_state.store.score, np.where(scored_at == 5, norms, 2.0), rtol=1e-5)
+    taught = np.asarray(sampler_state.proposal_state.of_proposal.counts) - proposal_state.of_proposal.counts
     assert np.sum(taught) == pytest.approx(BATCH_SIZE, rel=1e-5)
-    v = np.asarray(sampler.table.v())
+    v = np.asarray(sampler_state.table.v())
     refreshed = scored_at == 5
     np.testing.assert_array_equal(v[~refreshed], table.v()[~refreshed])
     assert np.all(v[refreshed] != table.v()[refreshed])
-    basis, store = sampler.basis, sampler.store
+    basis, store = sampler_state.basis, sampler_state.store
     np.testing.assert_allclose(
         v[refreshed], proposal.v(basis, store.score, store.scored_at, jnp.int32(6))[refreshed], rtol=1e-5
     )
@@ -154,25 +163,25 @@ def test_a_step_refreshes_the_scores_of_its_own_minibatch():
 @pytest.mark.parametrize(
     "proposal", [Mixture(Calibrated()), Proportional(0.1), Mixture(Proportional(0.0), 0.2)], ids=repr
 )
-def test_unbiased_through_refreshes_and_renewals(proposal, draw):
+def test_unbiased_through_refreshes_and_rebuilds(proposal, draw):
     """The table changes under the draws; each step's gradient must be that of the very v it was drawn with.
 
     With a rate of 0 the parameters stay, so that every step estimates the same gradient.
     """
     params, examples = problem()
     optimizer = optax.sgd(0.0)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=2, draw=draw)
+    step, sampler = Learner(quadratic_loss, optimizer).compile(), Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal, draw)
     loss = np.mean(jax.vmap(quadratic_loss, (None, 0, 0))(params, *examples))
 
     def run(first):
-        state = learner.init_train_state(params, optimizer)._replace(step=first)
-        sampler, found = learner.init_sampler(proposal, NUM_EXAMPLES), []
+        state, sampler_state, losses = TrainState.init(params, optimizer), sampler.init(2), []
+        sampler_state = sampler_state._replace(num_draws=first)
         for i in range(12):
-            state, sampler, metrics = step(state, sampler, proposal, examples)
-            found.append(metrics.loss)
+            state, sampler_state, metrics = step(state, sampler_state, sampler, examples)
+            losses.append(metrics.loss)
             if i % 4 == 3:
-                sampler = learner.renew(proposal, sampler, step=state.step)
-        return jnp.stack(found)
+                sampler_state = sampler.rebuild(sampler_state)
+        return jnp.stack(losses)
 
     losses = np.asarray(jax.jit(jax.vmap(run))(1000 * jnp.arange(3000, dtype=jnp.int32)), np.float64)
     assert losses[:, 0].std() > 0 and losses[:, -1].std() > 0
@@ -181,44 +190,20 @@ def test_unbiased_through_refreshes_and_renewals(proposal, draw):
 
 def test_without_refresh_the_sampler_stays_as_it_was():
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
-    sampler = learner.init_sampler(proposal, NUM_EXAMPLES)
-    before = jax.tree.map(np.array, sampler)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=2, seed=0, refresh=False)
-    _, after, _ = step(learner.init_train_state(params, optimizer), sampler, proposal, examples)
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    optimizer, sampler = optax.sgd(0.1), Sampler(NUM_EXAMPLES, 2)
+    sampler_state = sampler.init(0)
+    expected = jax.tree.map(np.array, sampler_state)._replace(num_draws=1, step=1)
+    step = Learner(quadratic_loss, optimizer, refresh=False).compile()
+    _, sampler_state, _ = step(TrainState.init(params, optimizer), sampler_state, sampler, examples)
+    jax.tree.map(np.testing.assert_array_equal, sampler_state, expected)
 
 
 def test_scores_that_are_no_numbers_never_enter_by_refresh():
     params, examples = problem()
-    optimizer, proposal = optax.sgd(0.1), Mixture(Calibrated())
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=BATCH_SIZE, seed=0)
-    broken = params | {"b": jnp.float32(jnp.nan)}
-    _, sampler, _ = step(
-        learner.init_train_state(broken, optimizer), learner.init_sampler(proposal, NUM_EXAMPLES), proposal, examples
-    )
-    assert sampler.rejected.count == BATCH_SIZE and not np.any(sampler.store.scored)
-
-
-def test_a_round_enters_whatever_its_shape_and_is_drawn_from():
-    proposal = Proportional(0.0)
-    sampler = learner.init_sampler(proposal, 6)
-    indices, scores = jnp.array([[0, 2, 4], [1, 3, 6]]), jnp.array([[1.0, 2.0, jnp.nan], [5.0, 0.5, 9.0]])
-    sampler = learner.take_in(proposal, sampler, indices, scores, scored_at=jnp.int32(2), step=jnp.int32(5))
-    np.testing.assert_array_equal(sampler.store.score, [1, 5, 2, 0.5, 0, 0])
-    np.testing.assert_array_equal(sampler.store.staleness(jnp.int32(5))[:4], 3)
-    np.testing.assert_allclose(sampler.table.v(), [1, 5, 2, 0.5, 8.5 / 4, 8.5 / 4])
-    assert sampler.rejected.count == 1 and sampler.rejected.index == 4
-
-
-@pytest.mark.parametrize("proposal", [Proportional(1.0), Mixture(Calibrated())], ids=repr)
-def test_the_sampler_takes_at_most_sixteen_bytes_an_example(proposal):
-    num_examples = 573_000
-    sampler = learner.init_sampler(proposal, num_examples)
-    indices, scores = jnp.arange(2048), jnp.ones(2048)
-    sampler = learner.take_in(proposal, sampler, indices, scores, scored_at=jnp.int32(0), step=jnp.int32(1))
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
-    assert held <= 16 * num_examples
+    optimizer, sampler = optax.sgd(0.1), Sampler(NUM_EXAMPLES, BATCH_SIZE)
+    state = TrainState.init(params | {"b": jnp.float32(jnp.nan)}, optimizer)
+    _, sampler_state, _ = Learner(quadratic_loss, optimizer).compile()(state, sampler.init(0), sampler, examples)
+    assert sampler_state.rejected.count == BATCH_SIZE and not np.any(sampler_state.store.scored)
 
 
 @pytest.mark.parametrize("draw", ["systematic", "independent"])
@@ -226,8 +211,8 @@ def test_the_sampler_takes_at_most_sixteen_bytes_an_example(proposal):
 def test_a_step_copies_neither_store_nor_table(proposal, draw):
     """Where XLA does not know that all reading comes before the writing, it copies the arrays: O(N) a step."""
     num_examples, params = 573_000, {"w": jnp.zeros(3), "b": jnp.float32(0)}
+    sampler = Sampler(num_examples, 128, proposal, draw)
     optimizer, examples = optax.sgd(0.1), (jnp.ones((num_examples, 3)), jnp.ones(num_examples))
-    state, sampler = learner.init_train_state(params, optimizer), learner.init_sampler(proposal, num_examples)
-    step = learner.make_train_step(quadratic_loss, optimizer, batch_size=128, seed=0, draw=draw)
-    memory = step.lower(state, sampler, proposal, examples).compile().memory_analysis()
+    step, state = Learner(quadratic_loss, optimizer).compile(), TrainState.init(params, optimizer)
+    memory = step.lower(state, sampler.init(0), sampler, examples).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_examples

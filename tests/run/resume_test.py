@@ -1,5 +1,6 @@
 """A run that goes on as if it had never stopped: bit by bit, or refused in words."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 
 import issgd_jax
 from issgd_jax import InputError, NonFiniteLossError
+from issgd_jax.learning.learner import Learner
 from issgd_jax.run import checkpoint, wiring
 from tests.run.training_test import scores, smoke, without_time
 
@@ -162,10 +164,10 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(tmp_path):
     issgd_jax.train(small(steps=8), tmp_path)
     for path in (path_of(tmp_path, step) for step in steps_of(tmp_path)):
         kept = checkpoint.read(path)
-        del kept.state["renewed"]
+        del kept.state["rebuilt_at"]
         shutil.rmtree(path)
         checkpoint.write(path, kept)
-    with pytest.raises(InputError, match="of step 8 says nothing of .renewed.: an earlier version"):
+    with pytest.raises(InputError, match="of step 8 has no .rebuilt_at.: an earlier version"):
         issgd_jax.train(small(steps=9), tmp_path)
 
 
@@ -206,25 +208,27 @@ def _(values, tangents):
 
 def nan_at(monkeypatch, step, *, gradient_only=False):
     """At one step the losses of the odd digits are NaN, or their gradients alone."""
-    real = wiring.make_train_step
+    make_learner = wiring.make_learner
 
-    def make_train_step(config, problem, optimizer, **keywords):
+    def make_spoiled(config, problem, optimizer, **options):
         def loss_fn(params, image, label):
             loss = problem.loss_fn(params, image, label)
             factor = jnp.where((clock["step"] == step) & (label % 2 == 1), jnp.nan, 1.0)
             return spoiled(loss, factor) if gradient_only else loss * factor
 
         clock = {}
-        inner_problem = wiring.dataclasses.replace(problem, loss_fn=loss_fn)
+        inner_problem = dataclasses.replace(problem, loss_fn=loss_fn)
 
-        def train_step(state, sampler, proposal, examples, *, uniform=False):
-            clock["step"] = state.step
-            made = real(config, inner_problem, optimizer, **keywords)
-            return made(state, sampler, proposal, examples, uniform=uniform)
+        @dataclasses.dataclass(frozen=True)
+        class Timed(Learner):
+            def step(self, state, *args, **keywords):
+                clock["step"] = state.step
+                return super().step(state, *args, **keywords)
 
-        return jax.jit(train_step, donate_argnames=("state", "sampler"), static_argnames="uniform")
+        learner = make_learner(config, inner_problem, optimizer, **options)
+        return Timed(**vars(learner))
 
-    monkeypatch.setattr(wiring, "make_train_step", make_train_step)
+    monkeypatch.setattr(wiring, "make_learner", make_spoiled)
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])

@@ -1,0 +1,99 @@
+"""The sampler: the order of draws and updates, what enters, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from issgd_jax.sampling import Calibrated, Draw, Mixture, Proportional, Sampler, Uniform, draw
+from issgd_jax.sampling.table import METHODS
+
+
+def test_scores_of_a_round_enter_whatever_its_shape_and_are_drawn_from():
+    sampler = Sampler(6, 2, Proportional(0.0))
+    state = sampler.init(0)._replace(step=jnp.int32(5))
+    indices, scores = jnp.array([[0, 2, 4], [1, 3, 6]]), jnp.array([[1.0, 2.0, jnp.nan], [5.0, 0.5, 9.0]])
+    state = sampler.ingest(state, indices, scores, jnp.int32(2))
+    np.testing.assert_array_equal(state.store.score, [1, 5, 2, 0.5, 0, 0])
+    np.testing.assert_array_equal(state.store.staleness(jnp.int32(5))[:4], 3)
+    np.testing.assert_allclose(state.table.v(), [1, 5, 2, 0.5, 8.5 / 4, 8.5 / 4])
+    assert state.rejected.count == 1 and state.rejected.index == 4
+
+
+@pytest.mark.parametrize("proposal", [Proportional(1.0), Mixture(Calibrated())], ids=repr)
+def test_the_state_takes_at_most_sixteen_bytes_an_example(proposal):
+    num_examples = 573_000
+    sampler = Sampler(num_examples, 2, proposal)
+    state = sampler.ingest(sampler.init(0), jnp.arange(2048), jnp.ones(2048), jnp.int32(0))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= 16 * num_examples
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draw_may_run_ahead_of_updates(method):
+    """Red if the number of a draw is that of an update: draws ahead would repeat, or skip."""
+    sampler = Sampler(50, 4, Mixture(Calibrated()), method)
+    state, drawn = sampler.init(3), []
+    for _ in range(3):
+        state, ahead = sampler.draw(state)
+        drawn.append(ahead)
+    for number, ahead in enumerate(drawn):
+        expected = draw(jax.random.fold_in(jax.random.key(3), number), state.table, 4, method)
+        jax.tree.map(np.testing.assert_array_equal, ahead, expected)
+    for ahead in drawn:
+        state = sampler.update(state, ahead, jnp.ones(4))
+    assert int(state.num_draws) == int(state.step) == 3
+    np.testing.assert_array_equal(np.asarray(state.store.scored_at)[np.asarray(drawn[2].indices)], 2)
+
+
+def test_a_minibatch_drawn_from_an_older_table_is_as_unbiased():
+    """Red if the importance weight is of a newer table than the draw."""
+    sampler, values = Sampler(40, 8, Proportional(0.1)), np.random.default_rng(0).normal(size=40)
+    scores = jnp.asarray(np.random.default_rng(1).lognormal(size=(2, 40)), jnp.float32)
+
+    @jax.jit
+    def estimate(seed):
+        state = sampler.ingest(sampler.init(seed), jnp.arange(40), scores[0], jnp.int32(0))
+        state, ahead = sampler.draw(state)
+        state = sampler.ingest(state, jnp.arange(40), scores[1], jnp.int32(1))
+        return jnp.mean(ahead.importance_weights * jnp.asarray(values, jnp.float32)[ahead.indices])
+
+    estimates = np.asarray(jax.vmap(estimate)(jnp.arange(4000)), np.float64)
+    assert abs(estimates.mean() - values.mean()) < 4 * estimates.std() / np.sqrt(4000)
+
+
+def test_an_update_without_norms_only_counts():
+    sampler = Sampler(20, 4)
+    state, drawn = sampler.draw(sampler.init(0))
+    expected = jax.tree.map(np.array, state)._replace(step=1)
+    jax.tree.map(np.testing.assert_array_equal, sampler.update(state, drawn, None), expected)
+
+
+def test_a_sampler_is_a_pytree_whose_numbers_change_without_compiling():
+    traces = []
+
+    @jax.jit
+    def draw_one(sampler, state):
+        traces.append(1)
+        return sampler.draw(state)[1]
+
+    for smoothing in (0.1, 0.2):
+        sampler = Sampler(20, 4, Proportional(jnp.float32(smoothing)))
+        assert isinstance(draw_one(sampler, sampler.init(0)), Draw)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1), "num_examples must be between 1 and 1073741824, got 0"),
+        ((2**30 + 1, 1), "num_examples must be"),
+        ((10, 0), "batch_size must be between 1 and"),
+        ((10, 4, Uniform(), "random_subset"), "batch_size must be between 1 and 3 with draw 'random_subset', got 4"),
+        ((10, 11, Uniform(), "without_replacement"), "batch_size must be between 1 and 10"),
+        ((10, 2, Uniform(), "random"), "draw must be one of systematic, independent, without_replacement, shuffled"),
+        ((10, 2, Mixture(Calibrated()), "shuffled"), "draw 'shuffled' is uniform, but the proposal is"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(*arguments)
