@@ -4,7 +4,36 @@ is_reproducible: whether a run is a function of its seed alone, whatever the spe
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+
+import numpy as np
+
+
+def chunk_items(start, chunk_size: int, num_items: int):
+    """Returns the items of one chunk, i32[chunk_size]; at the end it wraps around to the first item.
+
+    Args:
+      start: first item, an int or i32[] on a device.
+      chunk_size: items in a chunk.
+      num_items: of which there are.
+
+    Example:
+      >>> chunk_items(3, chunk_size=3, num_items=5).tolist()
+      [3, 4, 0]
+    """
+    return (start + np.arange(chunk_size, dtype=np.int32)) % num_items
+
+
+def chunk_starts(chunk_size: int, num_items: int) -> np.ndarray:
+    """Returns the first items of consecutive chunks, i32[...], up to where they repeat.
+
+    Example:
+      >>> chunk_starts(chunk_size=4, num_items=6).tolist()
+      [0, 4, 2]
+    """
+    num_starts = num_items // math.gcd(num_items, chunk_size)
+    return (np.arange(num_starts, dtype=np.int64) * chunk_size % num_items).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +87,15 @@ class Relaxed:
 
     def may_enter(self, round_: Round, step: int) -> bool:
         return step >= round_.step + self.score_delay
+
+    @property
+    def delay(self) -> tuple[int, int]:
+        """The delay as whole rounds and further steps."""
+        return divmod(self.score_delay, self.steps_per_round)
+
+    def num_entered(self, step: int) -> int:
+        """Returns the number of rounds whose scores have entered before update `step`."""
+        return max(0, (step - self.score_delay) // self.steps_per_round + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from issgd_jax.devices import put
-from issgd_jax.scoring.schedule import Round
+from issgd_jax.scoring.schedule import Round, chunk_items
 
 
 class WorkerPool:
@@ -115,7 +114,7 @@ class WorkerPool:
 
     def _num_real_items(self) -> int:
         """Examples in the next round; shards one item short are padded, and padding does not count."""
-        items = (self._next_start + np.arange(self._chunk_size)) % self._shard_size
+        items = chunk_items(self._next_start, self._chunk_size, self._shard_size)
         return int(np.sum(items[:, None] * self._num_workers + np.arange(self._num_workers) < self._num_examples))
 
     def _shard(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -141,7 +140,7 @@ def _compiled(score_fn, mesh: Mesh, shard_size: int, chunk_size: int, of_shards:
 
     def score_chunk(params, shards, worker, start):
         shard = shards if num_workers == 1 else jax.tree.map(lambda x: x.reshape(x.shape[1:]), shards)
-        items = (start + jnp.arange(chunk_size, dtype=jnp.int32)) % shard_size
+        items = chunk_items(start, chunk_size, shard_size)
         chunk = jax.tree.map(lambda x: x[items], shard)
         # The index of padding lies past the data, where the store ignores it.
         found = (items * num_workers + worker)[None], score_fn(params, *chunk)[None]
