@@ -1,5 +1,7 @@
-"""Who watches over a run: a heartbeat, a watchdog, and the signals that ask it to stop. Imports no jax."""
+"""Supervision of a run: a heartbeat, a watchdog, and the signals that ask it to stop. Imports no jax."""
 
+import contextlib
+import faulthandler
 import json
 import os
 import pathlib
@@ -8,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-import traceback
+from typing import TextIO
 
 import psutil
 
@@ -16,37 +18,46 @@ from issgd_jax.console import say
 from issgd_jax.files import write_text_atomically
 from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE
 
-# The terminal's, the system's, the terminal's end, and what batch systems and spot instances are told to send.
+# Ctrl-C, the system's, the terminal's end, and what batch systems and spot instances are told to send.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 HEARTBEAT_SECONDS = 1.0
 
 
 class Supervision:
-    """Watches over one run while its context lasts, in a thread of its own that never touches the run.
+    """Supervises one run while its context lasts, in a thread that never touches the run.
 
-    heartbeat.json tells the last finished step and its time. Where no step finishes for `watchdog_seconds`, the stacks
-    of all threads are told, and kept in watchdog.txt. The first signal of SIGNALS is kept in `signal`, so that the run
-    can stop between two steps; a second SIGINT interrupts at once.
+    heartbeat.json has the last finished step and its time. Where no step finishes for `watchdog_seconds`, the stacks of
+    all threads are written to watchdog.txt, even if one of them never lets Python run. The first signal of `SIGNALS` is
+    kept in `signal`, so that the run can stop between two steps; a second SIGINT interrupts at once.
     """
 
     def __init__(self, workdir: pathlib.Path, *, watchdog_seconds: float):
+        """Starts nothing.
+
+        Args:
+          workdir: folder of the run.
+          watchdog_seconds: > 0.
+        """
         self.signal: int | None = None
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
         self._step, self._finished_at = 0, time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
         self._handlers = {}
-        self._complained = False
+        self._heartbeat_failed = False
+        self._stacks: TextIO = sys.stderr
 
     def finished(self, step: int) -> None:
-        """So many steps are done."""
+        """Records that so many steps are done."""
         self._step, self._finished_at = step, time.monotonic()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+        if threading.current_thread() is threading.main_thread():  # signals can be handled only there
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self._handlers[number] = signal.signal(number, self._on_signal)
+        with contextlib.suppress(OSError):  # a full disk: to the terminal
+            self._stacks = open(self._workdir / WATCHDOG_FILE, "w")
         self._thread.start()
         return self
 
@@ -55,6 +66,11 @@ class Supervision:
             signal.signal(number, handler)
         self._ended.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self._stacks is not sys.stderr:
+            self._stacks.close()
+            if not (self._workdir / WATCHDOG_FILE).stat().st_size:
+                (self._workdir / WATCHDOG_FILE).unlink()
 
     def _on_signal(self, number, frame):
         del frame
@@ -63,19 +79,23 @@ class Supervision:
         self.signal = number
 
     def _watch(self) -> None:
-        told, reported = None, None
+        """Writes the heartbeat and restarts the watchdog's timer as steps finish; logs a stall once."""
+        last_finished_at, is_logged = None, False
         interval = min(HEARTBEAT_SECONDS, self._watchdog_seconds / 4)
         while True:
             ended = self._ended.wait(interval)
             step, finished_at = self._step, self._finished_at
-            if finished_at != told:
+            if finished_at != last_finished_at:
+                # A timer of its own, not of Python: it also fires where a thread never lets Python run.
+                faulthandler.dump_traceback_later(self._watchdog_seconds, file=self._stacks)
                 self._write_heartbeat(step, finished_at)
-                told = finished_at
+                last_finished_at, is_logged = finished_at, False
             if ended:
                 return
-            if time.monotonic() - finished_at > self._watchdog_seconds and reported != finished_at:
-                self._report(step)
-                reported = finished_at
+            if time.monotonic() - finished_at > self._watchdog_seconds and not is_logged:
+                seconds, path = self._watchdog_seconds, self._workdir / WATCHDOG_FILE
+                say(f"no step has finished for {seconds:g} s since step {step:,}; stacks of all threads: {path}")
+                is_logged = True
 
     def _write_heartbeat(self, step: int, finished_at: float) -> None:
         at = time.time() - (time.monotonic() - finished_at)
@@ -83,25 +103,11 @@ class Supervision:
         try:
             write_text_atomically(self._workdir / HEARTBEAT_FILE, json.dumps(beat) + "\n")
         except OSError as error:
-            if not self._complained:
-                say(f"the heartbeat cannot be written, training goes on: {error}")
-            self._complained = True
-
-    def _report(self, step: int) -> None:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = [
-            f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-            for ident, frame in sys._current_frames().items()
-            if ident != threading.get_ident()
-        ]
-        message = f"no step has finished for {self._watchdog_seconds:g} s since step {step:,}; where all threads are:\n"
-        say(message + "\n".join(stacks))
-        try:
-            (self._workdir / WATCHDOG_FILE).write_text(message + "\n".join(stacks))
-        except OSError as error:
-            say(f"{WATCHDOG_FILE} cannot be written: {error}")
+            if not self._heartbeat_failed:
+                say(f"the heartbeat cannot be written, training continues: {error}")
+            self._heartbeat_failed = True
 
 
 def resident_bytes() -> int:
-    """Memory that this process has in use."""
+    """Returns the memory that this process has in use."""
     return psutil.Process().memory_info().rss
