@@ -1,4 +1,4 @@
-"""Measurements at one parameter version: whole splits, and the variance of the gradient."""
+"""Measurements at one set of parameters: loss and error of whole splits, variance of the gradient."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,16 @@ import optax
 from issgd_jax import sampling
 from issgd_jax.learning import variance
 
-# Examples in the forward pass at one time.
+# Examples in one forward pass.
 CHUNK_SIZE = 512
 
 
 def make_evaluate(outcome_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns `(params, examples) -> (loss f32[], error f32[])`, compiled: means over every example of a split.
+    """Returns `(params, examples) -> (loss f32[], error f32[])`, compiled: means over all examples of a split.
 
-    outcome_fn: `(params, *example) -> (loss f[], error f[])` of one example. examples: pytrees with leading axis N.
+    Args:
+      outcome_fn: `(params, *example) -> (loss f[], error f[])` of one example; examples are pytrees with leading axis
+        N.
     """
 
     def evaluate(params, examples):
@@ -29,17 +31,19 @@ def make_evaluate(outcome_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Cal
 def make_measure_variance(
     loss_fn: Callable[..., jax.Array], norms_fn: Callable[..., jax.Array]
 ) -> Callable[..., variance.Variance]:
-    """Returns `(params, table, examples, indices) -> Variance`, compiled: of the v drawn from, at these parameters.
+    """Returns `(params, table, examples, indices) -> Variance`, compiled: of draws from the table at these parameters.
 
-    loss_fn: loss of one example. norms_fn: `(params, *batch) -> f32[B]`, its gradient norms. indices: i32[M], which of
-    the examples to measure on; all of them for an exact result.
+    Args:
+      loss_fn: `(params, *example) -> f[]`, the loss of one example.
+      norms_fn: `(params, *batch) -> f32[B]`, its gradient norms. The indices i32[M] choose the examples to measure on;
+        with all of them the result is exact.
     """
 
     def measure_variance(params, table: sampling.Table, examples, indices):
         sample = jax.tree.map(lambda x: x[indices], examples)
 
         def mean_loss(params):
-            # Recomputed in the backward pass, so that memory holds the activations of one chunk.
+            # Recomputed in the backward pass: memory then holds the activations of one chunk only.
             loss = jax.checkpoint(lambda example: loss_fn(params, *example))
             return jnp.mean(jax.lax.map(loss, sample, batch_size=CHUNK_SIZE))
 

@@ -1,7 +1,7 @@
-"""Whether importance sampling pays: it steadies the gradient, and it takes time.
+"""Payoff of importance sampling: measured gain in variance against measured cost of a step.
 
-A minibatch of B drawn by importance is as steady as a uniform one of gain · B. So it pays as long as its step, with all
-scoring, takes less than gain times as long as a uniform step (the argument of Katharopoulos and Fleuret 2018).
+A minibatch of B drawn by importance has the variance of a uniform one of gain · B. So it pays as long as its step, with
+all scoring, takes less than gain times as long as a uniform step (the argument of Katharopoulos and Fleuret 2018).
 """
 
 import dataclasses
@@ -12,18 +12,22 @@ from issgd_jax.learning.variance import Moments
 
 # Windows of each kind that are timed before the cost is known: the first few compile.
 IDLE_WINDOWS, ACTIVE_WINDOWS = 3, 5
-# The last windows whose medians are gain and cost.
+# Number of last windows whose medians are gain and cost.
 REMEMBERED = 5
-# Uniform for so many times the length of a trial, doubled after each trial that does not pay, at most to the second.
+# Idle time in lengths of a trial: the first, doubled after each trial that does not pay, and the longest.
 FIRST_IDLE, LONGEST_IDLE = 1, 16
 
 
 class State(NamedTuple):
-    """active: whether examples are scored and drawn by the proposal; else neither.
+    """State of the decision, plain numbers.
 
-    left: windows until the next judgement. idle: the length of the next idle time, in trials. moments: sums over the
-    present window. gains: of the last active windows since it became active. active_seconds, idle_seconds: a step's, of
-    the last windows of each kind.
+    Attributes:
+      active: whether examples are scored and drawn by the proposal; else neither.
+      left: windows until the next decision.
+      idle: length of the next idle time, in trials.
+      moments: sums over the present window.
+      gains: of the last active windows since it became active.
+      active_seconds, idle_seconds: of a step, in the last windows of each kind.
     """
 
     active: bool
@@ -43,11 +47,21 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Payoff:
-    """Tries importance sampling, goes on while it pays, and else draws uniformly until the next trial.
+    """Tries importance sampling, continues while it pays, and else draws uniformly until the next trial.
 
-    batch_size: B. steps: of a window, after each of which may be judged. trial: windows in which every example can be
-    scored. cost: what a step with importance sampling and scoring takes, in uniform steps; None: measured, so that the
-    run depends on the machine's speed.
+    Attributes:
+      batch_size: B.
+      steps: of a window; decisions fall at the end of windows.
+      trial: windows in which every example can be scored.
+      cost: time of a step with importance sampling and scoring, in uniform steps; None: measured, so that the run
+        depends on the machine's speed.
+
+    Example:
+      >>> payoff = Payoff(batch_size=8, steps=1, trial=1, cost=1.5)
+      >>> state = payoff.observe(payoff.init(), Moments(uniform=4.0, proposed=2.0, gradient=0.0))
+      >>> state = payoff.end_window(state, seconds=0.1)
+      >>> payoff.gain(state), state.active
+      (2.0, True)
     """
 
     batch_size: int
@@ -56,17 +70,22 @@ class Payoff:
     cost: float | None = None
 
     def init(self) -> State:
-        """Without a known cost the first windows are uniform, for their time."""
+        """Returns the first state: without a known cost the first windows are uniform, to measure their time."""
         if self.cost is None:
             return State(active=False, left=IDLE_WINDOWS)
         return State(active=True, left=self.trial)
 
     def observe(self, state: State, moments: Moments) -> State:
-        """Adds the moments of one minibatch, plain numbers."""
+        """Returns the state with the moments of one more minibatch, plain numbers."""
         return state._replace(moments=Moments(*(old + new for old, new in zip(state.moments, moments))))
 
     def end_window(self, state: State, seconds: float) -> State:
-        """The next window's state. seconds: a step of the window that is over, measurements left out."""
+        """Returns the state of the next window.
+
+        Args:
+          state: of the window that has ended.
+          seconds: of one of its steps, without measurements.
+        """
         kind = "active_seconds" if state.active else "idle_seconds"
         state = state._replace(**{kind: (*getattr(state, kind), seconds)[-REMEMBERED:]}, left=max(state.left - 1, 0))
         if state.active:
@@ -82,11 +101,11 @@ class Payoff:
         return state._replace(active=False, left=state.idle * max(self.trial, ACTIVE_WINDOWS), idle=longer)
 
     def gain(self, state: State) -> float:
-        """Variance of a uniform minibatch over that of one drawn by the proposal, as last seen; NaN before."""
+        """Returns the variance of a uniform minibatch over that of the proposal's, as last measured; NaN before."""
         return statistics.median(state.gains) if state.gains else float("nan")
 
     def measured_cost(self, state: State) -> float:
-        """What a step with importance sampling takes, in uniform steps; NaN before both were timed."""
+        """Returns the time of a step with importance sampling, in uniform steps; NaN before both were timed."""
         if self.cost is not None:
             return self.cost
         if len(state.active_seconds) < ACTIVE_WINDOWS:

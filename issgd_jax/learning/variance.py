@@ -1,4 +1,4 @@
-"""The three curves of the paper's figure 4: how noisy the gradient is, was bound to be, and had to be.
+"""Variance of the gradient under uniform, actual and ideal draws: the curves of the paper's figure 4.
 
 Tr Sigma is the trace of the covariance of one importance-sampled gradient; a minibatch of B independent draws has 1/B
 of it.
@@ -13,8 +13,11 @@ import jax.numpy as jnp
 class Variance(NamedTuple):
     """Square roots of Tr Sigma, in units of the gradient, f32[] each.
 
-    uniform: of plain SGD. actual: of the proposal that is drawn from. ideal: of `v = norm`, the least possible (Theorem
-    1). gain: Tr uniform / Tr actual; above 1, importance sampling gives the steadier gradient.
+    Attributes:
+      uniform: of plain SGD.
+      actual: of the proposal that is drawn from.
+      ideal: of `v = norm`, the least possible (paper, Theorem 1).
+      gain: Tr uniform / Tr actual; above 1, importance sampling lowers the variance.
     """
 
     uniform: jax.Array
@@ -24,10 +27,12 @@ class Variance(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a minibatch tells of the variance for nothing, f32[] each.
+    """Estimates of second moments from one minibatch, at no further cost; f32[] each, unbiased.
 
-    uniform, proposed: mean square of an example's importance-weighted gradient with uniform draws and with those of the
-    proposal, both without bias. gradient: squared norm of the minibatch's gradient.
+    Attributes:
+      uniform, proposed: mean square of an example's importance-weighted gradient with uniform draws and with those of
+        the proposal.
+      gradient: squared norm of the minibatch's gradient.
     """
 
     uniform: jax.Array
@@ -36,7 +41,18 @@ class Moments(NamedTuple):
 
 
 def minibatch_moments(norms: jax.Array, importance_weights: jax.Array, gradient_norm: jax.Array) -> Moments:
-    """Of a minibatch drawn by the proposal: norms and importance_weights f32[B], norm f32[] of its mean gradient."""
+    """Returns the moments of a minibatch drawn by the proposal.
+
+    Args:
+      norms: f32[B], gradient norms.
+      importance_weights: f32[B].
+      gradient_norm: f32[], of the minibatch's gradient.
+
+    Example:
+      >>> moments = minibatch_moments(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.5]), jnp.float32(1.5))
+      >>> jax.tree.map(float, moments)
+      Moments(uniform=1.5, proposed=1.0, gradient=2.25)
+    """
     squares = importance_weights * norms**2
     return Moments(jnp.mean(squares), jnp.mean(importance_weights * squares), gradient_norm**2)
 
@@ -44,18 +60,25 @@ def minibatch_moments(norms: jax.Array, importance_weights: jax.Array, gradient_
 def measure(
     norms: jax.Array, v: jax.Array, *, mean_v: jax.Array, mean_gradient_norm: jax.Array, num_examples: int
 ) -> Variance:
-    """Corollary 1 for uniform, actual and ideal proposals, from M of the N examples, drawn without preference.
+    """Returns Corollary 1 for uniform, actual and ideal proposals, from M of the N examples, chosen uniformly.
 
     Args:
       norms: f32[M], gradient norms at the current parameters, M >= 2.
       v: f32[M], unnormalised probabilities of the same examples, as drawn from. Where a biased proposal leaves
-        examples out (v = 0), `actual` is the mean square of what is drawn, less the square of the true gradient.
+        examples out (v = 0), `actual` is the mean square over what is drawn, less the square of the true gradient.
       mean_v: f32[], mean of v over all N examples.
       mean_gradient_norm: f32[], norm of the mean gradient of the same M examples.
       num_examples: N. With M = N the result is exact; with M < N each Tr Sigma is unbiased: the squares of sample means
         are corrected for their own variance (sampling without replacement), where the paper's code was biased up.
 
-    Raises: ValueError if M < 2, M > N or the shapes of norms and v differ.
+    Raises:
+      ValueError: M < 2, M > N, or the shapes of norms and v differ.
+
+    Example:
+      >>> norms = jnp.array([1.0, 1.0, 1.0, 5.0])
+      >>> result = measure(norms, norms, mean_v=jnp.mean(norms), mean_gradient_norm=jnp.float32(0), num_examples=4)
+      >>> [round(float(x), 2) for x in result]
+      [2.65, 2.0, 2.0, 1.75]
     """
     sample_size = norms.shape[0]
     if norms.shape != v.shape or not 2 <= sample_size <= num_examples:
@@ -63,7 +86,7 @@ def measure(
     mean_square = jnp.mean(norms**2)
 
     def square_of_mean(squared_sample_mean):
-        """||E x||^2 from ||sample mean||^2, for x with the mean square of the norms."""
+        """Returns ||E x||^2, unbiased, from ||sample mean||^2, for x with the mean square of the norms."""
         sample_variance = (mean_square - squared_sample_mean) * sample_size / (sample_size - 1)
         return squared_sample_mean - (1 - sample_size / num_examples) * sample_variance / sample_size
 

@@ -1,4 +1,4 @@
-"""What a run measures and shows: metrics.jsonl, TensorBoard events, a progress bar. Imports no jax."""
+"""Rows of metrics in metrics.jsonl and TensorBoard events, and the progress bar. Imports no jax."""
 
 import contextlib
 import json
@@ -15,9 +15,23 @@ from issgd_jax.run.workdir import METRICS_FILE
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
-    """Reads metrics.jsonl, {name: value} a row. A last line cut off by a crash is left out, with a warning.
+    """Reads metrics.jsonl.
 
-    Raises: InputError if any other line is not a row.
+    Args:
+      path: of the file.
+
+    Returns:
+      {name: value} for each row. A last line that a crash has cut off is skipped, with a warning.
+
+    Raises:
+      InputError: any other line is not a row.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> _ = path.write_text('{"step": 0, "train/loss": 2.3}\\n')
+      >>> read_metrics(path)
+      [{'step': 0, 'train/loss': 2.3}]
     """
     rows = []
     lines = pathlib.Path(path).read_text(errors="replace").split("\n")
@@ -28,7 +42,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
         elif number < last:
             raise InputError(f"{path} line {number} is not a row of metrics: {line[:60]!r}")
         else:
-            warnings.warn(f"{path}: last line {number} is cut off and left out", stacklevel=2)
+            warnings.warn(f"{path}: last line {number} is cut off and skipped", stacklevel=2)
     return rows
 
 
@@ -43,15 +57,24 @@ def _row(line: str) -> dict | None:
 class MetricsWriter:
     """Writes rows of metrics as they are measured; a context manager.
 
-    A disk that is full or broken is told of; its rows wait, and are written with the next that can be.
+    Rows that a full or broken disk refuses are logged, kept, and written with the next that can be.
 
-    last: the row written last. position: bytes of all rows so far.
+    Attributes:
+      path: of metrics.jsonl.
+      last: the last row.
+      position: bytes of all rows so far.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, position: int = 0):
-        """position: where the rows of a run that goes on end; what comes after them is cut off.
+        """Opens the files.
 
-        Raises: InputError if the files cannot be written.
+        Args:
+          workdir: folder of the run.
+          tensorboard: whether TensorBoard events are written too.
+          position: bytes of the rows of a run that is resumed; what comes after them is cut off.
+
+        Raises:
+          InputError: the files cannot be written.
         """
         self.path, self._waiting = workdir / METRICS_FILE, b""
         try:
@@ -69,18 +92,18 @@ class MetricsWriter:
         return self._written + len(self._waiting)
 
     def write(self, row: dict) -> None:
-        """Appends one row: `step` and numbers. Values that are not finite cannot be JSON and are written as null."""
+        """Appends one row: `step` and numbers. JSON has no value for numbers that are not finite: they become null."""
         self.last = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._waiting += json.dumps(self.last).encode() + b"\n"
         try:
             self._write_waiting()
         except OSError as error:
-            say(f"the metrics of step {row['step']:,} cannot be written yet, training goes on: {error}")
+            say(f"the metrics of step {row['step']:,} cannot be written yet, training continues: {error}")
         if self._events:
             self._events.add(self.last)
 
     def _write_waiting(self) -> None:
-        """Whole lines or nothing: what a full disk took of a line is cut off again."""
+        """Writes whole lines or nothing: what a full disk took of a line is cut off again."""
         try:
             while self._waiting:
                 taken = self._file.write(self._waiting)
@@ -91,7 +114,7 @@ class MetricsWriter:
             raise
 
     def _cut_line(self) -> bytes:
-        """Takes an unfinished last line out of the file."""
+        """Removes an incomplete last line from the file, and returns it."""
         with open(self.path, "rb") as file:
             text = file.read()[: self._written]
         end = text.rfind(b"\n") + 1
@@ -112,11 +135,14 @@ class MetricsWriter:
         finally:
             self._file.close()
             if self._events:
-                self._events.end()
+                self._events.close()
 
 
 class _Events:
-    """TensorBoard events: the rows of metrics.jsonl once more; after an error, and when a run goes on, all anew."""
+    """TensorBoard events: a copy of metrics.jsonl, written again as a whole after an error and when a run is resumed.
+
+    Not tensorboardX's `SummaryWriter(purge_step=...)`: its thread ends at the first error of the disk.
+    """
 
     def __init__(self, workdir: pathlib.Path):
         self._workdir, self._writer = workdir, None
@@ -125,15 +151,15 @@ class _Events:
         """Adds a row that metrics.jsonl has already."""
         try:
             if self._writer is None:
-                self._begin()
+                self._open()
             else:
                 self._write(row)
             self._writer.flush()
         except OSError as error:
-            say(f"the TensorBoard events of step {row['step']:,} cannot be written yet, training goes on: {error}")
-            self.end()
+            say(f"the TensorBoard events of step {row['step']:,} cannot be written yet, training continues: {error}")
+            self.close()
 
-    def _begin(self) -> None:
+    def _open(self) -> None:
         from tensorboardX.event_file_writer import EventsWriter
 
         for old in self._workdir.glob("events.out.tfevents.*"):
@@ -153,15 +179,15 @@ class _Events:
         ]
         self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
-    def end(self) -> None:
+    def close(self) -> None:
         writer, self._writer = self._writer, None
         if writer:
-            with contextlib.suppress(OSError):  # told of when it was written
+            with contextlib.suppress(OSError):  # logged when it was written
                 writer.close()
 
 
 class Progress:
-    """A progress bar over learner steps: rate, minibatch loss and the variance gain last measured."""
+    """Progress bar over learner steps, with the minibatch loss and the last measured gain in variance."""
 
     def __init__(self, steps: int, *, shown: bool, description: str, start: int = 0):
         self._bar = tqdm(
@@ -176,12 +202,12 @@ class Progress:
         self._gain = ""
 
     def step(self, loss: float) -> None:
-        """One step is done, with this minibatch loss."""
+        """Counts one step, and shows its minibatch loss."""
         self._bar.set_postfix_str(f"loss={loss:.4f}{self._gain}", refresh=False)
         self._bar.update()
 
     def measured(self, row: dict) -> None:
-        """A row of metrics is there."""
+        """Shows the gain of a row of metrics from now on."""
         if row.get("variance/gain") is not None:
             self._gain = f", gain={row['variance/gain']:.2f}"
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who has it, which experiment lies there, and whether that may go on. Imports no jax."""
+"""Folder of a run: its lock, the experiment that is there, and whether that can be resumed. Imports no jax."""
 
 import contextlib
 import datetime
@@ -34,19 +34,20 @@ _RUN_FILES = (
     "events.out.tfevents.*",
 )
 
-# Fields that change nothing of what a run computes, but perhaps whether it can go on, or where its data lies.
+# Fields that do not change what a run computes.
 HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite")
-# Fields that change it by rounding, and the order in which examples are scored.
+# Fields that change it by rounding, or the order in which examples are scored.
 _NEARLY_HARMLESS = ("devices.workers", "devices.host_platform_count", "distributed.", "cluster.")
 
 
 @contextlib.contextmanager
 def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Makes the folder if there is none, and keeps all other programs out of it while the context lasts.
+    """Creates the folder if it is missing, and locks it against other programs while the context lasts.
 
-    The lock belongs to the process: however that ends, it is free again.
+    The lock belongs to the process: however that ends, the folder is free again.
 
-    Raises: InputError if another program has it, naming that; or if the folder cannot be written.
+    Raises:
+      InputError: another program has the lock, naming it; or the folder cannot be written.
     """
     workdir = pathlib.Path(workdir)
     try:
@@ -63,7 +64,7 @@ def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
             raise InputError(
                 f"{workdir} is in use by {owner}: wait until that ends, or choose another --workdir"
             ) from None
-        with contextlib.suppress(OSError):  # who has it is only told; a full disk must not matter
+        with contextlib.suppress(OSError):  # the owner is only for the message; a full disk must not matter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -71,9 +72,10 @@ def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def holds_run(workdir: str | pathlib.Path) -> bool:
-    """Whether a run has begun there; writes nothing.
+    """Returns whether a run has begun there; writes nothing.
 
-    Raises: InputError if the folder cannot be read.
+    Raises:
+      InputError: the folder cannot be read.
     """
     workdir = pathlib.Path(workdir)
     try:
@@ -83,9 +85,15 @@ def holds_run(workdir: str | pathlib.Path) -> bool:
 
 
 def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
-    """The record of the run that may go on there, None if a new one begins; writes nothing.
+    """Returns the record (config.json) of the run to resume; None if a new one starts. Writes nothing.
 
-    Raises: InputError if the run that lies there is of another experiment, naming the fields; or if it cannot go on.
+    Args:
+      workdir: folder of the run.
+      config: as nested dicts.
+      overwrite: whether a run that is there is to be replaced.
+
+    Raises:
+      InputError: the run there is of another experiment, naming the fields; or it cannot be resumed.
     """
     if overwrite or not holds_run(workdir):
         return None
@@ -93,23 +101,23 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     remedy = "choose another --workdir, or replace the run with --overwrite"
     try:
         record = json.loads((workdir / CONFIG_FILE).read_text())
-        found = record["config"]
+        saved = record["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{workdir} holds a run already, but no config of it that can be read: {remedy}") from error
-    changed = {name: x for name, x in changes(found, config).items() if not name.startswith(_NEARLY_HARMLESS)}
+        raise InputError(f"{workdir} holds a run already, but its config cannot be read: {remedy}") from error
+    changed = {name: x for name, x in changes(saved, config).items() if not name.startswith(_NEARLY_HARMLESS)}
     if config["learner"]["lr_schedule"] == "constant":
         changed.pop("steps", None)  # more of the same
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and (_last_step(workdir) == found.get("steps") or not _saves(found)):
-        raise InputError(f"{workdir} holds a run already, and no checkpoint to go on from: {remedy}")
+    if not _ever_saved(workdir) and (_last_step(workdir) == saved.get("steps") or not _saves(saved)):
+        raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 
 
-def changes(found: dict, wanted: dict) -> dict[str, tuple]:
-    """{dotted field: (found, wanted)} where two configs differ in what a run computes."""
-    old, new = (_flat(config) for config in (found, wanted))
+def changes(saved: dict, config: dict) -> dict[str, tuple]:
+    """Returns {dotted field: (saved, now)} where two configs differ in what a run computes."""
+    old, new = (_flat(values) for values in (saved, config))
     names = sorted(name for name in old.keys() | new.keys() if not name.startswith(HARMLESS))
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
@@ -135,7 +143,7 @@ def _last_step(workdir: pathlib.Path) -> int | None:
 
 
 def clear(workdir: pathlib.Path) -> None:
-    """Removes an earlier run's files, and leaves all others."""
+    """Removes an earlier run's files, and no others."""
     for pattern in (*_RUN_FILES, f"*{LEFTOVER}"):
         for file in workdir.glob(pattern):
             file.unlink()
@@ -143,24 +151,28 @@ def clear(workdir: pathlib.Path) -> None:
 
 
 def write_record(
-    workdir: pathlib.Path, config: dict, devices: dict[str, list[str]], before: dict | None = None
+    workdir: pathlib.Path, config: dict, devices: dict[str, list[str]], resumed: dict | None = None
 ) -> None:
-    """Writes config.json: the experiment, what is needed to repeat it, and when and with what it went on.
+    """Writes config.json: the config, command, versions, devices and commit, and those of every resumption.
 
-    before: the record of the run that goes on.
+    Args:
+      workdir: folder of the run.
+      config: as nested dicts.
+      devices: kinds of learner and worker devices.
+      resumed: the record of the run that is resumed.
     """
     now = {"command": sys.argv, "versions": versions(), "devices": devices, "git_commit": git_commit()}
     record = {"config": config, **now}
-    if before:
+    if resumed:
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = before | {"config": config, "resumed": [*before.get("resumed", []), {"at": at, **now}]}
+        record = resumed | {"config": config, "resumed": [*resumed.get("resumed", []), {"at": at, **now}]}
     with writing(workdir / CONFIG_FILE):
         write_text_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns an error of the disk into one that says what to do."""
+    """Turns an OSError into an InputError that says what to do."""
     try:
         yield
     except OSError as error:
