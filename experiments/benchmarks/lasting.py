@@ -1,14 +1,14 @@
-"""What it costs that a run cannot be lost: checkpoints, starting from one, and memory over a long run.
+"""Cost of reliability: checkpoints, resuming from one, and memory over a long run.
 
     python -m experiments.benchmarks.lasting [--pairs=11]
 
 - `checkpoint every 100 steps`: blocks of 100 learner steps of the paper's 3072-2048x4-10 with importance sampling over
-  73,257 examples, with a checkpoint made at their beginning and without one, in turn in one process: median ratio;
-- `start`: seconds of a whole process that trains one step from nothing and from a checkpoint, in turn: median ratio;
-- `soak`: 100,000 steps of the digits config with checkpoints, events and a heartbeat: growth of the resident memory
-  after the first tenth.
+  73,257 examples, with a checkpoint written at their start and without one, in turn in one process: median ratio;
+- `start`: seconds of a whole process that trains one step from the start and from a checkpoint, in turn: median ratio;
+- `soak`: 100,000 steps of the digits config with checkpoints, events and a heartbeat: growth of resident memory after
+  the first tenth.
 
-Images are random bytes in the first: times do not depend on their values. Writes results/lasting.json.
+Images of the first are random bytes: times do not depend on their values. Writes results/lasting.json.
 """
 
 import argparse
@@ -31,17 +31,17 @@ SOAK_STEPS = 100_000
 
 
 def checkpoint_cost(num_pairs: int) -> dict:
-    """Ratio of a block of steps with a checkpoint to one without."""
+    """Measures the ratio of a block of steps with a checkpoint to one without."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
-    from issgd_jax.learning import learner, payoff
+    from issgd_jax.learning import payoff
+    from issgd_jax.learning.learner import Learner, TrainState
     from issgd_jax.run.checkpoint import Checkpoints
-    from issgd_jax.run.run_state import RunState, snapshot
-    from issgd_jax.sampling import proposal
-    from issgd_jax.sampling.calibrated import Calibrated
+    from issgd_jax.run.run_state import RunState, Snapshot
+    from issgd_jax.sampling import Sampler
     from issgd_jax.task import losses, models
 
     rng = np.random.default_rng(0)
@@ -54,18 +54,19 @@ def checkpoint_cost(num_pairs: int) -> dict:
         return losses.example_loss(model.apply(params, (image - 128.0) / 64.0), label)
 
     optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
-    step = learner.make_train_step(loss_fn, optimizer, batch_size=BATCH_SIZE, seed=0)
-    calibrated = jax.device_put(proposal.Mixture(Calibrated()))
-    sampler = learner.init_sampler(calibrated, NUM_EXAMPLES)
-    state = RunState(learner.init_train_state(params, optimizer), sampler, payoff.State(active=True, left=0))
+    step = Learner(loss_fn, optimizer).compile()
+    sampler = jax.device_put(Sampler(NUM_EXAMPLES, BATCH_SIZE))
+    state = RunState(TrainState.init(params, optimizer), sampler.init(0), payoff.State(active=True, left=0))
 
     def block(checkpoints):
         if checkpoints:
-            state.step += 1  # a name of its own
-            checkpoints.save(state.step, snapshot(state, metrics_bytes=0))
+            state.step += 1  # a checkpoint is named after its step
+            checkpoints.save(Snapshot.take(state))
         for _ in range(STEPS):
-            state.train_state, state.sampler, found = step(state.train_state, state.sampler, calibrated, examples)
-            found.loss.block_until_ready()  # the loop runs one step ahead
+            state.train_state, state.sampler_state, step_metrics = step(
+                state.train_state, state.sampler_state, sampler, examples
+            )
+            step_metrics.loss.block_until_ready()  # the loop runs one step ahead
         jax.block_until_ready(state.train_state)
 
     with (
@@ -74,7 +75,8 @@ def checkpoint_cost(num_pairs: int) -> dict:
     ):
         seconds = paired_seconds({"with": lambda: block(checkpoints), "without": lambda: block(None)}, num_pairs)
         begun = time.perf_counter()
-        checkpoints.save(10**6, snapshot(state, metrics_bytes=0))
+        state.step = 10**6
+        checkpoints.save(Snapshot.take(state))
         checkpoints.wait()
         alone = time.perf_counter() - begun
         size = sum(f.stat().st_size for f in pathlib.Path(folder).glob("step_0001000000/**/*") if f.is_file())
@@ -88,26 +90,26 @@ def checkpoint_cost(num_pairs: int) -> dict:
 
 
 def start_cost(name: str, num_pairs: int, *arguments: str) -> dict:
-    """Ratio of the time of a process that goes on from a checkpoint to that of one that begins."""
+    """Measures the ratio of the time of a process that resumes from a checkpoint to that of one that starts a run."""
     with tempfile.TemporaryDirectory() as folder:
-        cold, made, resumed = (pathlib.Path(folder) / name for name in ("cold", "made", "resumed"))
+        cold, saved, resumed = (pathlib.Path(folder) / name for name in ("cold", "saved", "resumed"))
 
         def run(workdir, steps):
             command = [sys.executable, "-m", "issgd_jax.main", f"--config=experiments/configs/{name}.py"]
             options = [f"--config.steps={steps}", "--config.eval_every=1", "--config.schedule.score_delay=0"]
             subprocess.run([*command, f"--workdir={workdir}", *options, *arguments], check=True, capture_output=True)
 
-        def begin():
+        def start():
             shutil.rmtree(cold, ignore_errors=True)
             run(cold, 1)
 
-        def go_on():
+        def resume():
             shutil.rmtree(resumed, ignore_errors=True)
-            shutil.copytree(made, resumed)
+            shutil.copytree(saved, resumed)
             run(resumed, 2)
 
-        run(made, 1)
-        seconds = paired_seconds({"cold": begin, "resumed": go_on}, num_pairs)
+        run(saved, 1)
+        seconds = paired_seconds({"cold": start, "resumed": resume}, num_pairs)
     return {
         "ratio": median_ratio(seconds, "resumed", "cold"),
         "seconds from nothing": statistics.median(seconds["cold"]),
@@ -117,7 +119,7 @@ def start_cost(name: str, num_pairs: int, *arguments: str) -> dict:
 
 
 def soak(steps: int = SOAK_STEPS) -> dict:
-    """Growth of the resident memory after the first tenth of a long run."""
+    """Measures the growth of resident memory after the first tenth of a long run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py"]
         options = [f"--config.steps={steps}", "--config.eval_every=100", "--config.log.progress=False"]

@@ -1,19 +1,18 @@
-"""What importance sampling costs the learner: its step against the same step with uniform sampling.
+"""Cost of importance sampling to the learner: its step against the same step with uniform sampling.
 
     python -m experiments.benchmarks.learner_step
 
 Prints, for two sizes of network and data, medians over pairs of blocks (A B A B ... in one process) of
 
-- `step`: draw, gather, weigh, update, against the same with uniform draws and importance weights of one;
-- `step + refresh`: the same with the norms of the minibatch computed and entering the store;
-- `step + refresh + take_in`: the same with one round of scores entering the store every 32 steps (the scoring itself is
-the workers');
-- memory on the learner's device that the uniform program does not need, in bytes an example, beside one copy of the
-parameters.
+- `step`: draw, gather, weight, update, against the same with uniform draws and importance weights of one;
+- `step + refresh`: the same with the norms of the minibatch computed and ingested;
+- `step + refresh + ingest`: the same with a round of scores ingested every 32 steps, whose scoring is not timed;
+- memory on the learner's device that the uniform program does not need, in bytes an example.
 
 Images are random bytes: times do not depend on their values. Writes results/learner_step.json.
 """
 
+import dataclasses
 import json
 import statistics
 import time
@@ -26,82 +25,107 @@ from tqdm import tqdm
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio
-from issgd_jax.learning import learner
+from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.provenance import versions
-from issgd_jax.sampling import proposal
-from issgd_jax.sampling.calibrated import Calibrated
+from issgd_jax.sampling import Sampler, Uniform
 from issgd_jax.task import losses, models
 
 STEPS_PER_ROUND, CHUNK_SIZE = 32, 3 * 2048
 
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one measurement.
+
+    Attributes:
+      shape: of an image.
+      hidden_sizes: of the MLP.
+      num_examples: N.
+      batch_size: B.
+      steps_per_block: steps that are timed together.
+      num_pairs: blocks of each kind.
+    """
+
+    shape: tuple[int, ...]
+    hidden_sizes: tuple[int, ...]
+    num_examples: int
+    batch_size: int
+    steps_per_block: int
+    num_pairs: int
+
+
 CASES = {
-    "digits 64-128x2-10, N = 1,437, B = 16": ((8, 8, 1), (128, 128), 1437, 16, 256, 101),
-    "svhn 3072-2048x4-10, N = 573,000, B = 128": ((32, 32, 3), (2048,) * 4, 573_000, 128, 8, 25),
+    "digits 64-128x2-10, N = 1,437, B = 16": Case((8, 8, 1), (128, 128), 1437, 16, 256, 101),
+    "svhn 3072-2048x4-10, N = 573,000, B = 128": Case((32, 32, 3), (2048,) * 4, 573_000, 128, 8, 25),
 }
 
 
-def measure(shape, hidden_sizes, num_examples, batch_size, steps_per_block, num_pairs) -> dict:
-    """Medians of pairwise ratios and times for one size."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (num_examples, *shape), np.uint8)
-    examples = jax.device_put((images, rng.integers(0, 10, num_examples, np.int32)))
-    model = models.mlp(10, hidden_sizes=hidden_sizes)
-    params = model.init(jax.random.key(0), jnp.zeros(shape))
+class Bench:
+    """Learner, samplers and data of one case."""
 
-    def loss_fn(params, image, label):
-        return losses.example_loss(model.apply(params, (image - 128.0) / 64.0), label)
+    def __init__(self, case: Case):
+        rng = np.random.default_rng(0)
+        num_examples = case.num_examples
+        images = rng.integers(0, 256, (num_examples, *case.shape), np.uint8)
+        self.case, self.examples = case, jax.device_put((images, rng.integers(0, 10, num_examples, np.int32)))
+        model = models.mlp(10, hidden_sizes=case.hidden_sizes)
+        self._params = model.init(jax.random.key(0), jnp.zeros(case.shape))
 
-    optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
-    options = {"batch_size": batch_size, "seed": 0}
-    step = learner.make_train_step(loss_fn, optimizer, refresh=False, **options)
-    refreshing = learner.make_train_step(loss_fn, optimizer, **options)
-    uniform, weighted = proposal.Uniform(), jax.device_put(proposal.Mixture(Calibrated()))
-    scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
-    scored = learner.init_sampler(weighted, num_examples)
-    scored = learner.take_in(
-        weighted, scored, jnp.arange(num_examples), scores, scored_at=jnp.int32(0), step=jnp.int32(1)
-    )
-    chunk = min(CHUNK_SIZE, num_examples // 4)
-    round_ = jnp.arange(chunk), jnp.asarray(scores[:chunk])
+        def loss_fn(params, image, label):
+            return losses.example_loss(model.apply(params, (image - 128.0) / 64.0), label)
 
-    def new_state(drawn_from):
-        sampler = jax.tree.map(
-            jnp.copy, learner.init_sampler(uniform, num_examples) if drawn_from is uniform else scored
-        )
-        return learner.init_train_state(jax.tree.map(jnp.copy, params), optimizer), sampler
+        self._optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
+        self.step = Learner(loss_fn, self._optimizer, refresh=False).compile()
+        self.refreshing_step = Learner(loss_fn, self._optimizer).compile()
+        self.uniform = Sampler(num_examples, case.batch_size, Uniform())
+        self.weighted = jax.device_put(Sampler(num_examples, case.batch_size))
+        scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
+        indices = jnp.arange(num_examples)
+        self._scored = self.weighted.ingest(self.weighted.init(0), indices, scores, jnp.int32(0))
+        chunk = min(CHUNK_SIZE, num_examples // 4)
+        self.round = indices[:chunk], jnp.asarray(scores[:chunk])
 
-    def block(step, drawn_from, rounds=False):
+    def new_states(self, sampler: Sampler):
+        """Returns states of learner and sampler that may be donated."""
+        sampler_state = sampler.init(0) if sampler is self.uniform else self._scored
+        params, sampler_state = jax.tree.map(jnp.copy, (self._params, sampler_state))
+        return TrainState.init(params, self._optimizer), sampler_state
+
+    def block(self, step, sampler: Sampler, *, rounds: bool = False):
+        """Returns `(run, states)`: a function of states that takes the steps of a block, and states to start with."""
+
         def run(states):
-            state, sampler = states
-            for i in range(steps_per_block):
+            state, sampler_state = states
+            for i in range(self.case.steps_per_block):
                 if rounds and i % STEPS_PER_ROUND == 0:
-                    times = {"scored_at": jnp.int32(i), "step": jnp.int32(i + 1)}
-                    sampler = learner.take_in(drawn_from, sampler, *round_, **times)
-                state, sampler, _ = step(state, sampler, drawn_from, examples)
-            return state, sampler
+                    sampler_state = sampler.ingest(sampler_state, *self.round, jnp.int32(i))
+                state, sampler_state, _ = step(state, sampler_state, sampler, self.examples)
+            return state, sampler_state
 
-        return run, new_state(drawn_from)
+        return run, self.new_states(sampler)
 
+
+def measure(case: Case) -> dict:
+    """Returns medians of pairwise ratios, times and bytes of one case."""
+    bench = Bench(case)
     blocks = {
-        "uniform": block(step, uniform),
-        "step": block(step, weighted),
-        "step + refresh": block(refreshing, weighted),
-        "step + refresh + take_in": block(refreshing, weighted, rounds=True),
+        "uniform": bench.block(bench.step, bench.uniform),
+        "step": bench.block(bench.step, bench.weighted),
+        "step + refresh": bench.block(bench.refreshing_step, bench.weighted),
+        "step + refresh + ingest": bench.block(bench.refreshing_step, bench.weighted, rounds=True),
     }
-    seconds = paired_blocks(blocks, num_pairs)
+    seconds = paired_blocks(blocks, case.num_pairs)
     return {
         **{name: median_ratio(seconds, name, "uniform") for name in blocks if name != "uniform"},
-        **{f"{name}, us": 1e6 * statistics.median(times) / steps_per_block for name, times in seconds.items()},
-        "pairs": num_pairs,
-        "steps_per_block": steps_per_block,
-        **memory(
-            refreshing, new_state(weighted), new_state(uniform), examples, weighted, uniform, round_, num_examples
-        ),
+        **{f"{name}, us": 1e6 * statistics.median(times) / case.steps_per_block for name, times in seconds.items()},
+        "pairs": case.num_pairs,
+        "steps_per_block": case.steps_per_block,
+        **memory(bench),
     }
 
 
 def paired_blocks(blocks, num_pairs) -> dict[str, list[float]]:
-    """Seconds of each block, the blocks in turn, the order rotated, after one warm-up of each."""
+    """Returns the seconds of each block, in turn, in rotated order, after one warm-up of each."""
     seconds = {name: [] for name in blocks}
     states = {name: jax.block_until_ready(run(start)) for name, (run, start) in blocks.items()}
     names = list(blocks)
@@ -113,23 +137,26 @@ def paired_blocks(blocks, num_pairs) -> dict[str, list[float]]:
     return seconds
 
 
-def memory(step, weighted_states, uniform_states, examples, weighted, uniform, round_, num_examples) -> dict:
-    """Bytes an example: what the sampler holds, what a take_in needs beside it, and how much the highest peak grows."""
-    _, sampler = weighted_states
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(sampler))
-    in_uniform_step = beside_arguments(step, *uniform_states, uniform, examples)
-    in_step = beside_arguments(step, *weighted_states, weighted, examples)
-    now = jnp.int32(1)
-    in_take_in = beside_arguments(learner.take_in, weighted, sampler, *round_, scored_at=now, step=now)
+def memory(bench: Bench) -> dict:
+    """Returns bytes an example: held by the sampler, needed beside it to ingest a round, and growth of the peak."""
+    states = bench.new_states(bench.weighted)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(states[1]))
+    in_uniform_step = beside_arguments(
+        bench.refreshing_step, *bench.new_states(bench.uniform), bench.uniform, bench.examples
+    )
+    in_step = beside_arguments(bench.refreshing_step, *states, bench.weighted, bench.examples)
+    ingest = jax.jit(Sampler.ingest, donate_argnums=1, keep_unused=True)
+    in_ingest = beside_arguments(ingest, bench.weighted, states[1], *bench.round, jnp.int32(1))
+    num_examples = bench.case.num_examples
     return {
         "held_bytes_an_example": held / num_examples,
-        "beside_in_take_in_bytes_an_example": in_take_in / num_examples,
-        "peak_growth_bytes_an_example": (held + max(in_step, in_take_in) - in_uniform_step) / num_examples,
+        "beside_in_ingest_bytes_an_example": in_ingest / num_examples,
+        "peak_growth_bytes_an_example": (held + max(in_step, in_ingest) - in_uniform_step) / num_examples,
     }
 
 
 def beside_arguments(function, *arguments, **keywords) -> int:
-    """Bytes that a compiled program needs beside its arguments: temporaries, and outputs without a donated place."""
+    """Returns the bytes that a compiled program needs beside its arguments: temporaries, and outputs not donated to."""
     memory = function.lower(*arguments, **keywords).compile().memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
@@ -137,7 +164,7 @@ def beside_arguments(function, *arguments, **keywords) -> int:
 def main():
     results = {}
     for name, case in CASES.items():
-        results[name] = measure(*case)
+        results[name] = measure(case)
         print(name)
         for key, value in results[name].items():
             print(f"  {key:<40}{value:10.3f}" if isinstance(value, float) else f"  {key:<40}{value:10d}")

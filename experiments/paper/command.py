@@ -1,4 +1,4 @@
-"""What the study's commands have in common: flags, and errors of one line. Imports no jax."""
+"""Flags and entry point of the study's commands. Imports no jax."""
 
 import pathlib
 import sys
@@ -10,17 +10,19 @@ from issgd_jax.errors import InputError
 
 _STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.")
 _DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; figures and tables: none = the results kept.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; figures and tables: none = the saved results.")
 _ARMS = flags.DEFINE_list("arms", [], "Only these arms.")
-_SEEDS = flags.DEFINE_integer("seeds", None, "Seeds 0, 1, ... of each arm; none: 10 to sweep, else all that there are.")
+_SEEDS = flags.DEFINE_integer(
+    "seeds", None, "Number of seeds 0, 1, ... of each arm; none: 10 to sweep, else all that are finished."
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder of the data; none: TFDS's default.")
-_WIDTH = flags.DEFINE_integer("width", None, "Width of the MLP's four hidden layers, where the study's is too large.")
-_STEPS = flags.DEFINE_integer("steps", None, "Learner steps, where the study's are too many.")
+_WIDTH = flags.DEFINE_integer("width", None, "Width of the MLP's four hidden layers; none: the study's.")
+_STEPS = flags.DEFINE_integer("steps", None, "Learner steps; none: the study's.")
 flags.mark_flag_as_required("study")
 
 
 def overrides() -> dict:
-    """{config field: value} that the flags change in every arm."""
+    """Returns {config field: value} that the flags override in every arm."""
     changed = {"data.dir": _DATA_DIR.value}
     if _WIDTH.value is not None:
         changed["model.mlp.hidden_sizes"] = (_WIDTH.value,) * 4
@@ -30,17 +32,21 @@ def overrides() -> dict:
 
 
 def record() -> dict:
-    """The results that the flags ask for, summarized and kept if they name a workdir."""
+    """Returns the results that the flags select: those saved, or a summary of a workdir, which is saved if complete.
+
+    Raises:
+      InputError: an unknown study, data set or arm, no results, or --seeds without --workdir.
+    """
     study = studies.get_study(_STUDY.value)
     arms = studies.with_baselines(study, _ARMS.value)
     studies.choose_arms(study, _DATA.value, arms)
     if _WORKDIR.value is None:
         if _SEEDS.value is not None:
-            raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: results kept are of all seeds")
-        kept = results.load(_STUDY.value, _DATA.value)
-        if missing := [name for name in arms if name not in kept["arms"]]:
-            raise InputError(f"the results kept have no arm {missing[0]}: they have {', '.join(kept['arms'])}")
-        return kept | {"arms": {name: arm for name, arm in kept["arms"].items() if not arms or name in arms}}
+            raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: saved results are of all seeds")
+        saved = results.load(_STUDY.value, _DATA.value)
+        if missing := [name for name in arms if name not in saved["arms"]]:
+            raise InputError(f"the saved results have no arm {missing[0]}, only {', '.join(saved['arms'])}")
+        return saved | {"arms": {name: arm for name, arm in saved["arms"].items() if not arms or name in arms}}
     summary = results.summarize(
         pathlib.Path(_WORKDIR.value),
         _STUDY.value,
@@ -49,18 +55,18 @@ def record() -> dict:
         seeds=None if _SEEDS.value is None else range(_SEEDS.value),
     )
     if not arms and _SEEDS.value is None:
-        print(f"kept in {results.save(summary)}", file=sys.stderr)
+        print(f"saved in {results.save(summary)}", file=sys.stderr)
         return results.load(_STUDY.value, _DATA.value)
     return summary
 
 
 def run(program) -> None:
-    """Entry point: `program()`; errors that a person can mend are one line."""
+    """Runs `program()` as a command; an InputError is printed as one line."""
 
     def main(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
-        logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
+        logging.set_verbosity(logging.WARNING)  # JAX logs missing backends at INFO
         program()
 
     try:

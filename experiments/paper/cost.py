@@ -1,8 +1,8 @@
-"""What a step of each arm costs where one device does everything: its time against a step of its baseline.
+"""Cost of a step of each arm on one device that does everything, in steps of its baseline.
 
     python -m experiments.paper.cost --study=fair --data=fashion_mnist [--width=...] [--data_dir=...]
 
-Blocks of steps, each a run of `issgd_jax.loop` without its measurements, go in pairs, an arm's and its baseline's, of
+Times blocks of steps, each a run of `issgd_jax.run.loop` without its measurements, in pairs of an arm and its baseline,
 all arms in turn, in one process. Medians over pairs. Writes results/cost-STUDY-DATA.json.
 
 Asynchronous learners are charged, not timed: see `charged`.
@@ -22,46 +22,64 @@ from experiments.paper import command, results, studies
 from issgd_jax.provenance import versions
 from issgd_jax.run import metrics
 
-# Steps of a block, at least: enough that its beginning does not count.
+# Least number of steps of a block: its start must not count.
 MIN_STEPS = 100
 
 _BLOCKS = flags.DEFINE_integer("blocks", 15, "Blocks of each arm.")
 
 
-def path_of(study: str, data: str) -> pathlib.Path:
-    """Where the costs are kept."""
+def cost_path(study: str, data: str) -> pathlib.Path:
+    """Returns the file of the saved costs."""
     return results.FOLDER / f"cost-{study}-{data}.json"
 
 
 def load(study: str, data: str) -> dict[str, float]:
-    """{arm: cost of a step in steps of its baseline}; empty if it was not measured."""
+    """Returns {arm: cost of a step in steps of its baseline}; {} if it was not measured."""
     try:
-        return json.loads(path_of(study, data).read_text())["ratio"]
+        return json.loads(cost_path(study, data).read_text())["ratio"]
     except FileNotFoundError:
         return {}
 
 
 def save(measured: dict) -> None:
-    """Keeps what was measured, with the costs of other arms that were measured alike."""
-    path = path_of(measured["study"], measured["data"])
+    """Saves measured costs, beside saved ones of other arms with the same network, hardware and versions."""
+    path = cost_path(measured["study"], measured["data"])
     path.parent.mkdir(exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else measured
-    if all(kept[name] == measured[name] for name in ("network", "hardware", "versions")):
-        measured = measured | {name: kept[name] | measured[name] for name in ("ratio", "milliseconds")}
+    saved = json.loads(path.read_text()) if path.exists() else measured
+    if all(saved[name] == measured[name] for name in ("network", "hardware", "versions")):
+        measured = measured | {name: saved[name] | measured[name] for name in ("ratio", "milliseconds")}
     path.write_text(json.dumps(measured, indent=2) + "\n")
 
 
 def charged(step: float, owner: float, learners: int) -> float:
-    """What an update by k asynchronous learners would take if each had a device like this one, and sent for nothing.
+    """Returns the time of an update by asynchronous learners, each with a device like this one, with free transfers.
 
-    step: time of a step on one device. owner: the part of it that only the owner of the parameters can do: draw,
-    update, refresh, renewals of the table. The rest, the gradient, is done by k at once.
+    Args:
+      step: time of a step on one device.
+      owner: the part of it that only the owner of the parameters can do: draw, update, refresh, rebuilds of the table.
+        The rest, the gradient, is computed by all learners at once.
+      learners: their number, k.
+
+    Example:
+      >>> charged(5.0, 1.0, 4)
+      2.0
     """
     return (step - owner) / learners + owner
 
 
 def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, num_blocks: int) -> dict:
-    """Measures all arms of a study; see the module."""
+    """Measures arms and their baselines, see the module.
+
+    Args:
+      study: name of the study.
+      data: name of the data set.
+      arms: names of the arms; None: all.
+      overrides: {config field: value}, in every arm.
+      num_blocks: blocks of each arm, after one that compiles.
+
+    Returns:
+      The content of the JSON file.
+    """
     from experiments.benchmarks.environment import hardware
 
     the_study = studies.get_study(study)
@@ -71,19 +89,12 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         rate = min(arm.learning_rates or the_study.learning_rates)
         config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Charged(config) if config.learner.asynchronous > 1 else _Block(config)
-    seconds, ratio = ({name: [] for name in blocks} for _ in range(2))
-    for i in tqdm(range(-1, num_blocks), leave=False):
-        for name in blocks:
-            baseline = studies.baseline_of(the_study, name)
-            pair = sorted({baseline, name}, reverse=i % 2 == 0)
-            measured = {one: blocks[one].seconds_a_step() for one in pair}
-            if i >= 0:  # the first compiles
-                seconds[name].append(measured[name])
-                ratio[name].append(measured[name] / measured[baseline])
+    baselines = {name: studies.baseline_of(the_study, name) for name in blocks}
+    seconds, ratio = _time_pairs(blocks, baselines, num_blocks)
     return {
         "study": study,
         "data": data,
-        "network": results.network_of(the_study, config.to_dict()),
+        "network": results.describe_network(the_study, config.to_dict()),
         "command": f"python -m experiments.paper.cost --study={study} --data={data}",
         "ratio": {name: round(statistics.median(xs), 3) for name, xs in ratio.items()},
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
@@ -91,6 +102,19 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def _time_pairs(blocks: dict, baselines: dict[str, str], num_blocks: int) -> tuple[dict, dict]:
+    """Returns seconds a step and their ratios to the baseline's, {arm: one a pair}; the order alternates."""
+    seconds, ratio = ({name: [] for name in blocks} for _ in range(2))
+    for i in tqdm(range(-1, num_blocks), leave=False):
+        for name, baseline in baselines.items():
+            pair = sorted({baseline, name}, reverse=i % 2 == 0)
+            measured = {arm: blocks[arm].seconds_a_step() for arm in pair}
+            if i >= 0:  # the first compiles
+                seconds[name].append(measured[name])
+                ratio[name].append(measured[name] / measured[baseline])
+    return seconds, ratio
 
 
 class _Charged:
@@ -107,37 +131,36 @@ class _Charged:
 
 
 def _without_gradient(config, parts):
-    """The same, with a step that is given a gradient in the place of the examples, and has nothing to compute of it."""
+    """Returns the parts with a step that takes a gradient in the place of the examples and computes none."""
     import jax
     import jax.numpy as jnp
 
-    from issgd_jax.learning import learner
+    from issgd_jax.learning.learner import Gradient, Learner, Minibatch
     from issgd_jax.run import wiring
     from issgd_jax.task.problem import make_problem
 
-    def given(params, step, drawn, gradient):
-        del params
-        ones = jnp.ones_like(drawn.importance_weights)
-        return learner.Gradient(learner.Minibatch(*drawn, ones), gradient, ones, ones, jnp.bool(True), step)
+    class Owner(Learner):
+        def gradient(self, params, step, drawn, examples):
+            ones = jnp.ones_like(drawn.importance_weights)
+            return Gradient(Minibatch(*drawn, ones), examples, ones, ones, jnp.bool(True), step)
 
-    problem = make_problem(config)
-    stages = wiring.make_stages(config, problem, wiring.make_optimizer(config), seed=config.seed)
-    step = learner.compile_step(dataclasses.replace(stages, gradient=given))
+    learner = wiring.make_learner(config, make_problem(config), wiring.make_optimizer(config))
+    owner = Owner(**{field.name: getattr(learner, field.name) for field in dataclasses.fields(learner)})
     gradient = jax.tree.map(lambda p: 1e-6 * p, parts.train_state.params)
-    return dataclasses.replace(parts, train_step=step, train_examples=gradient)
+    return dataclasses.replace(parts, train_step=owner.compile(), train_examples=gradient)
 
 
 class _Block:
-    """The loop of one arm over a few rounds, each time from the start."""
+    """Loop of one arm over a few rounds, from the start at each call."""
 
     def __init__(self, config, *, with_gradient: bool = True):
         from issgd_jax.run import wiring
 
         parts = dataclasses.replace(wiring.make_parts(config), measure=lambda *_: {"train/loss": 0.0})
         self._parts = parts if with_gradient else _without_gradient(config, parts)
-        self._window = config.schedule.steps_per_round
-        # The last step is one at which a round enters, so that all but one are waited for.
-        self.num_steps = -(-MIN_STEPS // self._window) * self._window + 1
+        window = parts.window
+        # A round enters at the last step, so that all rounds but one are waited for.
+        self.num_steps = -(-MIN_STEPS // window) * window + 1
 
     def seconds_a_step(self) -> float:
         import jax
@@ -145,20 +168,20 @@ class _Block:
 
         from issgd_jax.run import loop
 
-        # The loop's first step takes over the memory of what it starts with.
-        train_state, sampler = jax.tree.map(jnp.copy, (self._parts.train_state, self._parts.sampler))
-        parts = dataclasses.replace(self._parts, train_state=train_state, sampler=sampler)
+        # The loop's first step donates the states.
+        states = jax.tree.map(jnp.copy, (self._parts.train_state, self._parts.sampler_state))
+        parts = dataclasses.replace(self._parts, train_state=states[0], sampler_state=states[1])
         progress = metrics.Progress(self.num_steps, shown=False, description="")
-        plan = loop.Plan(self.num_steps, self.num_steps, self._window, strict=False, progress=progress)
+        plan = loop.Plan(self.num_steps, self.num_steps, strict=False, progress=progress)
         with (
             tempfile.TemporaryDirectory() as folder,
             metrics.MetricsWriter(pathlib.Path(folder), tensorboard=False) as writer,
         ):
-            jax.block_until_ready((train_state, sampler))
+            jax.block_until_ready(states)
             begun = time.perf_counter()
             jax.block_until_ready(loop.run(parts, plan, writer))
             seconds = time.perf_counter() - begun
-        if parts.pool:  # the one round that nobody waited for must not slow the next block
+        if parts.pool:  # the round still being scored must not slow the next block
             jax.block_until_ready(parts.pool.score_next(self._parts.train_state.params, 0)[0].scores)
         return seconds / self.num_steps
 

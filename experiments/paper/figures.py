@@ -1,16 +1,16 @@
-"""The figures of a study: medians and quartiles over seeds, each arm at its own best rate. Imports no jax.
+"""Figures of a study: medians and quartiles over seeds, each arm at its own best rate. Imports no jax.
 
     python -m experiments.paper.figures --study=fair --data=fashion_mnist --workdir=runs/paper
 
-With --workdir the finished runs there are summarized and kept under experiments/paper/results; without, what is kept
-there is drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
+With --workdir the finished runs in it are summarized and saved under experiments/paper/results; without, the saved
+results are drawn. Figures go to experiments/paper/figures/STUDY-DATA-*.png:
 
 - `loss`: training loss, training error and test error over the learner's steps (the paper's figures 2 and 3);
 - `cost`: the same over the time on one device, where the cost of a step was measured;
 - `variance`: noise of the gradient with uniform, actual and ideal draws (figure 4);
-- `staleness`: of study `staleness`, what is gained against how old scores are;
+- `staleness`: of study `staleness`, variance gain against staleness of the scores;
 - `asgd`: of study `asgd`, loss over updates and over charged time (see `cost.charged`), and the noise of the gradient;
-- `summary`: of study `fair`, what the method gives where others score, where one device does all, and why.
+- `summary`: of study `fair`, loss where other devices score, loss where one device does everything, and noise.
 """
 
 import math
@@ -32,16 +32,21 @@ _METRICS = {
     "test/error": ("Test error", "fraction misclassified"),
 }
 _VARIANCES = {"uniform": (":", "#555555"), "actual": ("-", "#0072B2"), "ideal": ("--", "#009E73")}
-# Arms whose names fit into a panel without hiding a curve.
+# Largest number of arms whose legend fits into a panel.
 _LEGEND_WITHIN = 6
-# Of study `asgd`: how its two kinds of arms are drawn.
+# Line styles of the two kinds of arms of study `asgd`.
 _PEERS = {"uniform": ":", "calibrated": "-"}
-# Arms of study `fair` that its summary shows.
+# Arms of study `fair` in its summary.
 _SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
 
 
-def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
-    """{name: figure} of a study's results; see the module."""
+def make_figures(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
+    """Returns {name: figure}, see the module.
+
+    Args:
+      record: of `results.summarize`.
+      costs: {arm: cost of a step}; {} if it was not measured.
+    """
     made = {"loss": curves_figure(record, list(_METRICS))}
     if record["study"] == "asgd":
         made["asgd"] = asgd_figure(record, costs)
@@ -57,7 +62,7 @@ def figures_of(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
 
 
 def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
-    """Three panels: loss over the learner's steps, loss over time on one device, noise of the gradient."""
+    """Draws three panels: loss over the learner's steps, loss over time on one device, noise of the gradient."""
     figure = Figure(figsize=(16.5, 4.8), layout="constrained")
     axes = figure.subplots(1, 3)
     figure.suptitle(_title(record), fontsize=10)
@@ -75,7 +80,7 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
 
 
 def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
-    """Loss over updates and, where costs are known, over charged time; noise of the gradient. A colour for each k."""
+    """Draws loss over updates and, with costs, over charged time; noise of the gradient. One colour for each k."""
     arms = {tuple(name.split("_")): arm for name, arm in record["arms"].items()}
     colours = dict(zip(sorted({number for _, number in arms}, key=int), _COLOURS))
     num_panels = 3 if costs else 2
@@ -104,9 +109,12 @@ def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
 
 
 def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] | None = None) -> Figure:
-    """A panel for each metric and each baseline with the arms that are compared with it.
+    """Draws a panel for each metric and each baseline, with the arms that are compared with it.
 
-    costs: draws over time, in steps of the baseline on the same device, of arms whose cost is known.
+    Args:
+      record: of `results.summarize`.
+      metrics: names of curves.
+      costs: {arm: cost of a step}; draws these arms over time, in steps of the baseline. None: all over steps.
     """
     groups = {}
     for name, arm in record["arms"].items():
@@ -132,7 +140,7 @@ def curves_figure(record: dict, metrics: list[str], *, costs: dict[str, float] |
 
 
 def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, float]) -> None:
-    """The metric of each arm over steps, each counting as so many as were paid for it."""
+    """Draws the metric of each arm over steps times the cost `paid` for a step."""
     others = 0
     for name, arm in arms.items():
         colour, style = _BASELINE, "-"
@@ -145,7 +153,7 @@ def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, fl
     axis.set(title=title, xlabel="learner steps", ylabel=unit)
     if metric == "train/loss":
         axis.set_yscale("log")
-    else:  # leaves out the guessing of the first steps: the axis shows where the arms differ
+    else:  # the high errors of the first steps would hide where the arms differ
         late = [
             x for arm in arms.values() for x in arm["curves"][metric]["q3"][len(arm["step"]) // 5 :] if x is not None
         ]
@@ -155,7 +163,7 @@ def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, fl
 
 
 def _set_time(axis, steps: int) -> None:
-    """The axis of time up to where the baseline ends, and the values that are reached by then."""
+    """Limits the axis of time to where the baseline ends, and the values to those reached by then."""
     shown = [y for line in axis.lines for x, y in zip(*line.get_data()) if x <= steps and math.isfinite(y)]
     axis.set(xlabel="time on one device, in steps of SGD", xlim=(0, steps))
     if axis.get_yscale() == "log" and shown:
@@ -163,7 +171,7 @@ def _set_time(axis, steps: int) -> None:
 
 
 def variance_figure(record: dict, arms: dict) -> Figure:
-    """One panel an arm, all on one scale."""
+    """Draws one panel an arm, all with the same scale."""
     columns = min(4, len(arms))
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 6.0), 3.6 * rows + 0.5), layout="constrained")
@@ -181,7 +189,7 @@ def variance_figure(record: dict, arms: dict) -> Figure:
 
 
 def draw_variance(axis, arm: dict) -> None:
-    """Noise of the gradient with uniform, actual and ideal draws."""
+    """Draws the noise of the gradient with uniform, actual and ideal draws."""
     for kind, (style, colour) in _VARIANCES.items():
         _band(axis, arm["step"], arm["curves"][f"variance/{kind}"], color=colour, linestyle=style, label=kind)
     axis.set(
@@ -191,8 +199,7 @@ def draw_variance(axis, arm: dict) -> None:
 
 
 def staleness_figure(record: dict, arms: dict) -> Figure:
-    """Each arm's variance gain against the mean staleness of its scores, and the gain of the ideal: medians over seeds
-    and measurements."""
+    """Draws the variance gain of arms against the mean staleness of their scores, as medians over seeds and steps."""
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     axis = figure.subplots()
     figure.suptitle(_title(record), fontsize=10)
@@ -201,8 +208,8 @@ def staleness_figure(record: dict, arms: dict) -> Figure:
         if staleness and gain:
             marker = "o" if i < len(_COLOURS) else "s"
             axis.plot(staleness, gain, marker, color=_COLOURS[i % len(_COLOURS)], label=arm["label"])
-    of_ideal = [[results.typical(arm, f"variance/{kind}") for kind in ("uniform", "ideal")] for arm in arms.values()]
-    if gains := [(uniform / ideal) ** 2 for uniform, ideal in of_ideal if uniform and ideal]:
+    pairs = [[results.typical(arm, f"variance/{kind}") for kind in ("uniform", "ideal")] for arm in arms.values()]
+    if gains := [(uniform / ideal) ** 2 for uniform, ideal in pairs if uniform and ideal]:
         style, colour = _VARIANCES["ideal"]
         axis.axhline(statistics.median(gains), linestyle=style, color=colour, label="ideal: scores without age")
     axis.axhline(1, color=_BASELINE, linestyle=":", label="uniform")
@@ -217,7 +224,7 @@ def staleness_figure(record: dict, arms: dict) -> Figure:
 
 
 def _band(axis, step, curve, *, color, **style):
-    """Median and quartiles; where a quartile diverged there is nothing to draw."""
+    """Draws median and quartiles, with gaps where a quartile diverged."""
     low, middle, high = ([math.nan if x is None else x for x in curve[q]] for q in ("q1", "median", "q3"))
     axis.plot(step, middle, color=color, **style)
     axis.fill_between(step, low, high, color=color, alpha=0.18, linewidth=0)
@@ -242,7 +249,7 @@ def _title(record: dict) -> str:
 def main():
     record = command.record()
     FOLDER.mkdir(exist_ok=True)
-    for name, figure in figures_of(record, cost.load(record["study"], record["data"])).items():
+    for name, figure in make_figures(record, cost.load(record["study"], record["data"])).items():
         path = FOLDER / f"{record['study']}-{record['data']}-{name}.png"
         plots.save(figure, path)
         print(path)

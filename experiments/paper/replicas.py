@@ -1,12 +1,11 @@
-"""Several seeds and learning rates of one experiment in one compiled program, on whatever devices there are.
+"""Several seeds and learning rates of one experiment in one compiled program, on all devices.
 
-The relaxed schedule of `issgd_jax.loop` without its host: the rounds of a whole stretch between two measurements are
-compiled, and vmapped over the replicas, which the devices share. Each device plays learner and worker for its
-replicas; W workers with chunks of C are one with chunks of W * C.
+The relaxed schedule of `issgd_jax.run.loop` without its host: all rounds between two measurements are one program,
+which is vmapped over the replicas. The devices share the replicas, and each is learner and worker of its own. W workers
+with chunks of C are one worker with chunks of W * C.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,35 +16,59 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax import sampling
 from issgd_jax.errors import InputError
-from issgd_jax.learning import learner
+from issgd_jax.learning.asgd import exchange
+from issgd_jax.learning.learner import TrainState
 from issgd_jax.run import wiring
+from issgd_jax.run.measure import make_measure, to_row
+from issgd_jax.sampling import Draw, SamplerState
+from issgd_jax.scoring import schedule
 from issgd_jax.task import problem as problem_lib
 
 
 class Replica(NamedTuple):
-    """One run. queue: f32[rounds in flight, chunk], scores on their way, oldest first; None without workers.
+    """State of one run.
 
-    Of what asynchronous learners have in flight the train state has no gradients, but what they are made of.
+    Attributes:
+      train_state: its `in_flight` has no gradients, but what they are computed from (`_InFlight`).
+      sampler_state: see `issgd_jax.Sampler`.
+      queue: f32[rounds in flight, chunk], scores that have not entered, oldest first; None without workers.
+      learning_rate: f32[].
     """
 
-    train_state: learner.TrainState
-    sampler: learner.SamplerState
+    train_state: TrainState
+    sampler_state: SamplerState
     queue: jax.Array | None
-    seed: jax.Array
     learning_rate: jax.Array
+
+
+class _InFlight(NamedTuple):
+    """Minibatches drawn by asynchronous learners, and the parameters at that time; a ring, see `asgd.exchange`.
+
+    Their gradients are computed when they are applied: a single program has no use for them earlier.
+    """
+
+    params: Any
+    step: jax.Array
+    drawn: Draw
 
 
 def train_replicas(
     config: ConfigDict, replicas: Sequence[tuple[int, float]], *, devices: Sequence[jax.Device] | None = None
 ) -> Iterator[list[dict]]:
-    """Trains the config with each of the (seed, learning rate) pairs; yields one row of metrics a replica as they come.
+    """Trains replicas of a config that differ in seed and learning rate; yields as `issgd_jax.train` measures.
 
-    The rows are those of `issgd_jax.train` but for rounding and the columns that tell of time. A replica whose loss is
-    no longer finite goes on; what it then measures is NaN.
+    Args:
+      config: of all replicas.
+      replicas: (seed, learning rate) of each.
+      devices: to share them; None: all local devices.
 
-    Raises: InputError for what only `issgd_jax.train` can do, and as that.
+    Yields:
+      One row of metrics for each replica, at each measurement. They are the rows of `issgd_jax.train`, but for rounding
+      and the columns of time and memory. After divergence a replica continues, and its metrics are NaN.
+
+    Raises:
+      InputError: the config is not valid, or can only be trained by `issgd_jax.train`.
     """
     config_lib.validate(config)
     check(config)
@@ -54,53 +77,43 @@ def train_replicas(
     program = _Program(config, problem)
 
     mesh = Mesh(np.asarray(devices), ("device",))
-    everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("device"))
+    replicated, sharded = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("device"))
     train_data, test_data = problem.train_data, problem.test_data
-    examples = jax.device_put((train_data.images, train_data.labels), everywhere)
-    test_examples = jax.device_put((test_data.images, test_data.labels), everywhere)
+    examples = jax.device_put((train_data.images, train_data.labels), replicated)
+    test_examples = jax.device_put((test_data.images, test_data.labels), replicated)
 
-    # Places left over are filled with copies of the last replica, whose rows nobody reads.
-    each = -(-len(replicas) // len(devices))
-    filled = [*replicas, *[replicas[-1]] * (each * len(devices) - len(replicas))]
-    seeds, rates = (np.asarray(x).reshape(len(devices), each) for x in zip(*filled))
-    seeds, rates = jax.device_put((seeds.astype(np.uint32), rates.astype(np.float32)), shared_out)
+    # Where replicas do not divide evenly, copies of the last one fill the devices; their rows are discarded.
+    per_device = -(-len(replicas) // len(devices))
+    padded = [*replicas, *[replicas[-1]] * (per_device * len(devices) - len(replicas))]
+    seeds, rates = (np.asarray(x).reshape(len(devices), per_device) for x in zip(*padded))
+    seeds, rates = jax.device_put((seeds.astype(np.uint32), rates.astype(np.float32)), sharded)
 
-    on_all = functools.partial(jax.pmap, devices=devices)
-    state = on_all(jax.vmap(program.start))(seeds, rates)
-    axes = {"in_axes": (0, None, None, None)}
-    advance = on_all(jax.vmap(program.advance, **axes), **axes, donate_argnums=0)
-    measure = on_all(jax.vmap(program.measure, **axes), **axes)
+    def on_all(function, num_shared=0, **options):
+        axes = (0, 0) if num_shared == 0 else (0, *[None] * num_shared)
+        return jax.pmap(jax.vmap(function, axes), in_axes=axes, devices=devices, **options)
+
+    start_round = on_all(program.start_round, 2, donate_argnums=0)
+    measure = on_all(program.measure, 3)
+    advance = on_all(program.advance, 2, donate_argnums=0)
 
     def rows(step, measured):
         measured = jax.tree.map(lambda x: x.reshape(-1), jax.device_get(measured))
-        counted = {
-            "step": step,
-            "learner_examples": step * problem_lib.minibatch_size(config),
-            "worker_examples": program.num_scored(step),
-        }
-        return [counted | wiring.to_row({k: x[i] for k, x in measured.items()}) for i in range(len(replicas))]
+        counts = program.count(step)
+        return [counts | to_row({name: x[i] for name, x in measured.items()}) for i in range(len(replicas))]
 
+    state = on_all(program.init)(seeds, rates)
     for step in range(0, config.steps, config.eval_every):
-        first_round = jax.device_put(np.int32(step // program.steps_per_round), everywhere)
-        state, measured = advance(state, first_round, examples, test_examples)
+        round_ = jax.device_put(np.int32(step // config.schedule.steps_per_round), replicated)
+        state = start_round(state, round_, examples)
+        measured = measure(state, round_, examples, test_examples)
+        state = advance(state, round_, examples)
         yield rows(step, measured)
-    last_round = jax.device_put(np.int32(config.steps // program.steps_per_round), everywhere)
-    yield rows(config.steps, measure(state, last_round, examples, test_examples))
-
-
-class _InFlight(NamedTuple):
-    """Minibatches that asynchronous learners have drawn and parameters of that time; number n is in place n % (k - 1).
-
-    They are turned into gradients when these are applied: one program has no use for them earlier.
-    """
-
-    params: Any
-    step: jax.Array
-    drawn: sampling.Draw
+    round_ = jax.device_put(np.int32(config.steps // config.schedule.steps_per_round), replicated)
+    yield rows(config.steps, measure(state, round_, examples, test_examples))
 
 
 def replica_bytes(config: ConfigDict) -> int:
-    """About how much memory one replica takes: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
+    """Estimates the memory of one replica: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
     problem = problem_lib.make_problem(config)
     params = jax.eval_shape(problem.init, jax.random.key(0))
     image = problem.train_data.images[:1].size
@@ -114,7 +127,11 @@ def replica_bytes(config: ConfigDict) -> int:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError for what only `issgd_jax.train` can do."""
+    """Checks that replicas of the config can be trained.
+
+    Raises:
+      InputError: it can only be trained by `issgd_jax.train`.
+    """
     if (config.schedule.name, config.proposal.when) != ("relaxed", "on"):
         raise InputError(
             f"replicas are trained by the relaxed schedule with proposal.when on, got {config.schedule.name} and "
@@ -130,145 +147,127 @@ def check(config: ConfigDict) -> None:
 
 
 class _Program:
-    """The functions of one replica, made of its config."""
+    """Pure functions of one replica. Rounds are numbered 0, 1, ...; i32[] on the device."""
 
     def __init__(self, config: ConfigDict, problem: problem_lib.Problem):
-        self.steps_per_round = config.schedule.steps_per_round
         self._config, self._problem = config, problem
         self._num_examples = len(problem.train_data)
-        self._uniform = config.proposal.name == "uniform"
-        self._has_workers = config.workers.enabled and not self._uniform
+        self._schedule = schedule.Relaxed(config.schedule.steps_per_round, config.schedule.score_delay)
+        self._has_scores = config_lib.samples_by_importance(config)
+        self._has_workers = config.workers.enabled and self._has_scores
         if self._has_workers and config.workers.chunk_size > self._num_examples:
             raise InputError(f"workers.chunk_size must be <= {self._num_examples}, got {config.workers.chunk_size}")
-        # Scores enter `late` rounds and `offset` steps after the round that they are of began.
-        self._late, self._offset = divmod(config.schedule.score_delay, self.steps_per_round)
-        # Updates between the parameters of a gradient and its own.
-        self._delay = config.learner.asynchronous - 1
-        self._proposal = wiring.make_proposal(config)
+        # Updates between the parameters of a gradient and its own update.
+        self._gradient_delay = config.learner.asynchronous - 1
+        self._sampler = wiring.make_sampler(config, self._num_examples)
         self._score_fn = problem_lib.make_score_fn(config, problem)
-        self._measure = wiring.make_measure(config, problem)
+        self._measure = make_measure(config, problem)
 
-    def num_scored(self, step: int) -> int:
-        """Examples whose scores have entered when `step` is measured; none enters after the last step has begun."""
-        now = min(step, self._config.steps - 1)
-        rounds = (now - self._config.schedule.score_delay) // self.steps_per_round + 1
-        return self._has_workers * max(0, rounds) * self._config.workers.chunk_size
+    def count(self, step: int) -> dict[str, int]:
+        """Returns the counters of a row of metrics; no scores enter after the last step."""
+        num_rounds = self._schedule.num_entered(min(step, self._config.steps - 1)) if self._has_workers else 0
+        return {
+            "step": step,
+            "learner_examples": step * problem_lib.minibatch_size(self._config),
+            "worker_examples": num_rounds * self._config.workers.chunk_size,
+        }
 
-    def start(self, seed: jax.Array, learning_rate: jax.Array) -> Replica:
+    def init(self, seed: jax.Array, learning_rate: jax.Array) -> Replica:
+        """Returns the state before the first round."""
         params = self._problem.init(jax.random.key(seed))
-        optimizer = wiring.make_optimizer(self._config, learning_rate)
-        queue = jnp.zeros((self._late + 1, self._config.workers.chunk_size)) if self._has_workers else None
-        state = learner.init_train_state(params, optimizer)
-        sampler = learner.init_sampler(self._proposal, self._num_examples)
-        return Replica(
-            state._replace(in_flight=self._first_in_flight(state, sampler, self._stages(seed, learning_rate))),
-            sampler,
-            queue,
-            seed,
-            learning_rate,
-        )
+        state = TrainState.init(params, wiring.make_optimizer(self._config, learning_rate))
+        rounds_late, _ = self._schedule.delay
+        queue = jnp.zeros((rounds_late + 1, self._config.workers.chunk_size)) if self._has_workers else None
+        return Replica(*self._start_learners(state, self._sampler.init(seed)), queue, learning_rate)
 
-    def advance(self, replica: Replica, first_round, examples, test_examples) -> tuple[Replica, dict]:
-        """Goes on to the next measurement; returns what was measured before the first step."""
-        replica = self._begin(replica, first_round, examples)
-        measured = self.measure(replica, first_round, examples, test_examples)
-        replica = self._steps(replica, first_round, examples)
-
-        def round_(replica, number):
-            return self._steps(self._begin(replica, number, examples), number, examples), None
-
-        rounds = self._config.eval_every // self.steps_per_round
-        replica, _ = jax.lax.scan(round_, replica, first_round + jnp.arange(1, rounds, dtype=jnp.int32))
-        return replica, measured
-
-    def measure(self, replica: Replica, round_, examples, test_examples) -> dict[str, jax.Array]:
-        step = round_ * self.steps_per_round
-        return self._measure(replica.train_state.params, replica.sampler, step, examples, test_examples)
-
-    def _begin(self, replica: Replica, round_: jax.Array, examples) -> Replica:
-        """What happens between two steps: a round of scoring starts, an earlier one enters."""
+    def start_round(self, replica: Replica, round_: jax.Array, examples) -> Replica:
+        """Scores the chunk of a round, ingests the scores that enter before its first step, or rebuilds the table."""
         if self._has_workers:
             items = jax.tree.map(lambda x: x[self._chunk(round_)], examples)
             scores = self._score_fn(replica.train_state.params, *items)
             replica = replica._replace(queue=jnp.concatenate([replica.queue[1:], scores[None]]))
-        if self._uniform:
+        if not self._has_scores:
             return replica
-        replica = self._renew(replica, round_)
-        return self._enter(replica, round_) if self._has_workers and not self._offset else replica
+        replica = self._rebuild(replica, round_)
+        _, steps_late = self._schedule.delay
+        return self._ingest(replica, round_) if self._has_workers and not steps_late else replica
 
-    def _renew(self, replica: Replica, round_: jax.Array) -> Replica:
-        """The table is made anew as long as no round has entered, which would do so."""
-        step = round_ * self.steps_per_round
+    def measure(self, replica: Replica, round_: jax.Array, examples, test_examples) -> dict[str, jax.Array]:
+        """Returns the metrics before the first step of a round."""
+        step = round_ * self._schedule.steps_per_round
+        return self._measure(replica.train_state.params, replica.sampler_state, step, examples, test_examples)
 
-        def renew(sampler: learner.SamplerState) -> learner.SamplerState:
-            return learner.renew(self._proposal, sampler, step=step)
+    def advance(self, replica: Replica, first_round: jax.Array, examples) -> Replica:
+        """Trains up to the next measurement, from a round that has been started."""
 
-        waiting = not self._has_workers or step < self._config.schedule.score_delay
-        return replica._replace(sampler=jax.lax.cond(waiting, renew, lambda sampler: sampler, replica.sampler))
+        def run_round(replica, round_):
+            start = functools.partial(self.start_round, round_=round_, examples=examples)
+            replica = jax.lax.cond(round_ == first_round, lambda replica: replica, start, replica)
+            return self._run_steps(replica, round_, examples), None
 
-    def _steps(self, replica: Replica, round_: jax.Array, examples) -> Replica:
-        """The learner's steps of one round."""
-        before_entry = self._offset if self._has_workers else 0
-        replica = self._learn(replica, before_entry, examples)
-        if before_entry:
-            replica = self._enter(replica, round_)
-        return self._learn(replica, self.steps_per_round - before_entry, examples)
+        num_rounds = self._config.eval_every // self._schedule.steps_per_round
+        replica, _ = jax.lax.scan(run_round, replica, first_round + jnp.arange(num_rounds, dtype=jnp.int32))
+        return replica
 
-    def _enter(self, replica: Replica, round_: jax.Array) -> Replica:
-        of_round = round_ - self._late
-        step = round_ * self.steps_per_round + self._offset
+    def _rebuild(self, replica: Replica, round_: jax.Array) -> Replica:
+        """Rebuilds the table unless rounds enter, which do so."""
+        none_enter = not self._has_workers or round_ * self._schedule.steps_per_round < self._schedule.score_delay
+        state = jax.lax.cond(none_enter, self._sampler.rebuild, lambda state: state, replica.sampler_state)
+        return replica._replace(sampler_state=state)
 
-        def enter(sampler: learner.SamplerState) -> learner.SamplerState:
-            return learner.take_in(
-                self._proposal,
-                sampler,
-                self._chunk(of_round),
+    def _run_steps(self, replica: Replica, round_: jax.Array, examples) -> Replica:
+        """Takes the learner's steps of one round; scores may enter between two of them."""
+        _, steps_late = self._schedule.delay
+        if not (self._has_workers and steps_late):
+            return self._learn(replica, self._schedule.steps_per_round, examples)
+        replica = self._ingest(self._learn(replica, steps_late, examples), round_)
+        return self._learn(replica, self._schedule.steps_per_round - steps_late, examples)
+
+    def _ingest(self, replica: Replica, round_: jax.Array) -> Replica:
+        """Ingests the oldest scores of the queue, if there are any."""
+        rounds_late, _ = self._schedule.delay
+        scored_round = round_ - rounds_late
+
+        def ingest(state: SamplerState) -> SamplerState:
+            return self._sampler.ingest(
+                state,
+                self._chunk(scored_round),
                 replica.queue[0],
-                scored_at=of_round * self.steps_per_round,
-                step=step,
+                scored_round * self._schedule.steps_per_round,
                 are_norms=self._config.workers.score == "gradient_norm",
             )
 
-        return replica._replace(sampler=jax.lax.cond(of_round >= 0, enter, lambda sampler: sampler, replica.sampler))
+        state = jax.lax.cond(scored_round >= 0, ingest, lambda state: state, replica.sampler_state)
+        return replica._replace(sampler_state=state)
 
     def _chunk(self, round_: jax.Array) -> jax.Array:
-        """i32[chunk]: the examples of a round, one chunk after the other."""
+        """Returns the examples of a round, i32[chunk]."""
         chunk_size, num_examples = self._config.workers.chunk_size, self._num_examples
-        num_starts = num_examples // math.gcd(num_examples, chunk_size)  # after which they come again
-        starts = (np.arange(num_starts, dtype=np.int64) * chunk_size % num_examples).astype(np.int32)
-        start = jnp.asarray(starts)[round_ % num_starts]
-        return (start + jnp.arange(chunk_size, dtype=jnp.int32)) % num_examples
+        starts = schedule.chunk_starts(chunk_size, num_examples)
+        return schedule.chunk_items(jnp.asarray(starts)[round_ % len(starts)], chunk_size, num_examples)
 
-    def _stages(self, seed: jax.Array, learning_rate: jax.Array) -> learner.Stages:
-        optimizer = wiring.make_optimizer(self._config, learning_rate)
-        return wiring.make_stages(self._config, self._problem, optimizer, seed=seed)
-
-    def _first_in_flight(self, state, sampler, stages: learner.Stages) -> _InFlight | tuple[()]:
-        """All learners but one begin at the first parameters."""
-        if not self._delay:
-            return ()
-        drawn = jax.vmap(functools.partial(stages.draw, sampler))(jnp.arange(self._delay))
-        versions = jax.tree.map(lambda x: jnp.broadcast_to(x, (self._delay, *x.shape)), (state.params, state.step))
-        return _InFlight(*versions, drawn)
-
-    def _begin_and_take(self, stages: learner.Stages, state, sampler) -> tuple[_InFlight, Any]:
-        """What is applied in this step, and what is in flight after it: one learner begins, the oldest is done."""
-        begun = _InFlight(state.params, state.step, stages.draw(sampler, state.step + self._delay))
-        if not self._delay:
-            return begun, ()
-        place = state.step % self._delay
-        done = jax.tree.map(lambda ring: ring[place], state.in_flight)
-        return done, jax.tree.map(lambda ring, new: ring.at[place].set(new), state.in_flight, begun)
+    def _start_learners(self, state: TrainState, sampler_state: SamplerState) -> tuple[TrainState, SamplerState]:
+        """Draws the minibatches of all asynchronous learners but one, at the first parameters."""
+        delay = self._gradient_delay
+        if not delay:
+            return state, sampler_state
+        drawn = jax.vmap(functools.partial(self._sampler.draw_number, sampler_state))(jnp.arange(delay))
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (delay, *x.shape)), (state.params, state.step))
+        sampler_state = sampler_state._replace(num_draws=sampler_state.num_draws + delay)
+        return state._replace(in_flight=_InFlight(*copies, drawn)), sampler_state
 
     def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:
-        stages = self._stages(replica.seed, replica.learning_rate)
+        optimizer = wiring.make_optimizer(self._config, replica.learning_rate)
+        learner = wiring.make_learner(self._config, self._problem, optimizer)
 
-        def step(state, _) -> Any:
-            train_state, sampler = state
-            done, in_flight = self._begin_and_take(stages, train_state, sampler)
-            gradient = stages.gradient(*done, examples)
-            train_state, sampler, _ = stages.update(train_state, sampler, self._proposal, gradient)
-            return (train_state._replace(in_flight=in_flight), sampler), None
+        def step(states, _):
+            state, sampler_state = states
+            sampler_state, drawn = self._sampler.draw(sampler_state)
+            begun = _InFlight(state.params, state.step, drawn)
+            oldest, in_flight = exchange(state.in_flight, begun, state.step, delay=self._gradient_delay)
+            gradient = learner.gradient(*oldest, examples)
+            state, sampler_state, _ = learner.update(state, sampler_state, self._sampler, gradient)
+            return (state._replace(in_flight=in_flight), sampler_state), None
 
-        (train_state, sampler), _ = jax.lax.scan(step, (replica.train_state, replica.sampler), length=num_steps)
-        return replica._replace(train_state=train_state, sampler=sampler)
+        states, _ = jax.lax.scan(step, (replica.train_state, replica.sampler_state), length=num_steps)
+        return replica._replace(train_state=states[0], sampler_state=states[1])

@@ -1,4 +1,4 @@
-"""The runs that a sweep has left: which are finished, what they measured. Imports no jax."""
+"""Finished runs of a sweep and their measurements. Imports no jax."""
 
 import json
 import math
@@ -12,18 +12,18 @@ from issgd_jax.errors import InputError
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
-# Nats: with less every example is fitted, and how much less would drown how fast it came.
+# Nats. Below it every example is fitted, and the logarithm of what is left would outweigh how fast the loss fell.
 LEAST_LOSS = 1e-3
 
 
 def read_rows(folder: pathlib.Path) -> list[dict]:
-    """The rows of a run, none if it has not begun. A last line that was cut off is left out, with a warning."""
+    """Returns the rows of a run, [] if it has not started; skips a last line that is cut off, with a warning."""
     file = folder / workdir_lib.METRICS_FILE
     return metrics.read_metrics(file) if file.is_file() else []
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """The config of a run, {} if it has not begun or its file is cut off."""
+    """Returns the config of a run, {} if it has not started or its file is cut off."""
     try:
         return json.loads((folder / workdir_lib.CONFIG_FILE).read_text())["config"]
     except (OSError, json.JSONDecodeError, KeyError):
@@ -31,58 +31,63 @@ def read_config(folder: pathlib.Path) -> dict:
 
 
 def is_finished(folder: pathlib.Path) -> bool:
-    """Whether the run has been measured after its last step."""
+    """Returns True if the run was measured after its last step."""
     config = read_config(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a run that was cut off is simply not finished
+        warnings.simplefilter("ignore")  # a run that was cut off is not finished
         rows = read_rows(folder)
     return bool(config and rows) and rows[-1]["step"] == config["steps"]
 
 
 def check_same(folder: pathlib.Path, config: ConfigDict) -> None:
-    """Raises InputError if the run that lies there is of another experiment than `config`."""
-    for name, (found, wanted) in workdir_lib.changes(read_config(folder), config.to_dict()).items():
+    """Checks that a run is of the experiment `config`.
+
+    Raises:
+      InputError: a field differs.
+    """
+    for name, (saved, wanted) in workdir_lib.changes(read_config(folder), config.to_dict()).items():
         raise InputError(
-            f"{folder} holds a run with {name} = {found}, but {wanted} is asked for: choose another --workdir"
+            f"{folder} holds a run with {name} = {saved}, but {wanted} is asked for: choose another --workdir"
         )
 
 
 def final(rows: list[dict], name: str) -> float:
-    """Mean over the last tenth of the measurements (the paper's table 1); inf if training diverged there."""
+    """Returns the mean over the last tenth of the measurements (the paper's table 1); inf where training diverged."""
     last = rows[-max(1, len(rows) // 10) :]
     values = [row.get(name) for row in last]
     return math.inf if None in values else statistics.fmean(values)
 
 
 def finished(workdir: pathlib.Path, study: str, data: str, arm: str) -> dict[float, dict[int, list[dict]]]:
-    """{learning rate: {seed: rows}} of the finished runs of an arm."""
-    found = {}
+    """Returns {learning rate: {seed: rows}} of the finished runs of an arm."""
+    rows = {}
     for folder in sorted((workdir / study / data / arm).glob("lr=*/seed=*")):
         if is_finished(folder):
             rate, seed = float(folder.parent.name.removeprefix("lr=")), int(folder.name.removeprefix("seed="))
-            found.setdefault(rate, {})[seed] = read_rows(folder)
-    return found
+            rows.setdefault(rate, {})[seed] = read_rows(folder)
+    return rows
 
 
 def mean_log_loss(rows: list[dict]) -> float:
-    """Mean over the measurements of the logarithm of the training loss; inf if training diverged.
+    """Returns the mean over the measurements of the logarithm of the training loss; inf if training diverged.
 
-    What a rate is chosen by: it sees how fast the loss falls and how low it ends, and no single measurement decides.
-    All below LEAST_LOSS counts as that.
+    Learning rates are chosen by it: it depends on how fast the loss falls and on how low it ends, and no single
+    measurement decides. Losses below LEAST_LOSS count as LEAST_LOSS.
     """
     losses = [row.get("train/loss") for row in rows]
     return math.inf if None in losses else statistics.fmean(math.log(max(loss, LEAST_LOSS)) for loss in losses)
 
 
 def best_rate(workdir: pathlib.Path, study: str, data: str, arm: str) -> float:
-    """The rate with the least median `mean_log_loss` on the seeds that all rates have.
+    """Returns the rate with the least median `mean_log_loss` on the seeds that all rates have.
 
-    Raises: InputError if nothing is finished, or the rates have no seed in common.
+    Raises:
+      InputError: nothing is finished, or the rates have no seed in common.
     """
-    found = finished(workdir, study, data, arm)
-    common = set.intersection(*(set(of_rate) for of_rate in found.values())) if found else set()
+    by_rate = finished(workdir, study, data, arm)
+    common = set.intersection(*(set(by_seed) for by_seed in by_rate.values())) if by_rate else set()
     if not common:
         raise InputError(
             f"arm {arm} of {study} on {data} has no finished runs with one seed at all rates in {workdir}: sweep first"
         )
-    return min(found, key=lambda rate: statistics.median(mean_log_loss(found[rate][seed]) for seed in common))
+    return min(by_rate, key=lambda rate: statistics.median(mean_log_loss(by_rate[rate][seed]) for seed in common))

@@ -1,7 +1,7 @@
-"""What is compared with what: studies, their arms, and the experiment behind each. Imports no jax.
+"""Studies, their arms, and the config of each run. Imports no jax.
 
-A study has a base experiment and arms; an arm is a set of overrides and the learning rates that it is tuned over. Runs
-lie in `WORKDIR/STUDY/DATA/ARM/lr=RATE/seed=SEED`.
+A study has a base config and arms; an arm is a set of overrides and the learning rates that it is tuned over. Runs are
+in `WORKDIR/STUDY/DATA/ARM/lr=RATE/seed=SEED`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from issgd_jax.errors import InputError
 
 # Seeds on which the learning rate of an arm is chosen.
 TUNING_SEEDS = 2
-# Seeds that are enough where an arm only gives context.
+# Seeds of an arm that only gives context.
 CONTEXT_SEEDS = 5
 
 
@@ -25,9 +25,13 @@ CONTEXT_SEEDS = 5
 class Arm:
     """One line of a comparison.
 
-    label: for figures. overrides: {dotted field of the config: value}. learning_rates: the grid it is tuned over; None
-    = the study's. context: whether five seeds are enough, as nothing is claimed of it. baseline: the arm it is compared
-    with; None = the study's first. data: names of DATA that it is made for; None = the study's.
+    Attributes:
+      label: for figures and tables.
+      overrides: {dotted field of the config: value}.
+      learning_rates: the grid it is tuned over; None: the study's.
+      context: whether CONTEXT_SEEDS are enough, because nothing is claimed of it.
+      baseline: name of the arm it is compared with; None: the study's first.
+      data: names in DATA that it is made for; None: the study's.
     """
 
     label: str
@@ -40,8 +44,15 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """base: overrides of the data's experiment, for all arms. arms: {name: Arm}. learning_rates: the grid. data: names
-    of DATA that it is made for. on_data: {name of DATA: overrides that all arms need there}."""
+    """One comparison.
+
+    Attributes:
+      base: overrides of the data set's config, for all arms.
+      arms: {name: Arm}.
+      learning_rates: the grid that arms are tuned over.
+      data: names in DATA that it is made for.
+      on_data: {name in DATA: overrides that all arms need there}.
+    """
 
     base: Mapping[str, Any]
     arms: Mapping[str, Arm]
@@ -62,13 +73,13 @@ def _on(get_config, **overrides):
     return get_config, _ONE_DEVICE | {name.replace("__", "."): value for name, value in overrides.items()}
 
 
-# {name: (function that gives the config, overrides)}; a chunk is what one worker, on digits three, scores in ten steps.
+# {name: (function that returns the config, overrides)}. A worker (on digits three) scores a chunk in ten steps.
 DATA = {
     "fashion_mnist": _on(fashion_mnist.get_config),
     "svhn": _on(
         fashion_mnist.get_config, data__name="svhn_cropped", data__train_split="train", data__test_split="test"
     ),
-    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # whole stretches between measurements
+    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # a multiple of eval_every
     "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
 }
 
@@ -77,7 +88,7 @@ _REFRESH_ONLY = {"workers.enabled": False}
 
 
 def _issgd(smoothing: float) -> dict:
-    """The paper's: additive smoothing, no refresh, draws with replacement."""
+    """Returns the paper's method: additive smoothing, no refresh, draws with replacement."""
     return {
         "proposal.name": "proportional",
         "proposal.smoothing": smoothing,
@@ -87,12 +98,12 @@ def _issgd(smoothing: float) -> dict:
 
 
 def _workers(examples: int, steps: int) -> dict:
-    """So many examples scored every so many steps, known as many steps later."""
+    """Returns rounds of `examples` every `steps` steps, whose scores enter `steps` steps later."""
     return {"workers.chunk_size": examples, "schedule.steps_per_round": steps, "schedule.score_delay": steps}
 
 
 def _paper_pairs() -> dict[str, Arm]:
-    """The full 2 x 2: both arms of a pair have the same learning rate, and SGD does not depend on the smoothing."""
+    """Returns the full 2 x 2: both arms of a pair have the same learning rate; SGD does not depend on the smoothing."""
     arms = {}
     for rate in (0.01, 0.001):
         baseline = f"sgd_lr{rate}"
@@ -104,7 +115,7 @@ def _paper_pairs() -> dict[str, Arm]:
     return arms
 
 
-# Every example scored before every step: the least variance there is, at a cost that only small data can bear.
+# Every example scored before every step: the least possible variance, at a cost that only small data can bear.
 _ORACLE = {
     "proposal.name": "proportional",
     "proposal.smoothing": 0.0,
@@ -114,18 +125,18 @@ _ORACLE = {
 }
 
 
-def _of_score(score: str) -> dict:
-    """v = another score, with a uniform share chosen on line."""
+def _with_score(score: str) -> dict:
+    """Returns a proposal with v = another score, and a uniform share learned on line."""
     return {"proposal.name": "mixture", "proposal.smoothing": 0.0, "workers.score": score}
 
 
-_LARGE = ("fashion_mnist", "svhn")  # digits has its own three workers
+_LARGE = ("fashion_mnist", "svhn")  # digits has three workers of its own
 _FAIR_ARMS = {
     "uniform": Arm("SGD, i.i.d.", _UNIFORM | {"learner.draw": "independent"}),
     "shuffled": Arm("SGD, shuffled epochs", _UNIFORM | {"learner.draw": "shuffled"}),
     "random_subset": Arm("SGD, random thirds", _UNIFORM | {"learner.draw": "random_subset"}, context=True),
-    "loss": Arm("v = loss", _of_score("loss"), context=True),
-    "last_layer": Arm("v = last-layer bound", _of_score("last_layer"), context=True),
+    "loss": Arm("v = loss", _with_score("loss"), context=True),
+    "last_layer": Arm("v = last-layer bound", _with_score("last_layer"), context=True),
     "issgd_c10": Arm("paper's ISSGD, c = 10", _issgd(10.0), context=True),
     "issgd_c1": Arm("paper's ISSGD, c = 1", _issgd(1.0), context=True),
     "calibrated_refresh": Arm("calibrated, refresh alone", _REFRESH_ONLY),
@@ -146,8 +157,8 @@ _FAIR_ARMS = {
 }
 
 
-# A rate that decays must know when the run ends: to end on one device with SGD, or in half of its time, takes fewer
-# steps, by the measured cost of one; in whole stretches between measurements.
+# A decaying rate depends on the number of steps: an arm that must end on one device together with SGD, or in half of
+# its time, is planned for fewer steps, by the measured cost of a step; a multiple of eval_every.
 _IN_LESS_TIME = {
     "calibrated_refresh_3600": Arm(
         "calibrated, refresh alone, 3,600 steps", _REFRESH_ONLY | {"steps": 3600}, data=_LARGE
@@ -159,14 +170,14 @@ _IN_LESS_TIME = {
 
 
 def _architectures() -> dict[str, Arm]:
-    """Each network with and without importance sampling; sizes that a CPU can train."""
+    """Returns each network with and without importance sampling; sizes that a CPU can train."""
     networks = {
         "mlp": ("MLP", {}),
         "convnet": ("ConvNet", {"model.convnet.channels": (8, 16, 16, 32), "model.convnet.dense_size": 64}),
         "gru": ("GRU over rows", {"model.gru.units": 64}),
         "transformer": ("transformer over patches", {"model.transformer.width": 32, "model.transformer.patch_size": 7}),
     }
-    # Where the best rate lay at the end of the study's grid.
+    # Grids of networks whose best rate was at an end of the study's grid.
     rates = {
         "convnet": (0.0025, 0.005, 0.01, 0.02),
         "gru": (0.02, 0.05, 0.1, 0.2, 0.4),
@@ -175,14 +186,14 @@ def _architectures() -> dict[str, Arm]:
     arms = {}
     for name, (label, size) in networks.items():
         network = {"model.name": name, **size}
-        of_network = {"context": True, "baseline": f"{name}_uniform", "learning_rates": rates.get(name)}
-        arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **of_network)
-        arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **of_network)
+        common = {"context": True, "baseline": f"{name}_uniform", "learning_rates": rates.get(name)}
+        arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **common)
+        arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **common)
     return arms
 
 
 def _stalenesses() -> dict[str, Arm]:
-    """From fresh to very stale: number of workers, rounds, delays. A worker scores 200 examples a step."""
+    """Returns arms from fresh to very stale scores. A worker scores 200 examples a step."""
     arms = {"uniform": Arm("SGD", _UNIFORM, context=True), "refresh": Arm("refresh alone", _REFRESH_ONLY, context=True)}
     for workers in (1, 3, 7, 15, 31):
         label = f"{workers} worker{'s' if workers > 1 else ''}"
@@ -199,13 +210,13 @@ def _stalenesses() -> dict[str, Arm]:
 
 
 def _peers() -> dict[str, Arm]:
-    """So many asynchronous learners, drawing uniformly, or by the scores that their own minibatches give."""
+    """Returns 1 to 8 asynchronous learners that draw uniformly, or by the scores of their own minibatches."""
     arms = {}
     for name, label, options in (("uniform", "SGD", _UNIFORM), ("calibrated", "calibrated peers", _REFRESH_ONLY)):
         for learners in (1, 2, 4, 8):
-            of_so_many = f"{label}, {learners} learner{'s' if learners > 1 else ''}"
+            arm_label = f"{label}, {learners} learner{'s' if learners > 1 else ''}"
             overrides = options | {"learner.asynchronous": learners}
-            arms[f"{name}_{learners}"] = Arm(of_so_many, overrides, context=True)
+            arms[f"{name}_{learners}"] = Arm(arm_label, overrides, context=True)
     return arms
 
 
@@ -260,16 +271,21 @@ STUDIES = {
 
 
 def get_study(name: str) -> Study:
-    """Raises InputError, with the nearest name, if there is no such study."""
+    """Returns the study of that name.
+
+    Raises:
+      InputError: there is none; names the nearest.
+    """
     if name not in STUDIES:
         raise InputError(f"no study {name!r}: {nearest(name, list(STUDIES))}")
     return STUDIES[name]
 
 
 def choose_arms(study: Study, data: str, names: list[str] | None = None) -> dict[str, Arm]:
-    """The study's arms for this data, or those of these names.
+    """Returns the study's arms on a data set, or those of the given names.
 
-    Raises: InputError, with the nearest name, if there is no such arm, or the study is not made for such data.
+    Raises:
+      InputError: there is no such arm, or the study is not made for the data; names the nearest.
     """
     if data not in study.data:
         raise InputError(f"this study has no data {data!r}: {nearest(data, list(study.data))}")
@@ -281,36 +297,36 @@ def choose_arms(study: Study, data: str, names: list[str] | None = None) -> dict
 
 
 def baseline_of(study: Study, name: str) -> str:
-    """The arm that an arm is compared with."""
+    """Returns the name of the arm that an arm is compared with."""
     return (study.arms[name].baseline if name in study.arms else None) or next(iter(study.arms))
 
 
 def with_baselines(study: Study, names: list[str] | None) -> list[str]:
-    """The names, and those of the arms that they are compared with; none for none."""
+    """Returns the names and those of their baselines; [] for none."""
     return sorted({*(names or ()), *(baseline_of(study, name) for name in names or ())})
 
 
 def make_config(
     study: Study, arm: str, data: str, *, overrides: Mapping[str, Any] = {}, learning_rate: float, seed: int
 ) -> ConfigDict:
-    """The experiment of one run."""
-    get_config, of_data = DATA[data]
+    """Returns the config of one run."""
+    get_config, data_overrides = DATA[data]
     config = get_config()
-    chosen = {"seed": seed, "learner.learning_rate": learning_rate}
+    run = {"seed": seed, "learner.learning_rate": learning_rate}
     with config.ignore_type():
         config.update_from_flattened_dict(
             {
-                **of_data,
+                **data_overrides,
                 **study.base,
                 **study.arms[arm].overrides,
                 **study.on_data.get(data, {}),
                 **overrides,
-                **chosen,
+                **run,
             }
         )
     return config
 
 
 def folder(workdir: pathlib.Path, study: str, data: str, arm: str, learning_rate: float, seed: int) -> pathlib.Path:
-    """Where a run lies."""
+    """Returns the folder of one run."""
     return workdir / study / data / arm / f"lr={learning_rate:g}" / f"seed={seed}"

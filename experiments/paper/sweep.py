@@ -2,9 +2,9 @@
 
     python -m experiments.paper.sweep --study=fair --data=fashion_mnist --seeds=10 --workdir=runs/paper
 
-Resumable: runs that are finished are skipped, so that the same command goes on where it was stopped. Where an arm is
-tuned, all rates run on the first seeds, and the best of them, by `runs.mean_log_loss`, on all seeds. Several processes
-may share a workdir if their --arms differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
+Finished runs are skipped, so that the same command resumes a sweep. Where an arm is tuned, all rates run on the first
+seeds, and the best rate, by `runs.mean_log_loss`, on all seeds. Several processes may share a workdir if their --arms
+differ. Figures and tables: `experiments.paper.figures`, `experiments.paper.table`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
-_AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: by memory, on a CPU at most 8.")
+_AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: as memory allows, on a CPU at most 8.")
 
 Run = tuple[float, int]  # learning rate, seed
 
@@ -40,10 +40,20 @@ def sweep(
     at_once: int | None = None,
     shown: bool = True,
 ) -> None:
-    """Runs what is not finished yet.
+    """Trains all runs of a study that are not finished.
 
-    Raises: InputError for a study, data or arm that does not exist, fewer than one seed, or a workdir whose runs are of
-      another experiment.
+    Args:
+      workdir: of all runs, see `studies.folder`.
+      study: name of the study.
+      data: name of the data set.
+      num_seeds: seeds of each arm, fewer for arms that only give context.
+      arms: names of the arms; None: all of the study on these data.
+      overrides: {config field: value}, in every arm.
+      at_once: replicas in one compiled program; None: as memory allows.
+      shown: whether a progress bar is shown.
+
+    Raises:
+      InputError: an unknown study, data set or arm, fewer than one seed, or a workdir with runs of another experiment.
     """
     chosen = studies.choose_arms(studies.get_study(study), data, arms)
     if not 1 <= num_seeds <= 2**32 or (at_once is not None and at_once < 1):
@@ -59,7 +69,7 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class _ArmSweep:
-    """The runs of one arm."""
+    """Runs of one arm."""
 
     workdir: pathlib.Path
     study: str
@@ -96,7 +106,7 @@ class _ArmSweep:
         return studies.folder(self.workdir, self.study, self.data, self.arm, learning_rate, seed)
 
     def check(self) -> None:
-        """Raises InputError if the experiment cannot run, or a finished run is of another one."""
+        """Raises InputError if the config is not valid, or a finished run is of another experiment."""
         for rate, seed in itertools.product(self.rates, self.seeds):
             config = self.config(rate, seed)
             config_lib.validate(config)
@@ -104,6 +114,7 @@ class _ArmSweep:
                 runs.check_same(self.folder(rate, seed), config)
 
     def run(self, at_once: int | None, bar: tqdm) -> None:
+        """Tunes the learning rate, then runs the best on all seeds."""
         self._run_all(list(itertools.product(self.rates, self.tuning_seeds)), at_once, bar)
         rest = self.seeds[len(self.tuning_seeds) :]
         if rest:
@@ -123,7 +134,7 @@ class _ArmSweep:
                 bar.update(fraction * len(group))
 
     def _train(self, group: list[Run]) -> Iterator[float]:
-        """Trains a group of runs, leaves their files, and yields the fractions done."""
+        """Trains a group of runs, writes their files, and yields the fractions done."""
         configs = [self.config(*run) for run in group]
         folders = [self.folder(*run) for run in group]
         if len(group) == 1:
@@ -154,7 +165,7 @@ class _ArmSweep:
         try:
             train(config, folder, overwrite=True)
         except (NonFiniteLossError, BadScoreError):
-            # The rows that train_replicas leaves of such a run: without a loss, up to the end.
+            # The rows that train_replicas yields of such a run: without a loss, up to the end.
             rows = runs.read_rows(folder)
             first = rows[-1]["step"] + config.eval_every if rows else 0
             with open(folder / workdir_lib.METRICS_FILE, "a") as file:
@@ -169,7 +180,7 @@ def _ranges(group: list[Run]) -> str:
 
 
 def _replicas_at_once(config: ConfigDict) -> int:
-    """As many as half the memory holds. On a CPU up to eight, and convolutions one by one: many are slower there."""
+    """Returns how many fit into half the memory; on a CPU at most 8, and 1 where more are slower (convolutions)."""
     import jax
 
     from experiments.paper.replicas import replica_bytes

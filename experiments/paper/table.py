@@ -2,8 +2,8 @@
 
     python -m experiments.paper.table --study=fair --data=fashion_mnist --workdir=runs/paper
 
-With --workdir the finished runs there are summarized and kept under experiments/paper/results; without, what is kept
-there is shown. --baseline=ARM compares all arms with that one, and not each with its own.
+With --workdir the finished runs in it are summarized and saved under experiments/paper/results; without, the saved
+results are shown. --baseline=ARM compares all arms with that arm, and not each with its own baseline.
 """
 
 import math
@@ -15,7 +15,7 @@ from experiments.paper import command, cost, results
 from issgd_jax.config import nearest
 from issgd_jax.errors import InputError
 
-_BASELINE = flags.DEFINE_string("baseline", None, "Arm that all are compared with; none: each with its own.")
+_BASELINE = flags.DEFINE_string("baseline", None, "Arm that all are compared with; none: each with its own baseline.")
 
 _COLUMNS = (
     "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
@@ -24,14 +24,20 @@ _COLUMNS = (
 _TYPICAL = {"mean staleness": "scores/staleness_mean", "gain": "variance/gain"}
 
 
-def rows_of(record: dict, costs: dict[str, float], baseline: str | None = None) -> list[dict[str, str]]:
-    """One row an arm. baseline: the arm that all are compared with; None = each with its own.
+def make_rows(record: dict, costs: dict[str, float], baseline: str | None = None) -> list[dict[str, str]]:
+    """Returns one row an arm, {column: text}.
 
-    ratio: of final losses, to that of the baseline. steps: until the baseline's final loss, as a fraction of the
-    study's, the median over seeds. time: the same, times the measured cost of a step. loss at equal time: after as many
-    steps as the baseline's time pays for, relative to the baseline's final loss. gain: Tr uniform / Tr actual.
+    Columns: ratio is the final loss over the baseline's. steps: until the baseline's final loss, as a fraction of the
+    study's steps, the median over seeds. time: steps times the measured cost of a step. loss at equal time: after as
+    many steps as fit into the baseline's time, over the baseline's final loss. gain: Tr uniform / Tr actual.
 
-    Raises: InputError, with the nearest name, if there is no such baseline.
+    Args:
+      record: of `results.summarize`.
+      costs: {arm: cost of a step}; columns of time are missing for arms without it.
+      baseline: the arm that all are compared with; None: each with its own.
+
+    Raises:
+      InputError: there is no such baseline; names the nearest.
     """
     arms = record["arms"]
     if baseline is not None and baseline not in arms:
@@ -39,15 +45,17 @@ def rows_of(record: dict, costs: dict[str, float], baseline: str | None = None) 
     rows = []
     for name, arm in arms.items():
         base = baseline or arm["baseline"]
-        costs_more = costs[name] / costs[base] if name in costs and base in costs else None
-        rows.append(_row(arm, arms.get(base, arm), costs_more, record["steps"]))
+        step_cost = costs[name] / costs[base] if name in costs and base in costs else None
+        rows.append(_row(arm, arms.get(base, arm), step_cost, record["steps"]))
     return rows
 
 
-def _row(arm, baseline, cost_, steps):
+def _row(arm: dict, baseline: dict, step_cost: float | None, steps: int) -> dict[str, str]:
     target = _median(baseline["final"]["train/loss"])
     losses = [math.inf if x is None else x for x in arm["final"]["train/loss"]]
-    needed = statistics.median(results.steps_to(target, arm["step"], by_step) for by_step in arm["loss_by_seed"])
+    needed = statistics.median(
+        results.steps_to(target, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"]
+    )
     row = {
         "arm": arm["label"],
         "n": str(arm["n"]),
@@ -64,11 +72,13 @@ def _row(arm, baseline, cost_, steps):
     for column, curve in _TYPICAL.items():
         if (typical := results.typical(arm, curve)) is not None:
             row[column] = f"{typical:.3g}"
-    if cost_ is not None:
-        at_equal_time = [results.loss_at(steps / cost_, arm["step"], by_step) for by_step in arm["loss_by_seed"]]
+    if step_cost is not None:
+        at_equal_time = [
+            results.loss_at(steps / step_cost, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"]
+        ]
         row |= {
-            "cost": f"{cost_:.2f}",
-            "time": "never" if needed == math.inf else f"{cost_ * needed / steps:.2f}",
+            "cost": f"{step_cost:.2f}",
+            "time": "never" if needed == math.inf else f"{step_cost * needed / steps:.2f}",
             "loss at equal time": f"{_median(at_equal_time) / target:.3g}",
         }
     return row
@@ -79,7 +89,7 @@ def _median(values) -> float:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table of the columns that any row has."""
+    """Returns the rows as a table of the columns that any row has."""
     columns = [column for column in _COLUMNS if any(column in row for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row.get(column, "–") for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -88,7 +98,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def main():
     record = command.record()
     print(f"{record['study']} on {record['data']}, {record['network']}, {record['steps']:,} steps\n")
-    print(markdown(rows_of(record, cost.load(record["study"], record["data"]), _BASELINE.value)))
+    print(markdown(make_rows(record, cost.load(record["study"], record["data"]), _BASELINE.value)))
 
 
 if __name__ == "__main__":

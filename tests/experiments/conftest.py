@@ -1,0 +1,14 @@
+"""Quick compilation: these tests compile large programs and run them for few steps."""
+
+import jax
+import pytest
+
+from tests.helpers import soak
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """Compiles without optimization, in a third of the time; with ISSGD_SOAK=1 as users do."""
+    jax.config.update("jax_disable_most_optimizations", soak(True, False))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
