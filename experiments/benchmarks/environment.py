@@ -1,4 +1,4 @@
-"""Environments of their own for the libraries that a benchmark compares with, and what it was run on."""
+"""Virtual environments for the libraries that benchmarks compare with, and the hardware of a run."""
 
 import json
 import os
@@ -8,36 +8,38 @@ import subprocess
 import venv
 from collections.abc import Sequence
 
-# Where the figures of all benchmarks are kept.
+# Results of all benchmarks.
 RESULTS = pathlib.Path(__file__).parent / "results"
 CACHE = pathlib.Path.home() / ".cache/issgd_jax"
 
 
 def make_environment(folder: pathlib.Path, requirements: Sequence[Sequence[str]]) -> None:
-    """Makes an environment where it is missing; one that was left half made is made again.
+    """Creates a virtual environment, unless a complete one with the same requirements exists.
 
-    requirements: the arguments of one call of `pip install` each.
+    Args:
+      folder: of the environment.
+      requirements: arguments of consecutive calls of `pip install`.
     """
-    done = folder / "made"
-    if done.exists() and done.read_text() == repr(requirements):
+    complete = folder / "made"
+    if complete.exists() and complete.read_text() == repr(requirements):
         return
-    print(f"making the peers' environment in {folder}: some minutes, once")
+    print(f"installing the libraries to compare with in {folder}: some minutes, once")
     venv.create(folder, clear=True, with_pip=True)
     for packages in requirements:
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages], check=True)
-    done.write_text(repr(requirements))
+    complete.write_text(repr(requirements))
 
 
 def installed_versions(folder: pathlib.Path, packages: Sequence[str]) -> dict[str, str]:
-    """Versions of packages in an environment."""
+    """Returns {package: version} of an environment."""
     code = "import importlib.metadata, json, sys; print(json.dumps([*map(importlib.metadata.version, sys.argv[1:])]))"
     command = [folder / "bin" / "python", "-c", code, *packages]
     return dict(zip(packages, json.loads(subprocess.run(command, capture_output=True, check=True).stdout)))
 
 
 def hardware() -> dict:
-    """What the figures were taken on."""
+    """Returns device kind, machine type and number of cores."""
     import jax
 
     return {

@@ -1,15 +1,15 @@
-"""Per-example gradient norms: what they cost beside a plain step, here and in other libraries.
+"""Cost of per-example gradient norms against a plain step, here and in other libraries.
 
     python -m experiments.benchmarks.gradnorm [--models=mlp,gru] [--peers=none]
 
 For each model of gradnorm_models and each method, against its own framework's plain step (forward and backward of the
 mean loss): medians over pairs in one process (A B B A ...), growth of resident memory in fresh processes, and the
-largest relative error against a loop in float64. For this library also the memory that the compiled programs ask for
-and the time to trace. The peers run in an environment of their own, made on first use (a gigabyte). Prints a table
-and writes results/gradnorm.json.
+largest relative error against a loop in float64. For this library also the memory of the compiled programs and the time
+to trace. The other libraries run in a virtual environment that is created on first use (a gigabyte). Prints a table and
+writes results/gradnorm.json.
 
-While times are taken, the C library keeps freed memory, as the allocators of accelerators do: every framework would
-else spend up to a third of its step on page faults. Memory is measured without that.
+While times are measured, the C library keeps freed memory, as the allocators of accelerators do: otherwise every
+framework spends up to a third of its step on page faults. Memory is measured without that.
 """
 
 import argparse
@@ -38,19 +38,19 @@ from issgd_jax.provenance import versions
 ROOT = pathlib.Path(__file__).parents[2]
 WORKER = "experiments.benchmarks.gradnorm_peers"
 
-# Each line is one call of pip; BackPACK asks for torchvision and does not use it here.
+# Each line is one call of pip; BackPACK requires torchvision and does not use it here.
 REQUIREMENTS = (
     ("torch==2.13.0", "opacus==1.6.0", "jax-privacy==2.0.0", "numpy"),
     ("--no-deps", "backpack-for-pytorch==1.7.1"),
     ("einops", "unfoldNd"),
 )
-# For glibc: nothing that was freed goes back to the system.
+# For glibc: freed memory is not returned to the system.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 PEER_PACKAGES = ("torch", "opacus", "backpack-for-pytorch", "jax-privacy", "jax", "jaxlib", "numpy")
 
 
 def reference(model, file, batch_size) -> None:
-    """Writes losses and norms of the batch's examples, one at a time in float64."""
+    """Writes losses and norms of the batch's examples to a file, one example at a time in float64."""
     params, batch, loss_fn = make(model, batch_size)
     with jax.enable_x64(True):
 
@@ -65,21 +65,23 @@ def reference(model, file, batch_size) -> None:
 
 
 def in_float64(array):
+    """Returns floating-point arrays as float64, others as they are."""
     return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
 
 
 def make(model, batch_size):
+    """Returns parameters, batch and loss of a model; None: its own batch size."""
     return MODELS[model](**({} if batch_size is None else {"batch_size": batch_size}))
 
 
 def measure(method, model, file, options) -> dict:
-    """One method on one model, in a process of its own environment."""
+    """Measures one method on one model, in a process of the method's environment."""
     python = sys.executable if method in OURS else options.peers_env / "bin" / "python"
     command = [python, "-W", "ignore", "-m", WORKER, f"--method={method}", f"--model={model}", f"--reference={file}"]
     command += [f"--pairs={options.pairs}", f"--seconds={options.seconds}"]
     command += [] if options.batch_size is None else [f"--batch_size={options.batch_size}"]
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             cwd=ROOT,
             env=os.environ | KEEP_MEMORY,
@@ -92,11 +94,11 @@ def measure(method, model, file, options) -> dict:
         return {"cannot": f"finish in {options.timeout:.0f} s"}
     except subprocess.CalledProcessError as error:
         return {"cannot": f"stopped with code {error.returncode}: {error.stderr[-200:]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def programs(model, batch_size, num_pairs) -> dict:
-    """Of a plain step and our two functions: compiled bytes beside the arguments, time to trace over a gradient's."""
+    """Measures compiled bytes and tracing time of a plain step and of our two functions."""
     params, batch, loss_fn = make(model, batch_size)
     importance_weights = np.ones(len(batch[0]), np.float32)
     gradient = jax.grad(batch_loss(loss_fn)), (params, *batch)
@@ -116,11 +118,11 @@ def programs(model, batch_size, num_pairs) -> dict:
 
 
 def tracing_seconds(calls, num_pairs) -> dict[str, list[float]]:
-    """Seconds to trace each `(function, arguments)` anew, in turn, the order alternated, after one warm-up of each."""
+    """Returns the seconds to trace each `(function, arguments)`, in turn in alternating order, after one warm-up."""
     seconds, order = {name: [] for name in calls}, list(calls)
     for i in range(num_pairs + 1):
         for name in order:
-            jax.clear_caches()  # else the second trace finds parts of the first
+            jax.clear_caches()  # otherwise a trace reuses parts of another
             function, arguments = calls[name]
             start = time.perf_counter()
             jax.make_jaxpr(function)(*arguments)
@@ -131,6 +133,7 @@ def tracing_seconds(calls, num_pairs) -> dict[str, list[float]]:
 
 
 def table(results) -> str:
+    """Returns the results as text."""
     columns = ("plain ms", "ms", "ratio", "plain MB", "MB", "ratio", "error")
     lines = ["  {:<28}".format("") + "".join(f"{column:>10}" for column in columns)]
     for model, methods in results.items():
@@ -151,10 +154,10 @@ def row(result) -> str:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names_of(MODELS), default=list(MODELS), help="separated by commas")
-    parser.add_argument("--peers", type=names_of(PEERS), default=list(PEERS), help="separated by commas, or none")
+    parser.add_argument("--models", type=names_among(MODELS), default=list(MODELS), help="separated by commas")
+    parser.add_argument("--peers", type=names_among(PEERS), default=list(PEERS), help="separated by commas, or none")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=60.0, help="fewer pairs, at least 3, once these have gone by")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit on the pairs, of which there are at least 3")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one method on one model")
     parser.add_argument("--batch_size", type=int, help="default: each model's own")
     parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "peers")
@@ -162,7 +165,9 @@ def parse():
     return parser.parse_args()
 
 
-def names_of(known):
+def names_among(known):
+    """Returns a parser of names separated by commas, of which each must be known."""
+
     def names(text):
         chosen = [] if text == "none" else text.split(",")
         if unknown := set(chosen) - set(known):
@@ -173,7 +178,7 @@ def names_of(known):
 
 
 def run(options) -> dict:
-    """{model: {method: result}}, with "programs" among the methods."""
+    """Returns {model: {method: result}}, with "programs" among the methods."""
     methods, results = [*OURS, *options.peers], {}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(options.models) * (len(methods) + 2)) as progress:
         for model in options.models:

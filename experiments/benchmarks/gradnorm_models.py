@@ -1,7 +1,7 @@
-"""The four losses on which per-example gradient norms are compared: plain functions of JAX and NumPy alone.
+"""Four losses on which per-example gradient norms are compared: plain functions of JAX and NumPy alone.
 
-Each maker takes a batch size and gives `(params, batch, loss_fn)`: parameters and batch are NumPy arrays, random but
-the same in every process; `loss_fn(params, *example)` is the loss of one example. Matrices are laid out [in, out].
+Each maker takes a batch size and returns `(params, batch, loss_fn)`: parameters and batch are NumPy arrays, random but
+the same in every process; `loss_fn(params, *example)` is the loss of one example. Matrices are [in, out].
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ HEADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """Random parameters; biases and offsets are not zero, so that a peer that mixes them up gives another loss."""
+    """Random parameters; biases and offsets are not zero, so that a method that mixes them up has another loss."""
 
     rng: np.random.Generator
 
@@ -24,7 +24,7 @@ class Init:
         return (scale * self.rng.standard_normal(shape)).astype(np.float32)
 
     def dense(self, *shape, gain=2.0) -> dict:
-        """A kernel of variance gain / fan-in (2 is He's for ReLU) and a bias; all axes but the last are inputs."""
+        """Returns a bias and a kernel of variance gain / fan-in (2: He's for ReLU), whose last axis is the output."""
         scale = np.sqrt(gain / np.prod(shape[:-1]))
         return {"kernel": self.normal(*shape, scale=scale), "bias": self.normal(shape[-1], scale=0.01)}
 
@@ -37,13 +37,13 @@ def dense(layer, x):
 
 
 def cross_entropy(logits, label):
-    """Softmax cross entropy of one example, or mean over leading dimensions."""
+    """Returns the softmax cross-entropy of one example, or the mean over leading dimensions."""
     log_probs = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.take_along_axis(log_probs, label[..., None], axis=-1))
 
 
 def mlp(batch_size=256):
-    """3072-2048×4-10 with ReLU."""
+    """Makes an MLP 3072-2048×4-10 with ReLU."""
     rng = np.random.default_rng(0)
     init, sizes = Init(rng), (3072, 2048, 2048, 2048, 2048, NUM_CLASSES)
     params = {f"dense_{i}": init.dense(*sizes[i : i + 2]) for i in range(len(sizes) - 1)}
@@ -59,7 +59,7 @@ def mlp_loss(params, features, label):
 
 
 def convnet(batch_size=64):
-    """3→32→32→64→64, 3×3 with ReLU, pooled after the second and the fourth; dense 256, dense 10; images 32×32×3."""
+    """Makes a ConvNet: 3→32→32→64→64, 3×3, ReLU, pooled after layers 2 and 4; dense 256, dense 10; images 32×32×3."""
     rng = np.random.default_rng(0)
     init, channels = Init(rng), (3, 32, 32, 64, 64)
     params = {f"conv_{i}": init.dense(3, 3, *channels[i : i + 2]) for i in range(4)}
@@ -89,7 +89,7 @@ def max_pool(x):
 
 
 def gru(batch_size=64, steps=64, features=256, units=256):
-    """A GRU of 256 units over 64 steps of 256 features, classified from its last state."""
+    """Makes a GRU of 256 units over 64 steps of 256 features, classified from its last state."""
     rng = np.random.default_rng(0)
     init = Init(rng)
     gates = {"input": init.dense(features, 3 * units, gain=1.0), "state": init.dense(units, 3 * units, gain=1.0)}
@@ -105,7 +105,7 @@ def gru_loss(params, sequence, label):
 
 
 def gru_cell(gates, state, x):
-    """PyTorch's GRU: the reset gate acts after the state's matrix."""
+    """Returns the next state of PyTorch's GRU, whose reset gate acts after the state's matrix."""
     reset_x, update_x, new_x = jnp.split(dense(gates["input"], x), 3)
     reset_h, update_h, new_h = jnp.split(dense(gates["state"], state), 3)
     reset, update = jax.nn.sigmoid(reset_x + reset_h), jax.nn.sigmoid(update_x + update_h)
@@ -113,7 +113,7 @@ def gru_cell(gates, state, x):
 
 
 def transformer(batch_size=16, length=64, width=256, depth=4, vocabulary=8192):
-    """Four pre-LN layers of width 256, four heads, causal, learned positions; the head is the embedding transposed."""
+    """Makes a causal pre-LN transformer: 4 layers of width 256, 4 heads; the head is the embedding transposed."""
     rng = np.random.default_rng(0)
     init, scale = Init(rng), width**-0.5
     params = {
@@ -150,14 +150,14 @@ def block(layers, x):
 
 
 def attention(layers, x):
-    """Causal self-attention of one sequence [T, width]."""
+    """Returns causal self-attention of one sequence f32[T, width]."""
     length, width = x.shape
     query_key_value = dense(layers["query_key_value"], x).reshape(length, 3, HEADS, width // HEADS)
     query, key, value = jnp.moveaxis(query_key_value, 1, 0)
     logits = jnp.einsum("thd,shd->hts", query, key) / np.sqrt(width // HEADS).astype(x.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf))
-    return dense(layers["attention_out"], jnp.einsum("hts,shd->thd", weights, value).reshape(length, width))
+    attended = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf))
+    return dense(layers["attention_out"], jnp.einsum("hts,shd->thd", attended, value).reshape(length, width))
 
 
 def layer_norm(layer, x):
@@ -167,7 +167,7 @@ def layer_norm(layer, x):
 
 
 def batch_loss(loss_fn):
-    """`(params, *batch) -> f[]`, the mean of the examples' losses."""
+    """Returns `(params, *batch) -> f32[]`, the mean of the examples' losses."""
 
     def mean_loss(params, *batch):
         return jnp.mean(jax.vmap(lambda *example: loss_fn(params, *example))(*batch))

@@ -1,10 +1,11 @@
-"""Measures one way of computing per-example gradient norms on one model, against its own framework's plain step.
+"""Measures one method for per-example gradient norms on one model, against its own framework's plain step.
 
     python -m experiments.benchmarks.gradnorm_peers --method=opacus --model=mlp --reference=mlp.npz
 
-Started by `experiments.benchmarks.gradnorm`, once for each pair, in an environment that has the method's framework;
-prints one line of JSON. The plain step is forward and backward of the batch's mean loss, without an optimizer. Each
-method runs as its documentation says and computes norms only where it can. Memory is measured in fresh processes.
+Started by `experiments.benchmarks.gradnorm`, once for each method and model, in an environment with the method's
+framework; prints one line of JSON. The plain step is forward and backward of the batch's mean loss, without an
+optimiser. Each method runs as its documentation says, and computes norms alone where it can. Memory is measured in
+fresh processes.
 """
 
 import argparse
@@ -21,9 +22,9 @@ import numpy as np
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.measuring import median_ratio, paired_seconds, peak_growth
 
-WRONG = 1e-2  # relative error of norms beyond which no rounding explains it
+WRONG = 1e-2  # relative error of norms that rounding cannot explain
 
-# Examples whose gradients are formed together, the whole batch where not named: the fastest in short trials.
+# Examples whose gradients are formed together, the fastest in short trials; not listed: the whole batch.
 JAX_MICROBATCH = {"mlp": 8, "gru": 4, "transformer": 4}
 TORCH_MICROBATCH = {"mlp": 1}
 
@@ -72,7 +73,7 @@ def jax_privacy(model, loss_fn, params, batch):
 
 
 def with_jax(loss_fn, params, batch, norms, *importance_weights):
-    """`(plain, method)` compiled; norms(params, importance_weights, batch)[-1] are the norms."""
+    """Returns `(plain, method)`, compiled; the last output of `norms` is the norms."""
     import jax
 
     params, importance_weights, batch = jax.device_put((params, importance_weights, batch))
@@ -93,7 +94,7 @@ def torch_func(model, loss_fn, params, batch):
     from experiments.benchmarks.gradnorm_torch import example_losses
 
     module, inputs, targets = torch_module(model, params, batch, opacus_gru=True)
-    parameters = {name: weight.detach() for name, weight in module.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def loss(parameters, example, target):
         logits = torch.func.functional_call(module, parameters, (example[None],))
@@ -108,7 +109,7 @@ def torch_func(model, loss_fn, params, batch):
 
 
 def opacus(model, loss_fn, params, batch, ghost=True):
-    """Norms after the first of ghost clipping's two backward passes."""
+    """Takes the norms after the first of ghost clipping's two backward passes; ghost: False forms the gradients."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     from experiments.benchmarks.gradnorm_torch import example_losses
@@ -159,7 +160,14 @@ def torch_plain(model, params, batch):
 
 
 def torch_module(model, params, batch, opacus_gru=False):
-    """opacus_gru: Opacus' GRU of linear layers, which hooks and vmap can take, for nn.GRU, which they cannot."""
+    """Returns module, inputs and targets.
+
+    Args:
+      model: its name.
+      params: of gradnorm_models.
+      batch: of gradnorm_models.
+      opacus_gru: whether a GRU is Opacus' own, of linear layers: hooks and vmap do not support nn.GRU.
+    """
     from opacus.layers import DPGRU
 
     from experiments.benchmarks.gradnorm_torch import MODULES
@@ -180,14 +188,14 @@ PEERS = {
 
 
 def prepare(options):
-    """`(plain, method)` of what the options name."""
+    """Returns `(plain, method)` for the options."""
     sizes = {} if options.batch_size is None else {"batch_size": options.batch_size}
     params, batch, loss_fn = MODELS[options.model](**sizes)
     return (OURS | PEERS)[options.method](options.model, loss_fn, params, batch)
 
 
 def measure(options) -> dict:
-    """Correctness first, then times, then memory; {"cannot": ...} in the method's own words where it refuses."""
+    """Checks the norms, then measures times and memory; returns {"cannot": ...} if they are wrong."""
     plain, method = prepare(options)
     reference = np.load(options.reference)
     np.testing.assert_allclose(float(plain()), np.mean(reference["losses"]), rtol=1e-4)
@@ -196,9 +204,9 @@ def measure(options) -> dict:
         warnings.filterwarnings("ignore", message="Full backward hook")  # no gradient of the inputs is wanted
         norms = np.asarray(method(), np.float64)
     error = float(np.max(np.abs(norms / reference["norms"] - 1)))
-    told = sorted({shortened(warning.message) for warning in caught})
+    messages = sorted({shortened(warning.message) for warning in caught})
     if not error < WRONG:
-        return {"cannot": f"wrong norms: relative error {error:.2g}", "error": error, "warnings": told}
+        return {"cannot": f"wrong norms: relative error {error:.2g}", "error": error, "warnings": messages}
     seconds = paired_seconds({"plain": plain, "method": method}, options.pairs, options.seconds)
     return {
         "plain_ms": 1e3 * statistics.median(seconds["plain"]),
@@ -208,12 +216,12 @@ def measure(options) -> dict:
         "plain_peak_bytes": peak_in_fresh_process("plain"),
         "peak_bytes": peak_in_fresh_process("method"),
         "error": error,
-        "warnings": told,
+        "warnings": messages,
     }
 
 
 def peak_in_fresh_process(function) -> int:
-    """Of `plain` or `method`, as `peak_growth` wants it."""
+    """Returns the peak growth of `plain` or `method`, measured in an environment as `peak_growth` needs it."""
     command = [*sys.orig_argv, f"--only_memory_of={function}"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
@@ -230,7 +238,9 @@ def parse(arguments=None):
     parser.add_argument("--reference", required=True, help="npz of losses and norms in float64")
     parser.add_argument("--batch_size", type=int, help="default: the model's own")
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=120.0, help="fewer pairs, at least 3, once these have gone by")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="limit on the pairs, of which there are at least 3"
+    )
     parser.add_argument("--only_memory_of", choices=("plain", "method"))
     return parser.parse_args(arguments)
 
@@ -242,7 +252,7 @@ def main():
         return
     try:
         print(json.dumps(measure(options)))
-    except Exception as error:  # what a peer cannot do is a result
+    except Exception as error:  # that a method cannot do it is a result
         print(json.dumps({"cannot": shortened(f"{type(error).__name__}: {error}")}))
 
 

@@ -1,4 +1,4 @@
-"""The losses of gradnorm_models as PyTorch modules of standard layers, with the same parameters."""
+"""Losses of gradnorm_models as PyTorch modules of standard layers, with the same parameters."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from experiments.benchmarks.gradnorm_models import HEADS
 
 
 def mlp(params, batch):
-    """`(module, inputs, targets)`: a module whose logits go into `example_losses`."""
+    """Returns `(module, inputs, targets)`; `example_losses` takes the module's logits."""
     layers = [linear(params[f"dense_{i}"]) for i in range(len(params))]
     hidden = [module for layer in layers[:-1] for module in (layer, nn.ReLU())]
     return nn.Sequential(*hidden, layers[-1]), *tensors(*batch)
@@ -27,7 +27,7 @@ def convnet(params, batch):
 
 
 def gru(params, batch, layer=nn.GRU):
-    """layer: nn.GRU, or another class with its arguments and parameters."""
+    """Returns `(module, inputs, targets)`; layer: nn.GRU, or another class with its arguments and parameters."""
     return Recurrent(params, layer), *tensors(*batch)
 
 
@@ -40,22 +40,22 @@ MODULES = {"mlp": mlp, "convnet": convnet, "gru": gru, "transformer": transforme
 
 
 def example_losses(logits, targets):
-    """Softmax cross entropy [B]; the mean over positions where an example has several."""
+    """Returns the softmax cross-entropy f32[B], the mean over positions where an example has several."""
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return losses.view(len(targets), -1).mean(1)
 
 
 class Recurrent(nn.Module):
-    """A GRU classified from its last state."""
+    """GRU, classified from its last state."""
 
     def __init__(self, params, layer):
         super().__init__()
         gates = params["gru"]
         (features, triple), units = gates["input"]["kernel"].shape, len(gates["state"]["kernel"])
         assert triple == 3 * units
-        weights = {f"weight_{short}_l0": gates[name]["kernel"].T for short, name in (("ih", "input"), ("hh", "state"))}
+        kernels = {f"weight_{short}_l0": gates[name]["kernel"].T for short, name in (("ih", "input"), ("hh", "state"))}
         biases = {f"bias_{short}_l0": gates[name]["bias"] for short, name in (("ih", "input"), ("hh", "state"))}
-        self.gru = filled(layer(features, units, batch_first=True), **weights, **biases)
+        self.gru = filled(layer(features, units, batch_first=True), **kernels, **biases)
         self.dense = linear(params["dense"])
 
     def forward(self, sequences):
@@ -64,7 +64,7 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-LN, causal; the head's matrix is the embedding's parameter itself."""
+    """Causal pre-LN transformer; the head's matrix is the parameter of the embedding."""
 
     def __init__(self, params):
         super().__init__()
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each beside the residual."""
+    """Attention and a two-layer perceptron, each with a residual connection."""
 
     def __init__(self, params):
         super().__init__()
