@@ -142,7 +142,7 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     again = subprocess.run(
         [*command, f"--config.steps={step + 20}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert again.returncode == 0 and f"goes on from the checkpoint of step {step:,}" in again.stderr, again.stderr
+    assert again.returncode == 0 and f"resumes from the checkpoint of step {step:,}" in again.stderr, again.stderr
 
 
 def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster):

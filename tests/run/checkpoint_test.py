@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +30,13 @@ def made(step=3, size=1000):
         "key": np.array([1, 2**32 - 1], np.uint32),
     }
     return Checkpoint(arrays, {"step": step, "gains": [1.5, float("nan")], "nothing": None})
+
+
+class State(NamedTuple):
+    """What becomes a checkpoint."""
+
+    step: int
+    read: Callable[[], Checkpoint | None]
 
 
 def check_equal(found, expected):
@@ -93,22 +102,24 @@ def test_random_bytes_are_no_checkpoint(written, tmp_path_factory, text):
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_taken(tmp_path, capsys):
     with Checkpoints(tmp_path, every_steps=1, keep=5) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, lambda step=step: made(step))
+            checkpoints.save(State(step, lambda step=step: made(step)))
     for step in (2, 3):
         os.truncate(max(files_of(tmp_path / f"step_{step:010d}"), key=lambda path: path.stat().st_size), 5)
     with Checkpoints(tmp_path, every_steps=1, keep=5) as checkpoints:
         assert checkpoints.newest().state["step"] == 1
         told = capsys.readouterr().err
-        assert re.search("step 3 cannot be used .*is not as it was written.*put aside, the one before is taken", told)
+        assert re.search(
+            "step 3 cannot be used .*differs from what was written.*it is renamed, and", told
+        )
         assert "step 2 cannot be used" in told
-        checkpoints.save(3, lambda: made(3))  # the place is free
+        checkpoints.save(State(3, lambda: made(3)))  # the place is free
         checkpoints.wait()
         assert checkpoints.steps == [1, 3]
 
 
 def test_with_all_damaged_nothing_begins_anew_by_itself(tmp_path, capsys):
     with Checkpoints(tmp_path, every_steps=1, keep=5) as checkpoints:
-        checkpoints.save(1, made)
+        checkpoints.save(State(1, made))
     (tmp_path / "step_0000000001" / "state.json").write_text("{}")
     with Checkpoints(tmp_path, every_steps=1, keep=5) as checkpoints:
         for _ in range(2):
@@ -130,7 +141,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
     with Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints:
         for step, error in errors().items():
-            checkpoints.save(step, lambda step=step: made(step, size=2), test_error=error)
+            checkpoints.save(State(step, lambda step=step: made(step, size=2)), test_error=error)
         checkpoints.wait()
         assert checkpoints.steps == [2, 6, 7] and checkpoints.best_error == 0.2
     assert Checkpoints(tmp_path, every_steps=1, keep=2).best_error == 0.2  # also for who comes later
@@ -141,12 +152,12 @@ def test_an_error_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):
         raise ValueError("no\nroom\nhere")
 
     with Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints:
-        checkpoints.save(1, fails)
-        checkpoints.save(2, lambda: None)  # not worth keeping
-        checkpoints.save(3, made)
+        checkpoints.save(State(1, fails))
+        checkpoints.save(State(2, lambda: None))  # not worth keeping
+        checkpoints.save(State(3, made))
         checkpoints.wait()
         assert checkpoints.steps == [3]
-    told = "the checkpoint of step 1 could not be written, training goes on: ValueError: no … here"
+    told = "the checkpoint of step 1 could not be written, training continues: ValueError: no … here"
     assert told in capsys.readouterr().err
 
 
@@ -158,9 +169,9 @@ def test_what_comes_late_of_a_failed_write_is_removed(tmp_path):
         return made(2)
 
     with Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints:
-        checkpoints.save(1, lambda: 1 / 0)
-        checkpoints.save(2, comes_late)
-        checkpoints.save(3, made)
+        checkpoints.save(State(1, lambda: 1 / 0))
+        checkpoints.save(State(2, comes_late))
+        checkpoints.save(State(3, made))
         checkpoints.wait()
         assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_0000000002", "step_0000000003"]
         (tmp_path / "making_step_0000000004" / "arrays").mkdir(parents=True)
@@ -169,18 +180,18 @@ def test_what_comes_late_of_a_failed_write_is_removed(tmp_path):
 
 TORN_OFF = """
 import pathlib, resource, signal, sys
-from tests.run.checkpoint_test import made
+from tests.run.checkpoint_test import State, made
 from issgd_jax.run.checkpoint import Checkpoints
 
 with Checkpoints(pathlib.Path(sys.argv[1]), every_steps=1, keep=9) as checkpoints:
-    checkpoints.save(1, lambda: made(1))
+    checkpoints.save(State(1, lambda: made(1)))
     checkpoints.wait()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-    checkpoints.save(2, lambda: made(2, size=10**6))
+    checkpoints.save(State(2, lambda: made(2, size=10**6)))
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    checkpoints.save(3, lambda: made(3))
+    checkpoints.save(State(3, lambda: made(3)))
     checkpoints.wait()
     assert checkpoints.steps == [1, 3], checkpoints.steps
 """
@@ -193,13 +204,13 @@ def test_a_write_that_fails_in_the_middle_costs_that_checkpoint(tmp_path):
         cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "the checkpoint of step 2 could not be written, training goes on: " in done.stderr
+    assert "the checkpoint of step 2 could not be written, training continues: " in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if "making" in path.name] == []
 
 
 FULL_DISK = """
 import os, pathlib, sys
-from tests.run.checkpoint_test import made, check_equal
+from tests.run.checkpoint_test import State, made, check_equal
 from issgd_jax.run import checkpoint
 from issgd_jax.run.checkpoint import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
@@ -208,8 +219,8 @@ folder = pathlib.Path(sys.argv[1])
 with Checkpoints(folder / "checkpoints", every_steps=1, keep=9) as checkpoints:
     with MetricsWriter(folder, tensorboard=True) as writer:
         writer.write({"step": 0, "loss": 1.0})
-        checkpoints.save(1, lambda: made(1))
-        checkpoints.save(2, lambda: made(2, size=10**6))  # does not fit
+        checkpoints.save(State(1, lambda: made(1)))
+        checkpoints.save(State(2, lambda: made(2, size=10**6)))  # does not fit
         checkpoints.wait()
         assert checkpoints.steps == [1], checkpoints.steps
         with open(folder / "filler", "wb", buffering=0) as filler:
@@ -220,13 +231,13 @@ with Checkpoints(folder / "checkpoints", every_steps=1, keep=9) as checkpoints:
                 pass
         for step in range(1, 200):
             writer.write({"step": step, "loss": 1 / step})
-        checkpoints.save(3, lambda: made(3))
+        checkpoints.save(State(3, lambda: made(3)))
         checkpoints.wait()
         rows = read_metrics(folder / "metrics.jsonl")
         assert rows[0]["step"] == 0 and len(rows) < 200, len(rows)
         os.unlink(folder / "filler")
         writer.write({"step": 200, "loss": 0.0})
-        checkpoints.save(4, lambda: made(4))
+        checkpoints.save(State(4, lambda: made(4)))
         checkpoints.wait()
         assert checkpoints.steps == [1, 4], checkpoints.steps
         check_equal(checkpoint.read(folder / "checkpoints" / "step_0000000001"),
@@ -259,6 +270,6 @@ def can_have_a_small_disk():
 def test_a_full_disk_costs_checkpoints_and_no_row(tmp_path):
     done = in_small_disk(tmp_path / "disk", 1_000_000, FULL_DISK)
     assert done.stdout == "survived\n", done.stderr
-    assert "the checkpoint of step 2 could not be written, training goes on: OSError: [Errno 28]" in done.stderr
+    assert "the checkpoint of step 2 could not be written, training continues: OSError: [Errno 28]" in done.stderr
     assert " MB free" in done.stderr
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr

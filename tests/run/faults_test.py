@@ -107,11 +107,11 @@ def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, t
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + number, told
     (step,) = steps_of(tmp_path)
-    assert f"stopped by {number.name} at step {step:,}; the same command goes on from the checkpoint" in told
+    assert f"stopped by {number.name} at step {step:,}; the same command resumes from the checkpoint" in told
     assert "Traceback" not in told and step > 0
     again = program(tmp_path, *arguments[1:], f"--config.steps={step + 10}")
     _, told = again.communicate(timeout=120)
-    assert again.returncode == 0 and f"goes on from the checkpoint of step {step:,} of {step + 10:,}" in told, told
+    assert again.returncode == 0 and f"resumes from the checkpoint of step {step:,} of {step + 10:,}" in told, told
 
 
 def test_two_programs_on_one_folder(tmp_path):
@@ -177,6 +177,6 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_its_steps(reference, 
     path.write_bytes(text)
     issgd_jax.train(victims.config(), tmp_path)
     told = capsys.readouterr().err
-    assert "checkpoint of step 200 cannot be used" in told and "goes on from the checkpoint of step 196" in told
+    assert "checkpoint of step 200 cannot be used" in told and "resumes from the checkpoint of step 196" in told
     check_whole(tmp_path, reference)
     assert checkpoint.read(newest).state["step"] == 200

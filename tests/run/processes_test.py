@@ -104,7 +104,7 @@ def test_a_signal_to_one_stops_both_and_a_death_ends_the_other(tmp_path):
     assert pair.end() == [128 + signal.SIGTERM] * 2
     stopped_at = steps_of(workdir)[-1]
     told = [log.read_text() for log in pair.logs]
-    assert f"stopped by SIGTERM at step {stopped_at:,}; the same command goes on from the checkpoint" in told[0]
+    assert f"stopped by SIGTERM at step {stopped_at:,}; the same command resumes from the checkpoint" in told[0]
     assert f"stopped by SIGTERM at step {stopped_at:,}; process 0 has the checkpoints" in told[1]
 
     pair = Pair(workdir, **ENDLESS)
@@ -112,7 +112,7 @@ def test_a_signal_to_one_stops_both_and_a_death_ends_the_other(tmp_path):
     pair.processes[1].kill()
     assert pair.end(timeout=60) == [1, -signal.SIGKILL]
     told = pair.logs[0].read_text()
-    assert f"goes on from the checkpoint of step {stopped_at:,}" in told
+    assert f"resumes from the checkpoint of step {stopped_at:,}" in told
     assert "error: process 0 of 2 cannot go on, most likely as another is gone" in told and "Traceback" not in told
 
 
