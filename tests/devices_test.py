@@ -15,8 +15,7 @@ from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture
-from tests.run.resume_test import arrays_of, check_same, rewind, small
-from tests.run.training_test import scores, smoke, without_time
+from tests.helpers import arrays_of, check_close, check_same, rewind, scores, small, smoke, without_time
 
 NUM_EXAMPLES, BATCH_SIZE = 40, 12
 
@@ -93,17 +92,6 @@ def test_sharing_devices_copy_neither_store_nor_table():
     state, sampler_state = states
     assert state.params["w"].is_deleted()
     assert sampler_state.store.score.is_deleted() and sampler_state.table.sums.is_deleted()
-
-
-def check_close(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(without_time(found), without_time(expected), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            if b[name] is None:
-                assert a[name] is None, name
-            else:
-                np.testing.assert_allclose(a[name], b[name], rtol=2e-3, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ ORDER = (
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
-    "sampling": ("kernels", "double_float", "sum_tree", "uniform", "table", "store", "proposal", "calibrated", "sampler"),
+    "config": ("schema", "checks", "columns", "page", "__main__"),
+    "sampling": (
+        "kernels", "double_float", "sum_tree", "uniform", "table", "store", "proposal", "calibrated", "sampler",
+    ),
     "scoring": ("scores", "schedule", "workers"),
     "task": ("data", "models", "losses", "problem"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "workdir", "metrics", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring",
-        "training",
+        "workdir", "metrics", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure", "rounds",
+        "loop", "wiring", "training",
     ),
 }  # fmt: skip
 # Rooms below that still must not be imported.

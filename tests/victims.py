@@ -9,7 +9,7 @@ import sys
 import jax
 
 from issgd_jax.run import loop, training
-from tests.run.training_test import smoke
+from tests.helpers import smoke
 
 _PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
 

@@ -27,8 +27,7 @@ from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.run import loop, metrics, wiring
 from issgd_jax.task.losses import example_loss
 from issgd_jax.task.models import MODELS
-from tests.run.resume_test import arrays_of, check_same
-from tests.run.training_test import scores, smoke, without_time
+from tests.helpers import arrays_of, check_same, scores, smoke, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKERS = 3

@@ -17,7 +17,7 @@ from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Uniform
-from tests.learning.learner_test import (
+from tests.learning.helpers import (
     BATCH_SIZE,
     NUM_EXAMPLES,
     drawing_from,

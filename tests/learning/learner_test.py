@@ -12,26 +12,15 @@ from issgd_jax.sampling import Sampler
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform
-
-NUM_EXAMPLES, BATCH_SIZE = 23, 4
-
-
-def quadratic_loss(params, x, y):
-    return 0.5 * (params["w"] @ x + params["b"] - y) ** 2
-
-
-def problem(seed=0):
-    rng = np.random.default_rng(seed)
-    examples = rng.normal(0, 1, (NUM_EXAMPLES, 3)).astype(np.float32), rng.normal(0, 3, NUM_EXAMPLES).astype(np.float32)
-    return {"w": jnp.array([0.3, -0.2, 0.5]), "b": jnp.float32(0.1)}, jax.tree.map(jnp.asarray, examples)
-
-
-def full_gradient(params, examples):
-    return jax.grad(lambda p: jnp.mean(jax.vmap(quadratic_loss, (None, 0, 0))(p, *examples)))(params)
-
-
-def per_example(params, examples):
-    return jax.vmap(jax.grad(quadratic_loss), (None, 0, 0))(params, *examples)
+from tests.learning.helpers import (
+    BATCH_SIZE,
+    NUM_EXAMPLES,
+    drawing_from,
+    full_gradient,
+    per_example,
+    problem,
+    quadratic_loss,
+)
 
 
 def tables():
@@ -42,12 +31,6 @@ def tables():
     for proposal in (Uniform(), Proportional(0.1), Proportional(0.0), Calibrated(), Mixture(Calibrated())):
         basis = proposal.basis(proposal.init(), store, jnp.int32(9))
         yield repr(proposal), proposal.table(basis, store, jnp.int32(9))
-
-
-def drawing_from(table, batch_size=BATCH_SIZE, seed=0):
-    """A sampler and its state that draws from `table`, its store empty."""
-    sampler = Sampler(NUM_EXAMPLES, batch_size, Uniform())
-    return sampler, sampler.init(seed)._replace(table=table)
 
 
 def one_step_gradients(table, params, examples, batch_size, count):

@@ -108,9 +108,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_taken(tmp_path,
     with Checkpoints(tmp_path, every_steps=1, keep=5) as checkpoints:
         assert checkpoints.newest().state["step"] == 1
         told = capsys.readouterr().err
-        assert re.search(
-            "step 3 cannot be used .*differs from what was written.*it is renamed, and", told
-        )
+        assert re.search("step 3 cannot be used .*differs from what was written.*it is renamed, and", told)
         assert "step 2 cannot be used" in told
         checkpoints.save(State(3, lambda: made(3)))  # the place is free
         checkpoints.wait()
@@ -243,7 +241,7 @@ with Checkpoints(folder / "checkpoints", every_steps=1, keep=9) as checkpoints:
         check_equal(checkpoint.read(folder / "checkpoints" / "step_0000000001"),
                     checkpoint.Checkpoint(made(1).arrays, made(1).state | {"test_error": None}))
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(201))
-    from tests.run.training_test import read_events
+    from tests.helpers import read_events
     (events,) = folder.glob("events.out.tfevents.*")
     assert [step for step, _ in read_events(events)["loss"]] == list(range(201))
 print("survived")

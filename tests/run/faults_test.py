@@ -18,8 +18,7 @@ from issgd_jax.run import checkpoint, metrics
 from issgd_jax.run.supervision import Supervision
 from issgd_jax.run.workdir import locked
 from tests import victims
-from tests.run.resume_test import arrays_of, check_same, steps_of
-from tests.run.training_test import read_events, scores, without_time
+from tests.helpers import arrays_of, check_same, read_events, scores, steps_of, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 KILLS = 25  # in each of four tests, which run side by side

@@ -12,7 +12,7 @@ import issgd_jax
 from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore
 from issgd_jax.config import default, flatten
 from issgd_jax.run import metrics, wiring
-from tests.run.training_test import smoke
+from tests.helpers import smoke
 
 FIELDS = sorted(flatten(default()))
 NUMBERS = st.one_of(

@@ -15,9 +15,7 @@ import issgd_jax
 from issgd_jax import InputError, devices
 from issgd_jax.run.workdir import flatten
 from tests import victims
-from tests.devices_test import check_close
-from tests.run.resume_test import arrays_of, check_same, rewind, small, steps_of
-from tests.run.training_test import scores, smoke, without_time
+from tests.helpers import arrays_of, check_close, check_same, rewind, scores, small, smoke, steps_of, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Shards of unequal size, and rounds in flight at every checkpoint.

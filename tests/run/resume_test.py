@@ -13,45 +13,7 @@ import issgd_jax
 from issgd_jax import InputError, NonFiniteLossError
 from issgd_jax.learning.learner import Learner
 from issgd_jax.run import checkpoint, wiring
-from tests.run.training_test import scores, smoke, without_time
-
-
-def small(**overrides):
-    """A run of a second: checkpoints every 7 steps, none of which a row, a round or a renewal begins with."""
-    fixed = {
-        "steps": 40,
-        "eval_every": 10,
-        "model__mlp__hidden_sizes": (16,),
-        "checkpoint__every_steps": 7,
-        "checkpoint__keep": 100,
-    }
-    return smoke(**fixed | overrides)
-
-
-def steps_of(workdir):
-    return sorted(int(path.name.removeprefix("step_")) for path in (workdir / "checkpoints").glob("step_*"))
-
-
-def path_of(workdir, step):
-    return workdir / "checkpoints" / f"step_{step:010d}"
-
-
-def rewind(workdir, step):
-    """As if the run had been killed after it had made the checkpoint of this step."""
-    for later in steps_of(workdir):
-        if later > step:
-            shutil.rmtree(path_of(workdir, later))
-
-
-def arrays_of(workdir, step):
-    return checkpoint.read(path_of(workdir, step)).arrays
-
-
-def check_same(workdir, step, expected):
-    found = arrays_of(workdir, step)
-    assert found.keys() == expected.keys() and any(name.startswith("train_state.params") for name in found)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small, steps_of, without_time
 
 
 @pytest.mark.parametrize(

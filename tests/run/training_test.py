@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import issgd_jax
-from experiments.configs import digits
-from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore
+from issgd_jax import BadScoreError, InputError, NonFiniteLossError
 from issgd_jax.run import metrics
 from issgd_jax.scoring import scores as scores_lib
+from tests.helpers import read_events, scores, smoke, without_time
 
 REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples", "failed_rounds", "skipped_updates"}
 REQUIRED |= {"memory/resident_bytes"}
@@ -23,14 +22,6 @@ REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain
 SCORES = {
     f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")
 }
-
-
-def smoke(**overrides) -> ConfigDict:
-    config = digits.get_config("smoke")
-    config.log.progress = False
-    config.log.tensorboard = False
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
-    return config
 
 
 @pytest.fixture
@@ -46,15 +37,6 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield events
     jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def without_time(history):
-    return [{k: v for k, v in row.items() if k not in ("wall_seconds", "memory/resident_bytes")} for row in history]
-
-
-def scores(workdir):
-    store = ScoreStore.load(workdir / "scores.npz")
-    return np.asarray(store.score), np.asarray(store.scored_at)
 
 
 @pytest.mark.parametrize("schedule", ["exact", "relaxed", "free_running"])
@@ -284,18 +266,6 @@ def test_what_a_run_leaves_behind(tmp_path):
     steps, values = zip(*read_events(events[0])["train/loss"], strict=True)
     assert steps == tuple(row["step"] for row in history)
     assert values == pytest.approx([row["train/loss"] for row in history])
-
-
-def read_events(path):
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    values = {}
-    for raw in RawEventFileLoader(str(path)).Load():
-        event = Event.FromString(raw)
-        for value in event.summary.value:
-            values.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return values
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import FRACTIONS, Mixture
 from issgd_jax.sampling.store import ScoreStore
-from tests.sampling.proposal_test import learn, lognormal, second_moment, store_of, v_of
+from tests.sampling.helpers import learn, lognormal, second_moment, store_of, v_of
 
 DEFAULT = Mixture(Calibrated())
 BOTH = pytest.mark.parametrize("proposal", [Calibrated(), DEFAULT], ids=repr)

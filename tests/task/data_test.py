@@ -1,7 +1,6 @@
 """Real data, read right: a wrong image, label, split or a stale cache turns these red."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -11,8 +10,8 @@ from sklearn.datasets import load_digits
 
 from issgd_jax import InputError
 from issgd_jax.task import data
+from tests.helpers import SVHN
 
-SVHN = pathlib.Path(__file__).parents[3] / "shared" / "tfds"
 TFDS_DIR = os.environ.get("TFDS_DATA_DIR", SVHN)
 
 
