@@ -1,18 +1,19 @@
-"""Errors that tell a person what to change; `main` prints them without a traceback."""
+"""Errors that say what to change; `main` prints them without a traceback."""
 
 
 class InputError(Exception):
-    """A value given by the user cannot work: names the value, the limit and the remedy.
+    """A value given by the user cannot work; names the value, the limit and the remedy.
 
-    No ValueError, which the parser of config files would wrap into a traceback.
+    Not a ValueError, which the parser of config files would wrap in a traceback.
     """
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient became NaN or infinite: names step, minibatch and last good metrics.
+    """A loss or gradient is NaN or infinite; names the step, the minibatch and the last good metrics.
 
-    batch: {"step", "indices", "importance_weights", "losses"} of the minibatch; without losses, but with the minibatch
-      "before", if it was drawn uniformly; None if a whole split was measured.
+    Attributes:
+      batch: {"step", "indices", "importance_weights", "losses"} of the minibatch; without losses, but with
+        "previous", the minibatch before it, if it was drawn uniformly; None if a whole split was measured.
     """
 
     def __init__(self, message: str, batch: dict | None = None):
@@ -21,13 +22,14 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class BadScoreError(FloatingPointError):
-    """With workers.strict, a score was NaN, infinite or negative: names the example."""
+    """A score is NaN, infinite or negative, with workers.strict; names the example."""
 
 
 class StoppedError(Exception):
-    """A signal stopped the run between two steps: names the step and the checkpoint to go on from.
+    """A signal stopped the run between two steps; names the step and the checkpoint to resume from.
 
-    signal: its number.
+    Attributes:
+      signal: its number.
     """
 
     def __init__(self, message: str, signal: int):
@@ -36,11 +38,19 @@ class StoppedError(Exception):
 
 
 class ProcessLostError(Exception):
-    """Another of the processes that a learner spans is gone: names what to do."""
+    """Another process of a distributed learner has ended; names the remedy."""
 
 
 def brief(error: Exception) -> str:
-    """An error in one line: of those of a library, which bring their own traceback, the first and the last."""
+    """Returns an error in one line; of an error with several lines the first and the last.
+
+    Args:
+      error: of a library, whose text may hold a traceback.
+
+    Example:
+      >>> brief(ValueError("lost\\n  line 3\\ndevice 2"))
+      'ValueError: lost … device 2'
+    """
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
     return f"{type(error).__name__}: {text[:400]}"

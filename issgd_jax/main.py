@@ -1,6 +1,6 @@
 """Trains one experiment: python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits.
 
-The same command goes on with a run that was stopped.
+The same command resumes a run that was stopped.
 """
 
 import difflib
@@ -8,29 +8,39 @@ import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
+from issgd_jax.config.page import help_text
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, ProcessLostError, StoppedError
 
-_MENDABLE = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
+_USER_ERRORS = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file; any field: --config.a.b=value.", lock_config=True
+    "config", None, f"Experiment file. Its fields, with their defaults:\n{help_text()}", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a run that workdir holds; without, it goes on.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the run in workdir; without it, that run is resumed.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Trains the experiment of the flags.
+
+    Args:
+      argv: the program's name; anything after it is an error.
+
+    Raises:
+      InputError: a flag or a value cannot work.
+    """
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
-    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which backends it did not find
+    logging.set_verbosity(logging.WARNING)  # at INFO, JAX logs the backends that are missing
     if not _WORKDIR.value:
         raise InputError("--workdir is empty: name a folder for the run")
-    from issgd_jax.run.training import train  # JAX and flax load only once the flags are right
+    from issgd_jax.run.training import train  # loads JAX and flax: only after the flags are checked
 
     try:
         train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)
@@ -41,15 +51,22 @@ def main(argv):
 
 
 def _leave(error: Exception) -> None:
-    """Ends this process of several without waiting for the others."""
+    """Ends this process without waiting for the others of a distributed run."""
     from issgd_jax import processes
 
-    print(f"error: {error}", file=sys.stderr) if isinstance(error, _MENDABLE) else traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr) if isinstance(error, _USER_ERRORS) else traceback.print_exc()
     processes.leave(1)
 
 
-def parse_flags(argv):
-    """absl's parser, after a check of the `--config` arguments that gives the nearest names."""
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; checks the `--config` arguments first, to name the nearest file or field.
+
+    Returns:
+      Arguments that are not flags.
+
+    Raises:
+      InputError: a flag, a file or a field does not exist, or a value has another type.
+    """
     for argument in argv[1:]:
         if match := re.match(r"--?config=([^:]*)", argument):
             _check_file(pathlib.Path(match[1]))
@@ -68,15 +85,18 @@ def _check_file(path: pathlib.Path) -> None:
         raise InputError(f"config file {path} does not exist: {hint}")
 
 
-def run(program=main):
-    """Entry point: errors that a person can mend are one line, all others keep their traceback."""
+def run(program: Callable[[list[str]], None] = main) -> None:
+    """Runs a program with these flags, and exits with its status.
+
+    Errors that the user can correct are printed as one line; all others keep their traceback.
+    """
     try:
         app.run(program, flags_parser=parse_flags)
-    except _MENDABLE as error:
+    except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except StoppedError as error:
         print(error, file=sys.stderr)
-        sys.exit(128 + error.signal)  # as a shell tells of a program that a signal ended
+        sys.exit(128 + error.signal)  # a shell's status for an end by signal
 
 
 if __name__ == "__main__":

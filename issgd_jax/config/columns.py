@@ -1,0 +1,42 @@
+"""Columns of metrics.jsonl, whose names are also the tags of the TensorBoard events."""
+
+# Measured at step 0, every eval_every steps and at the end; null where a number is not finite.
+ALWAYS = {
+    "step": "Learner updates so far.",
+    "wall_seconds": "Seconds since the start of the run, compilation included; a resumed run continues the count.",
+    "learner_examples": "Examples in the minibatches so far, of all learner devices.",
+    "worker_examples": "Examples scored by workers so far.",
+    "failed_rounds": "Scoring rounds lost to an error of their device.",
+    "skipped_updates": "Updates skipped because a loss or gradient was not finite (on_nonfinite = skip).",
+    "train/loss": "Mean loss of the training split, in nats.",
+    "train/error": "Share of the training split that is misclassified.",
+    "test/loss": "Mean loss of the test split, in nats.",
+    "test/error": "Share of the test split that is misclassified.",
+    "variance/uniform": "√Tr Σ of one example's gradient under uniform draws.",
+    "variance/actual": "√Tr Σ of one example's importance-weighted gradient under the draws of the run.",
+    "variance/ideal": "√Tr Σ under draws in proportion to the exact gradient norms, the least possible.",
+    "variance/gain": "Variance under uniform draws over that of the run: above 1, importance sampling lowers it.",
+    "variance/equivalent_batch": "Size of a uniform minibatch whose gradient has the variance of the run's.",
+    "memory/resident_bytes": "Memory of the process on the host, in bytes.",
+}
+WITH_IMPORTANCE_SAMPLING = {
+    "scores/staleness_mean": "Mean age of the scores in learner steps, over examples with a score.",
+    "scores/staleness_max": "Age of the oldest score, in learner steps.",
+    "scores/scored_fraction": "Share of the examples that have a score.",
+    "scores/effective_sample_size": "Kish's effective size of a minibatch; the minibatch size for uniform draws.",
+    "scores/rejected": "Scores discarded so far because they were NaN, infinite or negative.",
+}
+WITH_AUTO = {
+    "payoff/active": "1 while examples are drawn by importance, 0 while uniformly.",
+    "payoff/gain": "Variance of a uniform minibatch over that of the proposal, as last measured.",
+    "payoff/cost": "Time of a step with importance sampling, in uniform steps.",
+}
+ON_ACCELERATORS = {
+    "memory/learner_bytes": "Memory in use on the learner device, in bytes.",
+}
+COLUMNS = {
+    "": ALWAYS,
+    "With importance sampling": WITH_IMPORTANCE_SAMPLING,
+    "With proposal.when = auto": WITH_AUTO,
+    "Where the device reports its memory": ON_ACCELERATORS,
+}

@@ -1,0 +1,69 @@
+"""Fields and columns as text: for `--help`, and as the page docs/config.md."""
+
+import itertools
+from collections.abc import Iterator
+
+from issgd_jax.config.columns import COLUMNS
+from issgd_jax.config.schema import FIELDS, GROUPS, Field
+
+_INTRODUCTION = """\
+# Fields of an experiment, columns of its metrics
+
+Generated from the code: `python -m issgd_jax.config > docs/config.md`.
+
+An experiment is a file with a function `get_config` (see `experiments/configs/`), which changes some of these fields;
+the command line overrides any of them: `--config.learner.batch_size=64`.
+"""
+_COLUMNS = """\
+## Columns of metrics.jsonl
+
+One JSON object a line: at step 0, every `eval_every` steps, and at the end. A number that is not finite is `null`. The
+TensorBoard events hold the same numbers under the same names.
+"""
+
+
+def help_text() -> str:
+    """Returns one line for each field, by group: flag, default, documentation.
+
+    Example:
+      >>> print(help_text().splitlines()[2])
+      --config.seed=0: Seed of the initial parameters and of all draws.
+    """
+    lines = []
+    for title, fields in _groups():
+        lines += ["", title]
+        lines += [f"--config.{field.name}={_default(field)}: {field.doc}" for field in fields]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """Returns the page docs/config.md."""
+    sections = [_INTRODUCTION]
+    for title, fields in _groups():
+        rows = [(f"`{field.name}`", f"`{_default(field)}`", _allowed(field), field.doc) for field in fields]
+        sections.append(f"## {title}\n\n" + _table(("field", "default", "allowed", "meaning"), rows))
+    sections.append(_COLUMNS)
+    for title, columns in COLUMNS.items():
+        rows = [(f"`{name}`", meaning) for name, meaning in columns.items()]
+        sections.append((f"{title}:\n\n" if title else "") + _table(("column", "meaning"), rows))
+    return "\n".join(sections)
+
+
+def _groups() -> Iterator[tuple[str, list[Field]]]:
+    """Yields (title, fields) of each group."""
+    for group, fields in itertools.groupby(FIELDS, lambda field: field.name.rpartition(".")[0].partition(".")[0]):
+        yield f"{group}: {GROUPS[group]}" if group else GROUPS[group], list(fields)
+
+
+def _default(field: Field) -> str:
+    return "None" if field.is_optional else str(field.default)
+
+
+def _allowed(field: Field) -> str:
+    kind = field.type.__name__
+    return f"{kind}, {field.limit.text}" if field.limit.text else kind
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,0 +1,76 @@
+"""One row for each field: a page, a help or a default that says something else turns these red."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+import issgd_jax.main  # noqa: F401, defines the flags
+from issgd_jax import InputError
+from issgd_jax import config as config_lib
+from issgd_jax.config import columns, page, schema
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
+
+
+def test_the_page_is_that_of_the_code():
+    printed = subprocess.run([sys.executable, "-m", "issgd_jax.config"], capture_output=True, text=True, check=True)
+    assert PAGE.read_text() == printed.stdout == page.markdown(), "python -m issgd_jax.config > docs/config.md"
+
+
+def test_help_page_and_default_have_every_field_once():
+    names = [field.name for field in schema.FIELDS]
+    assert sorted(names) == list(config_lib.flatten(config_lib.default())) and len(set(names)) == len(names)
+    shown = flags.FLAGS["config"].help
+    for field in schema.FIELDS:
+        assert shown.count(f"\n--config.{field.name}=") == 1
+        assert page.markdown().count(f"\n| `{field.name}` |") == 1
+
+
+def test_every_field_is_documented_and_in_a_group_that_stands_together():
+    assert all(field.doc.endswith(".") for field in schema.FIELDS)
+    titles = [title for title, _ in page._groups()]
+    assert len(titles) == len(set(titles)) == len(schema.GROUPS)
+
+
+def test_the_default_is_valid_and_fresh():
+    config_lib.validate(config_lib.default())
+    changed = config_lib.default()
+    changed.devices.workers, changed.data.dir, changed.model.mlp.hidden_sizes = 3, "x", (1,)
+    assert config_lib.default().devices.workers is None and config_lib.default().data.dir is None
+    assert config_lib.default().model.mlp.hidden_sizes == (256,) * 4
+
+
+@pytest.mark.parametrize("field", schema.FIELDS, ids=lambda field: field.name)
+def test_a_field_keeps_its_type_and_refuses_another_naming_it(field):
+    config = config_lib.default()
+    with config.ignore_type():
+        config.update_from_flattened_dict({field.name: object()})
+    with pytest.raises(InputError, match=f"{field.name} must be of type {field.type.__name__}"):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in schema.FIELDS if field.type in (int, float)], ids=lambda field: field.name
+)
+def test_a_number_has_bounds_that_the_error_names(field):
+    for value in (field.type(-1), field.type(10**30) * 10):
+        config = config_lib.default()
+        config.update_from_flattened_dict({field.name: value})
+        with pytest.raises(InputError, match=rf"{field.name} must be .*, got .*--config\.{field.name}\)"):
+            config_lib.validate(config)
+
+
+@pytest.mark.parametrize("name", ["proposal.name", "schedule.name", "learner.draw", "workers.score", "model.name"])
+def test_a_choice_that_there_is_not_gives_all_that_there_are(name):
+    config = config_lib.default()
+    config.update_from_flattened_dict({name: "none"})
+    with pytest.raises(InputError, match=f"{name} must be one of .*, got 'none'"):
+        config_lib.validate(config)
+
+
+def test_no_field_means_the_same_as_a_column():
+    names = [name for group in columns.COLUMNS.values() for name in group]
+    assert len(names) == len(set(names)) and all(page.markdown().count(f"\n| `{name}` |") >= 1 for name in names)
