@@ -1,4 +1,4 @@
-# Two commands: `make run` trains and compares, `make test` tests. Each installs what it needs, once.
+# `make run` trains and compares, `make test` tests, `make soak` tests for hours. Each installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint install
+.PHONY: run test soak lint install
 .DELETE_ON_ERROR:
 
 run: install
@@ -14,6 +14,10 @@ run: install
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every repetition and every case that `make test` has a fixed share of; with a new seed each time, which it prints.
+soak: $(VENV)/.installed-test
+	ISSGD_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=3600 -o faulthandler_timeout=3000
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Four simulated CPU devices in every test process; programs compiled once are shared by all tests and processes."""
 
 import os
+import random
 import signal
 
 import jax
@@ -9,6 +10,14 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+os.environ.setdefault("ISSGD_SOAK_SEED", str(random.randrange(2**31)))
+
+
+def pytest_report_header():
+    """Prints what repeats a run of `make soak`."""
+    if os.environ.get("ISSGD_SOAK") == "1":
+        return f"soak: to repeat, set ISSGD_SOAK_SEED={os.environ['ISSGD_SOAK_SEED']}"
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)
