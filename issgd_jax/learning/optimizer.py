@@ -1,4 +1,4 @@
-"""Any optax optimiser by name, with a learning-rate schedule."""
+"""Optax optimisers by name, with a learning-rate schedule."""
 
 import difflib
 import inspect
@@ -10,39 +10,37 @@ from issgd_jax.errors import InputError
 
 
 def make_optimizer(
-    name: str, *, learning_rate: float, lr_schedule: str, steps: int, momentum: float, nesterov: bool
+    name: str, *, learning_rate: float | jax.Array, lr_schedule: str, steps: int, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation:
-    """The optimiser `optax.<name>`.
+    """Returns the optimiser `optax.<name>`.
 
-    lr_schedule: `constant`, or `cosine` or `linear` decay to 0 at `steps`. momentum: goes to `momentum`, or to `b1`
-    where the optimiser has that instead. nesterov: used where the optimiser has momentum and this choice.
+    Args:
+      name: of any optax optimiser that needs only gradients and parameters.
+      learning_rate: initial rate.
+      lr_schedule: `constant`; `cosine` or `linear` decay to 0 at `steps`.
+      steps: updates of the run.
+      momentum: the optimiser's `momentum`, or its `b1` where it has that instead.
+      nesterov: the optimiser's `nesterov`; ignored where it has none.
 
-    Raises: InputError for a name that is no optax optimiser (with the nearest), for one that needs more than gradients
-    and parameters, and for a momentum that the optimiser has no place for.
+    Raises:
+      InputError: optax has no such optimiser (names the nearest), it needs more than gradients and parameters, or it
+        has no momentum and `momentum` is not 0.
+
+    Example:
+      >>> optimizer = make_optimizer(
+      ...     "sgd", learning_rate=0.1, lr_schedule="constant", steps=10, momentum=0.0, nesterov=False)
+      >>> updates, _ = optimizer.update({"w": 2.0}, optimizer.init({"w": 1.0}))
+      >>> print(updates["w"])
+      -0.2
     """
     if name not in (names := _names()):
         near = difflib.get_close_matches(name, names, n=3)
-        raise InputError(
-            f"learner.optimizer: optax has no optimiser {name!r}; "
-            f"{'did you mean ' + ' or '.join(near) if near else 'it has ' + ', '.join(names)}?"
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
+        raise InputError(f"learner.optimizer: optax has no optimiser {name!r}; {hint}")
     make = getattr(optax, name)
-    parameters = inspect.signature(make).parameters
-    options = {}
-    place = next((p for p in ("momentum", "b1") if p in parameters), None)
-    if place:
-        options[place] = momentum
-    elif momentum:
-        raise InputError(f"optax.{name} has no momentum, got {momentum}: set --config.learner.momentum=0")
-    if place == "momentum" and "nesterov" in parameters:
-        options["nesterov"] = nesterov and momentum > 0
-    schedules = {
-        "constant": lambda: learning_rate,
-        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, steps),
-        "linear": lambda: optax.linear_schedule(learning_rate, 0.0, steps),
-    }
+    options = _options(name, momentum, nesterov)
     try:
-        optimizer = make(schedules[lr_schedule](), **options)
+        optimizer = make(_rate(lr_schedule, learning_rate, steps), **options)
         params = jax.ShapeDtypeStruct((2, 2), "float32")
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except (TypeError, ValueError, AttributeError) as error:
@@ -53,10 +51,32 @@ def make_optimizer(
     return optimizer
 
 
+def _options(name: str, momentum: float, nesterov: bool) -> dict[str, float | bool]:
+    parameters = inspect.signature(getattr(optax, name)).parameters
+    if "momentum" in parameters:
+        options = {"momentum": momentum}
+        return options | {"nesterov": nesterov and momentum > 0} if "nesterov" in parameters else options
+    if "b1" in parameters:
+        return {"b1": momentum}
+    if momentum:
+        raise InputError(f"optax.{name} has no momentum, got {momentum}: set --config.learner.momentum=0")
+    return {}
+
+
+def _rate(lr_schedule: str, learning_rate: float | jax.Array, steps: int) -> float | jax.Array | optax.Schedule:
+    rates = {
+        "constant": lambda: learning_rate,
+        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, steps),
+        "linear": lambda: optax.linear_schedule(learning_rate, 0.0, steps),
+    }
+    return rates[lr_schedule]()
+
+
 def _names() -> list[str]:
-    found = []
+    """Returns the names of all functions of optax that make an optimiser from a learning rate."""
+    names = []
     for name, member in vars(optax).items():
-        helper = name.startswith(("_", "scale_by_"))
-        if not helper and inspect.isfunction(member) and "learning_rate" in inspect.signature(member).parameters:
-            found.append(name)
-    return found
+        is_helper = name.startswith(("_", "scale_by_"))
+        if not is_helper and inspect.isfunction(member) and "learning_rate" in inspect.signature(member).parameters:
+            names.append(name)
+    return names

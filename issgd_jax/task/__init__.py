@@ -1,1 +1,1 @@
-"""What is learned: data, models, losses, and the problem that joins them."""
+"""The learning task: data, models, losses, and the problem that joins them."""

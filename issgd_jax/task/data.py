@@ -1,4 +1,4 @@
-"""Image classification data as NumPy arrays on the host: `digits` embedded, everything else through TFDS."""
+"""Image classification data as NumPy arrays on the host: `digits` of scikit-learn, all others through TFDS."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,17 @@ _DECODE_CHUNK = 4096
 class Dataset:
     """Images and labels of one split.
 
-    images: uint8[N, H, W, channels]. labels: int32[N] in [0, num_classes).
+    Attributes:
+      images: uint8[N, H, W, channels].
+      labels: int32[N] in [0, num_classes).
+      num_classes: number of classes.
 
-    Raises: InputError if shapes, types or labels are not so.
+    Raises:
+      InputError: a shape, a type or a label is different.
+
+    Example:
+      >>> len(Dataset(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1], np.int32), num_classes=2))
+      2
     """
 
     images: np.ndarray
@@ -49,18 +57,24 @@ class Dataset:
 
 
 def load(name: str, split: str, data_dir: str | None = None, *, rows: tuple[int, int] | None = None) -> Dataset:
-    """Loads a split of a data set, or some rows of it.
+    """Loads a split of a data set, or a range of its rows.
 
     Args:
       name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed
         random order) or any image classification data set of TFDS, prepared as array_record: read without TensorFlow,
-        decoded once and then kept under `~/.cache/issgd_jax`.
+        decoded once and cached under `~/.cache/issgd_jax`.
       split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`.
-      data_dir: where TFDS keeps its data; None = TFDS's own default.
-      rows: the first and the one after the last of those wanted, all others are not read; None = all.
+      data_dir: folder of TFDS; None: its default.
+      rows: (start, stop) of the rows to read; None: all.
 
-    Raises: InputError for an unknown name (with the nearest), an unknown split, data that is not there (with the
-    command that gets it), data that is not images with class labels, or rows that the split does not have.
+    Raises:
+      InputError: the name is unknown (names the nearest), the split is unknown, the data is missing (names the command
+        that downloads it), it is not images with class labels, or the split lacks the rows.
+
+    Example:
+      >>> digits = load("digits", "train[:100]")
+      >>> digits.images.shape, digits.num_classes
+      ((100, 8, 8, 1), 10)
     """
     if name == EMBEDDED:
         images, labels = _load_digits(split)
@@ -71,17 +85,33 @@ def load(name: str, split: str, data_dir: str | None = None, *, rows: tuple[int,
 
 
 def count(name: str, split: str, data_dir: str | None = None) -> int:
-    """How many examples a split has; decodes none of them. Raises InputError as `load` does."""
+    """Returns the number of examples in a split; decodes none of them.
+
+    Raises:
+      InputError: as for `load`.
+
+    Example:
+      >>> count("digits", "train+test")
+      1797
+    """
     if name == EMBEDDED:
         return len(_load_digits(split)[1])
     return _with_tfds(lambda *args: len(_find_source(*args)[1]), name, split, data_dir)
 
 
 def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every pixel-channel: uint8[N, H, W, C] -> two f32[H, W, C].
+    """Returns mean and standard deviation of every pixel and channel, f32[H, W, channels] each.
 
-    A deviation below one grey level is taken as one: border pixels that are black in all but a few images are left
-    small instead of being blown up to dozens of deviations.
+    Deviations are at least one grey level: border pixels that are black in all but a few images stay small instead of
+    dozens of deviations large.
+
+    Args:
+      images: uint8[N, H, W, channels].
+
+    Example:
+      >>> mean, deviation = standardization(np.array([0, 4], np.uint8).reshape(2, 1, 1, 1))
+      >>> mean.item(), deviation.item()
+      (2.0, 2.0)
     """
     total, squares = (np.zeros(images.shape[1:]) for _ in range(2))
     for start in range(0, len(images), _DECODE_CHUNK):
@@ -95,11 +125,11 @@ def standardization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_rows(rows: tuple[int, int] | None, available: int, name: str, split: str) -> None:
     if rows and not 0 <= rows[0] < rows[1] <= available:
-        raise InputError(f"{name} {split} has {available} examples, but those from {rows[0]} to {rows[1]} were wanted")
+        raise InputError(f"{name} {split} has {available} examples, but rows {rows[0]} to {rows[1]} were requested")
 
 
 def _load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # half a second, and only here
+    from sklearn.datasets import load_digits  # takes half a second
 
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
@@ -110,24 +140,24 @@ def _load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _part_of_split(part: str, splits: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """`train[:50%]` -> the rows of it."""
+    """Returns the rows of a part such as `train[:50%]`."""
     match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
     if not match or match[1] not in splits:
         raise InputError(f"unknown split {split!r} of digits: use train, test, train+test, or parts as train[:50%]")
     rows = splits[match[1]]
 
-    def place(text):
+    def index(text):
         if text is None:
             return None
         return round(int(text[:-1]) / 100 * len(rows)) if text.endswith("%") else int(text)
 
-    return rows[place(match[2]) : place(match[3])]
+    return rows[index(match[2]) : index(match[3])]
 
 
 def _with_tfds(read, *args):
-    """What `read(tfds, *args)` returns."""
+    """Returns `read(tfds, *args)`."""
     try:
-        import tensorflow_datasets as tfds  # seconds, and only here
+        import tensorflow_datasets as tfds  # takes seconds
     except ImportError as error:
         raise InputError(
             f"data set {args[0]!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
@@ -139,7 +169,7 @@ def _with_tfds(read, *args):
 
 @contextlib.contextmanager
 def _quiet():
-    """Without TFDS's warnings: of folders it looked into, of OpenCV that it would like to have."""
+    """Silences TFDS's warnings about folders that are empty and about OpenCV."""
     from absl import logging
 
     verbosity = logging.get_verbosity()
@@ -158,22 +188,22 @@ def _read_tfds(tfds, name: str, split: str, data_dir: str | None, rows: tuple[in
         kind: [k for k, f in features.items() if isinstance(f, cls)]
         for kind, cls in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel))
     }
-    if any(len(found) != 1 for found in keys.values()):
+    if any(len(names) != 1 for names in keys.values()):
         raise InputError(
             f"{name} has features {list(features)}: an image classification data set has one image, one label"
         )
-    cached = _cache_file(builder, f"{split} {rows}" if rows else split)
-    arrays = _read_cache(cached)
+    cache = _cache_file(builder, f"{split} {rows}" if rows else split)
+    arrays = _read_cache(cache)
     if arrays is None:
         arrays = _decode(
             source, range(*(rows or (0, len(source)))), keys["image"][0], keys["label"][0], name=f"{name} {split}"
         )
-        _write_cache(cached, arrays)
+        _write_cache(cache, arrays)
     return Dataset(*arrays, num_classes=features[keys["label"][0]].num_classes)
 
 
 def _find_source(tfds, name: str, split: str, data_dir: str | None):
-    """TFDS's builder, and its random access to the records of the split."""
+    """Returns TFDS's builder, and a sequence of the records of the split."""
     builder = _find_builder(tfds, name, data_dir)
     try:
         return builder, builder.as_data_source(split=split)
@@ -191,7 +221,7 @@ def _find_builder(tfds, name: str, data_dir: str | None):
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `tfds.list_builders()`"
         raise InputError(f"unknown data set {name!r}: {hint}") from None
-    except (ValueError, AssertionError) as error:  # no name at all, or a version that there is not
+    except (ValueError, AssertionError) as error:  # not a name, or a version that does not exist
         raise InputError(
             f"data set {name!r} cannot be found ({error}): use a name as in `tfds.list_builders()`"
         ) from error
@@ -226,7 +256,7 @@ def _decode(source, rows: range, image_key: str, label_key: str, *, name: str) -
 
 
 def _cache_file(builder, split: str) -> pathlib.Path:
-    """One file for each data set, version, split and state of its files: rebuilt data never meets an old cache."""
+    """Returns a file of its own for each data set, version, split and state of its files: a stale cache is not read."""
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "issgd_jax"
     files = sorted(pathlib.Path(builder.data_path).iterdir())
     state = [str(builder.data_path), split, *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
@@ -238,7 +268,7 @@ def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
         with open(path, "rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or cut off: decoded again
+        return None  # missing or truncated: decode again
 
 
 def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
@@ -247,4 +277,4 @@ def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> N
         with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, images=arrays[0], labels=arrays[1])
     except OSError as error:
-        warnings.warn(f"decoded data could not be kept at {path} ({error}): the next run decodes again", stacklevel=2)
+        warnings.warn(f"decoded data could not be cached at {path} ({error}): the next run decodes again", stacklevel=2)

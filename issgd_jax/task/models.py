@@ -11,9 +11,11 @@ from flax import linen as nn
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network as two pure functions.
+    """A network as two pure functions of ONE image f32[H, W, channels].
 
-    init: `(key, image) -> params`. apply: `(params, image) -> logits f32[C]`. image: f32[H, W, channels], ONE example.
+    Attributes:
+      init: `(key, image) -> params`.
+      apply: `(params, image) -> logits f32[C]`.
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
@@ -80,27 +82,55 @@ class _Transformer(nn.Module):
 
 
 def mlp(num_classes: int, *, hidden_sizes: Sequence[int] = (256,) * 4, init_stddev: float | None = None) -> Model:
-    """Fully connected ReLU network on the flattened image; biases start at 0.
+    """Returns a fully connected ReLU network on the flattened image; biases start at 0.
 
-    init_stddev: standard deviation of the initial kernels (the paper: 0.01); None = He et al. 2015.
+    Args:
+      num_classes: C.
+      hidden_sizes: units of each hidden layer.
+      init_stddev: standard deviation of the initial kernels (paper: 0.01); None: He et al. 2015.
+
+    Example:
+      >>> model = mlp(3, hidden_sizes=(5,))
+      >>> image = jnp.ones((2, 2, 1))
+      >>> model.apply(model.init(jax.random.key(0), image), image).shape
+      (3,)
     """
     return _model(_MLP(num_classes, tuple(hidden_sizes), init_stddev))
 
 
 def convnet(num_classes: int, *, channels: Sequence[int] = (32, 32, 64, 64), dense_size: int = 256) -> Model:
-    """3x3 convolutions with ReLU, 2x2 max pooling after every second one, then two dense layers."""
+    """Returns 3x3 convolutions with ReLU, 2x2 max pooling after every second one, and two dense layers.
+
+    Args:
+      num_classes: C.
+      channels: of each convolution.
+      dense_size: units of the hidden dense layer.
+    """
     return _model(_ConvNet(num_classes, tuple(channels), dense_size))
 
 
 def gru(num_classes: int, *, units: int = 128) -> Model:
-    """A gated recurrent unit over the rows of the image, classified from its last state."""
+    """Returns a gated recurrent network over the rows of the image, with a dense layer on its last state.
+
+    Args:
+      num_classes: C.
+      units: size of the state.
+    """
     return _model(_GRU(num_classes, units))
 
 
 def transformer(
     num_classes: int, *, num_layers: int = 2, width: int = 64, num_heads: int = 4, patch_size: int = 4
 ) -> Model:
-    """A pre-norm transformer over square patches, classified from the mean of its tokens."""
+    """Returns a pre-norm transformer over square patches, with a dense layer on the mean of its tokens.
+
+    Args:
+      num_classes: C.
+      num_layers: blocks of attention and MLP.
+      width: size of a token, a multiple of num_heads.
+      num_heads: attention heads.
+      patch_size: side of a patch in pixels.
+    """
     return _model(_Transformer(num_classes, num_layers, width, num_heads, patch_size))
 
 

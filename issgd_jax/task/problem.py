@@ -1,4 +1,4 @@
-"""What is to be learned: the config's data, network, loss and scores."""
+"""The learning problem of a config: data, network, loss and scores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,15 +14,22 @@ from issgd_jax.gradnorm import explain
 from issgd_jax.scoring import scores as scores_lib
 from issgd_jax.task import data, losses, models
 
-# Examples scored at one time: enough to fill the units of a device, few enough for the activations of any network.
+# Examples scored at a time: enough to fill a device, few enough for the activations of any network to fit.
 SCORING_MICROBATCH = 256
-# At least: parameter, momentum, gradient.
+# Lower bound: parameter, momentum, gradient.
 BYTES_A_PARAMETER, BYTES_A_GRADIENT = 12, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is to be learned. init: key -> params; logits_fn, loss_fn and outcome_fn: of one example."""
+    """Network and loss of ONE example: image uint8[H, W, channels], label i32[].
+
+    Attributes:
+      init: `key -> params`.
+      logits_fn: `(params, image) -> f32[C]`.
+      loss_fn: `(params, image, label) -> f32[]`.
+      outcome_fn: `(params, image, label) -> (loss f32[], error f32[])`.
+    """
 
     init: Callable
     logits_fn: Callable
@@ -32,7 +39,12 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Problem(Objective):
-    """What is to be learned, and from which data. standardization: mean and deviation of the training images."""
+    """An objective with its data.
+
+    Attributes:
+      train_data, test_data: the two splits.
+      standardization: mean and standard deviation of the training images, f32[H, W, channels] each.
+    """
 
     train_data: data.Dataset
     test_data: data.Dataset
@@ -40,14 +52,15 @@ class Problem(Objective):
 
 
 def minibatch_size(config: ConfigDict) -> int:
-    """Examples in a minibatch, of all learner devices together."""
+    """Returns the number of examples in a minibatch, of all learner devices together."""
     return config.devices.learners * config.learner.batch_size
 
 
 def make_problem(config: ConfigDict) -> Problem:
-    """The config's data, network and loss.
+    """Loads the config's data, and checks that its network can take them; compiles nothing.
 
-    Raises: InputError if the data is not there or too small, or the network cannot take it; compiles nothing.
+    Raises:
+      InputError: the data is missing or too small, or the network cannot take it or does not fit in memory.
     """
     train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
     if len(train_data) < 2:
@@ -60,7 +73,7 @@ def make_problem(config: ConfigDict) -> Problem:
     try:
         params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
         jax.eval_shape(objective.outcome_fn, params, train_data.images[0], train_data.labels[0])
-    except Exception as error:  # whatever the network's library raises: traced here, before anything is compiled
+    except Exception as error:  # any error of the network's library: only traced here, nothing is compiled yet
         raise InputError(
             f"model {config.model.name} cannot take images of shape {train_data.images.shape[1:]} (see "
             f"--config.model): {error}"
@@ -70,7 +83,13 @@ def make_problem(config: ConfigDict) -> Problem:
 
 
 def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Objective:
-    """The config's network and loss, for images standardized by mean and std f32[H, W, C]."""
+    """Returns the config's network and loss.
+
+    Args:
+      config: of the run.
+      num_classes: C.
+      mean, std: standardization of the images, f32[H, W, channels].
+    """
     model = models.MODELS[config.model.name](num_classes, **config.model[config.model.name].to_dict())
 
     def init(key):
@@ -109,12 +128,12 @@ def _check_memory(config: ConfigDict, params) -> None:
 
 
 def gradient_norm(objective: Objective) -> Callable:
-    """The score that is the norm of an example's gradient, see `scores.GradientNorm`."""
+    """Returns the score function of gradient norms, see `scores.GradientNorm`."""
     return scores_lib.GradientNorm(objective.loss_fn, SCORING_MICROBATCH)
 
 
 def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
-    """What the workers find out about each example: `(params, *batch) -> f32[B]`."""
+    """Returns the config's score function of the workers, `(params, *batch) -> f32[B]`."""
     if config.workers.score == "last_layer":
         return scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH)
     if config.workers.score == "loss":
@@ -123,6 +142,6 @@ def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
 
 
 def explain_norms(problem: Problem):
-    """How the gradient norm of each parameter is computed."""
+    """Returns how the gradient norm of each parameter is computed, see `gradnorm.explain`."""
     params = jax.eval_shape(problem.init, jax.random.key(0))
     return explain(problem.loss_fn, params, problem.train_data.images[:1], problem.train_data.labels[:1])

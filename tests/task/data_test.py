@@ -1,4 +1,4 @@
-"""Real data, read right: a wrong image, label, split or a stale cache turns these red."""
+"""Data sets: a wrong image, label or split, or a stale cache, turns these red."""
 
 import os
 import subprocess
@@ -32,8 +32,10 @@ def test_digits_are_scikit_learns_and_every_one_is_in_one_split():
     both = np.concatenate([train.images, test.images])[..., 0].astype(float)
     original = load_digits().images
     assert sorted(map(bytes, both.reshape(-1, 64))) == sorted(map(bytes, original.reshape(-1, 64)))
-    found = {bytes(image): label for image, label in zip(original, load_digits().target, strict=True)}
-    assert all(found[bytes(image.astype(float)[..., 0])] == label for image, label in zip(*vars_of(train), strict=True))
+    label_of = {bytes(image): label for image, label in zip(original, load_digits().target, strict=True)}
+    assert all(
+        label_of[bytes(image.astype(float)[..., 0])] == label for image, label in zip(*vars_of(train), strict=True)
+    )
 
 
 def vars_of(dataset):
@@ -114,7 +116,7 @@ def test_svhn_is_read_without_tensorflow_and_the_cache_gives_the_same():
     assert "tensorflow" not in sys.modules
 
 
-def test_a_cut_off_or_foreign_cache_is_made_anew(tmp_path):
+def test_a_truncated_or_foreign_cache_is_rebuilt(tmp_path):
     need_svhn()
     first = data.load("svhn_cropped", "test[:50]", str(SVHN))
     (file,) = (tmp_path / "cache" / "issgd_jax").iterdir()
@@ -123,11 +125,11 @@ def test_a_cut_off_or_foreign_cache_is_made_anew(tmp_path):
         np.testing.assert_array_equal(data.load("svhn_cropped", "test[:50]", str(SVHN)).images, first.images)
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_not_needed(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     need_svhn()
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="could not be kept"):
+    with pytest.warns(UserWarning, match="could not be cached"):
         assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
 
 
@@ -186,5 +188,5 @@ def test_rows_are_those_of_the_whole_split(rows):
 
 @pytest.mark.parametrize("rows", [(0, 61), (5, 5), (-1, 4)])
 def test_rows_that_a_split_does_not_have(rows):
-    with pytest.raises(InputError, match=f"test.* has 60 examples, but those from {rows[0]} to {rows[1]} were wanted"):
+    with pytest.raises(InputError, match=f"test.* has 60 examples, but rows {rows[0]} to {rows[1]} were requested"):
         data.load("digits", "test[:60]", rows=rows)
