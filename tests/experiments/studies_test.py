@@ -4,7 +4,6 @@ import pytest
 
 from experiments.paper import replicas, results, studies
 from issgd_jax import config as config_lib
-from tests.helpers import soak
 
 
 # An override that names no field, or a value out of range, would stop a sweep hours after its start.
@@ -12,8 +11,7 @@ from tests.helpers import soak
 def test_every_arm_of_every_study_is_a_valid_experiment(study):
     for data in study.data:
         for name, arm in studies.choose_arms(study, data).items():
-            rates = arm.learning_rates or study.learning_rates
-            for rate in soak({min(rates), max(rates)}, rates):
+            for rate in arm.learning_rates or study.learning_rates:
                 config = studies.make_config(study, name, data, learning_rate=rate, seed=1)
                 config_lib.validate(config)
                 replicas.check(config)
