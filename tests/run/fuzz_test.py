@@ -1,18 +1,21 @@
-"""Any config runs or fails with one readable error that names a field; any bytes are read or refused."""
+"""Any config runs or fails with one readable error that names a field; any bytes are read or refused.
+
+A fixed share of the examples in `make test`; more in `make soak`, of a seed that pytest prints.
+"""
 
 import warnings
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import issgd_jax
 from issgd_jax import BadScoreError, InputError, NonFiniteLossError, ScoreStore
 from issgd_jax.config import default, flatten
 from issgd_jax.run import metrics, wiring
-from tests.helpers import smoke
+from tests.helpers import smoke, soak, soak_seed
 
 FIELDS = sorted(flatten(default()))
 NUMBERS = st.one_of(
@@ -47,10 +50,11 @@ def names_a_field(error):
     return any(field in text or field.split(".")[-1] in text or field.split(".")[0] in text for field in FIELDS)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@seed(soak_seed())
+@settings(max_examples=soak(80, 400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(changes=CHANGES)
 def test_any_config_is_ready_to_compile_or_refused_in_words(changes):
-    """Red at any error that is not ours: from JAX, flax, optax, TFDS or Python itself."""
+    """Red at any other error: of JAX, flax, optax, TFDS or Python itself."""
     try:
         wiring.prepare(changed(changes))
     except InputError as error:
@@ -95,7 +99,8 @@ RUNNABLE = {
 }
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@seed(soak_seed())
+@settings(max_examples=soak(4, 12), deadline=None, suppress_health_check=list(HealthCheck))
 @given(changes=st.fixed_dictionaries({}, optional=RUNNABLE))
 def test_a_config_within_its_limits_runs_or_says_why_not(changes, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("fuzz") / "run"
@@ -111,7 +116,8 @@ def test_a_config_within_its_limits_runs_or_says_why_not(changes, tmp_path_facto
         assert metrics.read_metrics(workdir / "metrics.jsonl") == history
 
 
-@settings(max_examples=300, deadline=None)
+@seed(soak_seed())
+@settings(max_examples=soak(75, 300), deadline=None)
 @given(data=st.data())
 def test_any_bytes_as_metrics_are_rows_or_an_error(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
@@ -139,10 +145,11 @@ def saved(tmp_path_factory):
     return path
 
 
-@settings(max_examples=300, deadline=None)
+@seed(soak_seed())
+@settings(max_examples=soak(75, 300), deadline=None)
 @given(data=st.data())
 def test_any_bytes_as_scores_are_a_store_or_an_error(data, saved, tmp_path_factory):
-    """Red if a broken archive brings an error of zipfile or numpy with it, or scores that are none."""
+    """Red if a broken archive raises an error of zipfile or numpy, or gives scores that are not finite."""
     path = tmp_path_factory.mktemp("scores") / "scores.npz"
     text = bytearray(saved.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
@@ -158,7 +165,8 @@ def test_any_bytes_as_scores_are_a_store_or_an_error(data, saved, tmp_path_facto
         assert np.all(np.isfinite(score)) and np.all(score >= 0)
 
 
-@settings(max_examples=200, deadline=None)
+@seed(soak_seed())
+@settings(max_examples=soak(50, 200), deadline=None)
 @given(text=st.binary(max_size=300))
 def test_random_bytes_as_scores_are_an_error(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "scores.npz"
