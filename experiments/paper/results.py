@@ -205,6 +205,10 @@ def steps_to(loss: float, step: Sequence[int], losses: Sequence[float | None]) -
       loss: the target.
       step: of the measurements.
       losses: of the measurements, interpolated log-linearly; None after divergence.
+
+    Example:
+      >>> steps_to(0.1, [0, 10, 20], [1.0, 1.0, 0.01])
+      15.0
     """
     previous = None
     for now, x in zip(step, losses):
@@ -224,6 +228,10 @@ def loss_at(steps: float, step: Sequence[int], losses: Sequence[float | None]) -
       steps: beyond the last measurement, that one counts.
       step: of the measurements.
       losses: of the measurements, interpolated log-linearly; None after divergence.
+
+    Example:
+      >>> round(loss_at(15, [0, 10, 20], [1.0, 1.0, 0.01]), 6)
+      0.1
     """
     logs = [math.inf if x is None else math.log(max(x, sys.float_info.min)) for x in losses]
     right = min(bisect.bisect_left(step, steps), len(step) - 1)

@@ -73,6 +73,10 @@ def mean_log_loss(rows: list[dict]) -> float:
 
     Learning rates are chosen by it: it depends on how fast the loss falls and on how low it ends, and no single
     measurement decides. Losses below LEAST_LOSS count as LEAST_LOSS.
+
+    Example:
+      >>> mean_log_loss([{"train/loss": 1.0}, {"train/loss": None}])
+      inf
     """
     losses = [row.get("train/loss") for row in rows]
     return math.inf if None in losses else statistics.fmean(math.log(max(loss, LEAST_LOSS)) for loss in losses)

@@ -302,7 +302,12 @@ def baseline_of(study: Study, name: str) -> str:
 
 
 def with_baselines(study: Study, names: list[str] | None) -> list[str]:
-    """Returns the names and those of their baselines; [] for none."""
+    """Returns the names and those of their baselines; [] for none.
+
+    Example:
+      >>> with_baselines(get_study("fair"), ["calibrated"])
+      ['calibrated', 'uniform']
+    """
     return sorted({*(names or ()), *(baseline_of(study, name) for name in names or ())})
 
 

@@ -89,7 +89,14 @@ def _median(values) -> float:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Returns the rows as a table of the columns that any row has."""
+    """Returns the rows as a table of the columns that any row has.
+
+    Example:
+      >>> print(markdown([{"arm": "SGD", "n": "5"}]))
+      | arm | n |
+      | --- | --- |
+      | SGD | 5 |
+    """
     columns = [column for column in _COLUMNS if any(column in row for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row.get(column, "–") for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
