@@ -8,9 +8,10 @@ import pytest
 from absl import flags
 
 import issgd_jax.main  # noqa: F401, defines the flags
-from issgd_jax import InputError
+from issgd_jax import InputError, train
 from issgd_jax import config as config_lib
 from issgd_jax.config import columns, page, schema
+from tests.helpers import smoke
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
 
@@ -71,6 +72,16 @@ def test_a_choice_that_there_is_not_gives_all_that_there_are(name):
         config_lib.validate(config)
 
 
-def test_no_field_means_the_same_as_a_column():
+def test_the_page_has_every_column_of_a_run_and_no_other(tmp_path):
+    tiny = {"steps": 2, "eval_every": 1, "model__mlp__hidden_sizes": (4,), "checkpoint__every_steps": 0}
+    row = train(smoke(proposal__when="auto", proposal__cost=0.0, schedule__score_delay=1, **tiny), tmp_path / "auto")[
+        -1
+    ]
+    assert (
+        row.keys() - columns.ON_ACCELERATORS
+        == (columns.ALWAYS | columns.WITH_IMPORTANCE_SAMPLING | columns.WITH_AUTO).keys()
+    )
+    row = train(smoke(proposal__name="uniform", **tiny), tmp_path / "uniform")[-1]
+    assert row.keys() - columns.ON_ACCELERATORS == columns.ALWAYS.keys()
     names = [name for group in columns.COLUMNS.values() for name in group]
-    assert len(names) == len(set(names)) and all(page.markdown().count(f"\n| `{name}` |") >= 1 for name in names)
+    assert len(names) == len(set(names)) and all(page.markdown().count(f"\n| `{name}` |") == 1 for name in names)

@@ -21,7 +21,7 @@ from issgd_jax import config as config_lib
 
 def get_config(options: str = ""):
     config = config_lib.default()
-    config.steps = 50_000  # ours: the paper tells hours, not steps
+    config.steps = 50_000  # ours: the paper gives hours, not steps
     config.eval_every = 1000  # ours
     config.data.name = "svhn_cropped"
     config.data.train_split = "train[:95%]+extra[:95%]"  # 574,168 images; the remaining 5 % were for validation
@@ -39,9 +39,9 @@ def get_config(options: str = ""):
     config.workers.chunk_size = 2048
     config.schedule.name = "relaxed"
     config.schedule.steps_per_round = 32  # learner steps between two fetches of scores
-    config.schedule.score_delay = 32  # ours: the paper's scores came when they came
+    config.schedule.score_delay = 32  # ours: the paper has no fixed delay
 
     config.proposal.name = "proportional"
     config.proposal.smoothing = 10.0
-    config.proposal.max_staleness = None  # the paper left out scores older than 20 s, which is biased
+    config.proposal.max_staleness = None  # the paper dropped scores older than 20 s, which is biased
     return config_lib.with_options(config, options)

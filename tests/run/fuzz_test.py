@@ -117,7 +117,7 @@ def test_a_config_within_its_limits_runs_or_says_why_not(changes, tmp_path_facto
 
 
 @seed(soak_seed())
-@settings(max_examples=soak(75, 300), deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_bytes_as_metrics_are_rows_or_an_error(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
@@ -146,7 +146,7 @@ def saved(tmp_path_factory):
 
 
 @seed(soak_seed())
-@settings(max_examples=soak(75, 300), deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_bytes_as_scores_are_a_store_or_an_error(data, saved, tmp_path_factory):
     """Red if a broken archive raises an error of zipfile or numpy, or gives scores that are not finite."""
@@ -166,7 +166,7 @@ def test_any_bytes_as_scores_are_a_store_or_an_error(data, saved, tmp_path_facto
 
 
 @seed(soak_seed())
-@settings(max_examples=soak(50, 200), deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.binary(max_size=300))
 def test_random_bytes_as_scores_are_an_error(text, tmp_path_factory):
     path = tmp_path_factory.mktemp("scores") / "scores.npz"
