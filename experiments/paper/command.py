@@ -8,17 +8,26 @@ from absl import app, flags, logging
 from experiments.paper import results, studies
 from issgd_jax.errors import InputError
 
-_STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.")
-_DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs; figures and tables: none = the saved results.")
-_ARMS = flags.DEFINE_list("arms", [], "Only these arms.")
-_SEEDS = flags.DEFINE_integer(
-    "seeds", None, "Number of seeds 0, 1, ... of each arm; none: 10 to sweep, else all that are finished."
+# Of their own, so that a process may import these commands beside the training program.
+FLAGS = flags.FlagValues()
+_STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.", flag_values=FLAGS)
+_DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.", flag_values=FLAGS)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of all runs; figures and tables: none = the saved results.", flag_values=FLAGS
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder of the data; none: TFDS's default.")
-_WIDTH = flags.DEFINE_integer("width", None, "Width of the MLP's four hidden layers; none: the study's.")
-_STEPS = flags.DEFINE_integer("steps", None, "Learner steps; none: the study's.")
-flags.mark_flag_as_required("study")
+_ARMS = flags.DEFINE_list("arms", [], "Only these arms.", flag_values=FLAGS)
+_SEEDS = flags.DEFINE_integer(
+    "seeds",
+    None,
+    "Number of seeds 0, 1, ... of each arm; none: 10 to sweep, else all that are finished.",
+    flag_values=FLAGS,
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder of the data; none: TFDS's default.", flag_values=FLAGS)
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "Width of the MLP's four hidden layers; none: the study's.", flag_values=FLAGS
+)
+_STEPS = flags.DEFINE_integer("steps", None, "Learner steps; none: the study's.", flag_values=FLAGS)
+flags.mark_flag_as_required("study", flag_values=FLAGS)
 
 
 def overrides() -> dict:
@@ -60,6 +69,19 @@ def record() -> dict:
     return summary
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; returns the arguments that are none."""
+    if {"--help", "-h"} & set(argv):
+        print(sys.modules["__main__"].__doc__, FLAGS.get_help(), sep="\n")
+        sys.exit(0)
+    try:
+        remaining = FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(error) from error
+    flags.FLAGS.mark_as_parsed()  # absl's own: their defaults serve
+    return remaining
+
+
 def run(program) -> None:
     """Runs `program()` as a command; an InputError is printed as one line."""
 
@@ -70,6 +92,6 @@ def run(program) -> None:
         program()
 
     try:
-        app.run(main)
+        app.run(main, flags_parser=_parse)
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -25,7 +25,7 @@ from issgd_jax.run import metrics
 # Least number of steps of a block: its start must not count.
 MIN_STEPS = 100
 
-_BLOCKS = flags.DEFINE_integer("blocks", 15, "Blocks of each arm.")
+_BLOCKS = flags.DEFINE_integer("blocks", 15, "Blocks of each arm.", flag_values=command.FLAGS)
 
 
 def cost_path(study: str, data: str) -> pathlib.Path:
@@ -187,7 +187,7 @@ class _Block:
 
 
 def main():
-    flag = flags.FLAGS
+    flag = command.FLAGS
     measured = measure(flag.study, flag.data, arms=flag.arms, overrides=command.overrides(), num_blocks=_BLOCKS.value)
     save(measured)
     for name, ratio in measured["ratio"].items():

@@ -24,7 +24,9 @@ from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
-_AT_ONCE = flags.DEFINE_integer("at_once", None, "Replicas in one program; none: as memory allows, on a CPU at most 8.")
+_AT_ONCE = flags.DEFINE_integer(
+    "at_once", None, "Replicas in one program; none: as memory allows, on a CPU at most 8.", flag_values=command.FLAGS
+)
 
 Run = tuple[float, int]  # learning rate, seed
 
@@ -195,7 +197,7 @@ def _replicas_at_once(config: ConfigDict) -> int:
 
 
 def main():
-    flag = flags.FLAGS
+    flag = command.FLAGS
     if flag.workdir is None:
         raise InputError("--workdir is missing: name a folder for the runs")
     sweep(

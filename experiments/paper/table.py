@@ -15,7 +15,9 @@ from experiments.paper import command, cost, results
 from issgd_jax.config import nearest
 from issgd_jax.errors import InputError
 
-_BASELINE = flags.DEFINE_string("baseline", None, "Arm that all are compared with; none: each with its own baseline.")
+_BASELINE = flags.DEFINE_string(
+    "baseline", None, "Arm that all are compared with; none: each with its own baseline.", flag_values=command.FLAGS
+)
 
 _COLUMNS = (
     "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
