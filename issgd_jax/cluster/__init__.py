@@ -1,1 +1,1 @@
-"""The worker pool over many machines: Ray carries parameters out and scores back, `leases` says who scores what."""
+"""Worker pool on many machines: Ray carries parameters and scores, leases say which worker scores which chunk."""

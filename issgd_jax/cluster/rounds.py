@@ -1,4 +1,4 @@
-"""Parameters on their way out, and rounds of scoring on their way back, which the learner may wait for."""
+"""Broadcasts of parameters to the workers, and rounds of scores from them, which the learner may wait for."""
 
 import asyncio
 import concurrent.futures
@@ -10,18 +10,30 @@ import numpy as np
 
 from issgd_jax.cluster.leases import Layout
 
-_copied = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
+_copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
 
 
 class Broadcast:
-    """A copy of the parameters of one step, which the caller may then donate.
+    """Copy of the parameters of one step; the caller may donate the original.
 
-    params: None once they are in Ray's store. reference: Ray's of them; None = not yet asked for. num_served: leases
-    that were begun with them. workers: names of those that have fetched them.
+    Args:
+      step: learner step of the parameters.
+      params: pytree of arrays.
+
+    Attributes:
+      params: the copy; None once it is in Ray's object store.
+      num_bytes: size of the parameters.
+      reference: Ray's reference to them; None: not yet requested.
+      num_served: leases that began with them.
+      workers: names of the workers that have fetched them.
+
+    Example:
+      >>> Broadcast(3, {"kernel": jnp.zeros((2, 5))}).num_bytes
+      40
     """
 
     def __init__(self, step: int, params):
-        self.step, self.params, self.num_served = step, _copied(params), 0
+        self.step, self.params, self.num_served = step, _copy(params), 0
         self.num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
         self.reference: asyncio.Future | None = None
         self.workers: set[str] = set()
@@ -34,19 +46,38 @@ class _Scored(NamedTuple):
 
 
 class LeasedRound:
-    """A `schedule.Round` that comes from a cluster: some leases, scored with the parameters of one step.
+    """A `schedule.Round` whose leases are scored by a cluster. `step`, `indices` and `scores` block until it is ready.
 
-    Reading what is not ready yet waits for it.
+    Args:
+      leases: numbers of its leases.
+      broadcast: parameters to score with; None: the newest when each lease begins.
+      layout: partition of the examples.
+
+    Attributes:
+      num_examples: how many are scored.
+      step: learner step of the parameters.
+      indices: i32[num_examples].
+      scores: f32[num_examples].
+
+    Example:
+      >>> round_ = LeasedRound(range(2), None, Layout(num_examples=6, num_shards=2, chunk_size=2))
+      >>> round_.add_scores(1, step=7, scores=np.array([3.0, 4.0], np.float32))
+      >>> round_.is_ready()
+      False
+      >>> round_.add_scores(0, step=7, scores=np.array([1.0, 2.0], np.float32))
+      >>> round_.step, round_.indices.tolist(), round_.scores.tolist()
+      (7, [0, 1, 3, 4], [1.0, 2.0, 3.0, 4.0])
     """
 
     def __init__(self, leases: range, broadcast: Broadcast | None, layout: Layout):
-        """broadcast: whose scores are wanted; None = of the newest parameters when the lease begins."""
         self.leases, self.broadcast = leases, broadcast
         self.num_examples = len(leases) * layout.chunk_size
-        self._layout, self._found = layout, {}
+        self._layout = layout
+        self._chunks: dict[int, np.ndarray] = {}  # scores of each lease
         self._scored: concurrent.futures.Future[_Scored] = concurrent.futures.Future()
 
     def is_ready(self) -> bool:
+        """Returns whether the scores can be read without waiting."""
         return self._scored.done()
 
     @property
@@ -61,15 +92,20 @@ class LeasedRound:
     def scores(self) -> np.ndarray:
         return self._scored.result().scores
 
-    def fill(self, lease: int, step: int, scores: np.ndarray) -> None:
-        """The first, and only, result of one of its leases."""
-        self._found[lease] = scores
-        if len(self._found) == len(self.leases):
+    def add_scores(self, lease: int, step: int, scores: np.ndarray) -> None:
+        """Adds the scores of one lease, once for each.
+
+        Args:
+          lease: one of `leases`.
+          step: learner step of the parameters that gave the scores.
+          scores: f32[chunk_size].
+        """
+        self._chunks[lease] = scores
+        if len(self._chunks) == len(self.leases):
             indices = np.concatenate([self._layout.examples(number) for number in self.leases])
-            all_scores = np.concatenate([self._found[number] for number in self.leases])
-            self._scored.set_result(_Scored(step, indices, all_scores))
+            self._scored.set_result(_Scored(step, indices, np.concatenate([self._chunks[i] for i in self.leases])))
 
     def fail(self, error: BaseException) -> None:
-        """Nobody will score it any more."""
+        """Makes every reader of an unfinished round raise this error."""
         if not self._scored.done():
             self._scored.set_exception(error)

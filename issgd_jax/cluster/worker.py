@@ -1,4 +1,4 @@
-"""A worker machine: a process that scores the chunks it is told to, on all devices it has."""
+"""Worker process of one machine: scores chunks on all devices of the machine."""
 
 import dataclasses
 import functools
@@ -19,8 +19,14 @@ _VERSIONS = ("python", "issgd-jax", "jax", "jaxlib")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a worker is for. score_fn: `(params, *batch) -> f32[B]`. load: `(first, one after the last) -> examples`,
-    arrays with a leading axis. num_examples: how many its machine has. devices: those that it scores on."""
+    """Score function and data of a worker.
+
+    Attributes:
+      score_fn: `(params, *batch) -> f32[B]`.
+      load: `(first, stop) -> examples`, arrays with a leading axis of `stop - first`.
+      num_examples: training examples on this machine.
+      devices: devices to score on.
+    """
 
     score_fn: Callable
     load: Callable[[int, int], tuple]
@@ -29,8 +35,14 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Hello:
-    """Who a worker is: its machine and process, and what must be the same everywhere."""
+class Handshake:
+    """Identity of a worker and the versions of its software.
+
+    Attributes:
+      machine: host name.
+      process: process id.
+      versions: see `versions`.
+    """
 
     machine: str
     process: int
@@ -38,51 +50,75 @@ class Hello:
 
 
 def versions() -> dict[str, str | None]:
-    """What must be the same on all machines: versions, and a digest of this package's own code."""
+    """Returns what must be equal on all machines: versions, and a digest of this package's code.
+
+    Example:
+      >>> sorted(versions())
+      ['issgd-jax', 'issgd_jax code', 'jax', 'jaxlib', 'python']
+    """
     folder, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    found = provenance.versions()
-    return {name: found[name] for name in _VERSIONS} | {"issgd_jax code": digest.hexdigest()[:12]}
+    installed = provenance.versions()
+    return {name: installed[name] for name in _VERSIONS} | {"issgd_jax code": digest.hexdigest()[:12]}
 
 
 class Worker:
-    """Lives in a process of its own. It has the shards that it was last asked for, and no others."""
+    """Ray actor that scores leases. It keeps only the shards in memory that it is told to keep.
+
+    Args:
+      make_work: called in this process, at the first use.
+      layout: partition of the examples.
+    """
 
     def __init__(self, make_work: Callable[[], Work], layout: Layout):
-        """make_work: called here."""
         self._make_work, self._layout = make_work, layout
-        self._pools: dict[int, Any] = {}
+        self._pools: dict[int, Any] = {}  # of each shard in memory
         self._version, self._params = None, None
 
-    def hello(self) -> Hello:
-        """Costs no data and no compilation."""
-        return Hello(socket.gethostname(), os.getpid(), versions())
+    def handshake(self) -> Handshake:
+        """Returns the worker's identity; loads no data and compiles nothing."""
+        return Handshake(socket.gethostname(), os.getpid(), versions())
 
-    def begin(self) -> tuple[int, list[str]]:
-        """How many examples this machine has, and its devices. Raises InputError if it has not what the work needs."""
+    def prepare(self) -> tuple[int, list[str]]:
+        """Returns the number of examples on this machine and the kinds of its devices.
+
+        Raises:
+          InputError: the machine lacks the data or the devices.
+        """
         return self._work.num_examples, [device.device_kind for device in self._work.devices]
 
     def score(self, params, version: int, lease: int, keep: Sequence[int]) -> np.ndarray:
-        """f32[chunk_size]: the scores of a lease's chunk. version: of params. keep: shards that stay loaded."""
+        """Scores the chunk of a lease.
+
+        Args:
+          params: pytree of arrays.
+          version: of params; they are copied to the devices when it changes.
+          lease: its number.
+          keep: shards that stay in memory.
+
+        Returns:
+          f32[chunk_size].
+        """
         import jax
 
         if version != self._version:
             self._version, self._params = version, jax.device_put(params)
-        shard, item = self._layout.place(lease)
+        shard, offset = self._layout.locate(lease)
         for other in [number for number in self._pools if number not in keep]:
             del self._pools[other]
         if shard not in self._pools:
             self._pools[shard] = self._make_pool(shard)
-        return self._score(self._pools[shard], item)
+        return self._score(self._pools[shard], offset)
 
-    def _score(self, pool, item: int) -> np.ndarray:
-        pool.seek({"item": item, "workers": 1})
+    def _score(self, pool, offset: int) -> np.ndarray:
+        """Scores the chunk at this offset of the pool's shard; the pool may score examples before and after it."""
+        pool.seek({"item": offset, "workers": 1})
         (round_,) = pool.score_next(self._params, step=0)
-        place = np.asarray(round_.indices).ravel() - item  # in the chunk
-        wanted = (place >= 0) & (place < self._layout.chunk_size)
+        positions = np.asarray(round_.indices).ravel() - offset
+        in_chunk = (positions >= 0) & (positions < self._layout.chunk_size)
         scores = np.full(self._layout.chunk_size, np.nan, np.float32)
-        scores[place[wanted]] = np.asarray(round_.scores).ravel()[wanted]
+        scores[positions[in_chunk]] = np.asarray(round_.scores).ravel()[in_chunk]
         return scores
 
     def _make_pool(self, shard: int):

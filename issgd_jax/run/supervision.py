@@ -10,10 +10,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 import psutil
 
+from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.console import say
 from issgd_jax.files import write_text_atomically
 from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE
@@ -26,19 +28,24 @@ HEARTBEAT_SECONDS = 1.0
 class Supervision:
     """Supervises one run while its context lasts, in a thread that never touches the run.
 
-    heartbeat.json has the last finished step and its time. Where no step finishes for `watchdog_seconds`, the stacks of
-    all threads are written to watchdog.txt, even if one of them never lets Python run. The first signal of `SIGNALS` is
-    kept in `signal`, so that the run can stop between two steps; a second SIGINT interrupts at once.
+    heartbeat.json has the last finished step and its time, cluster.json the status of the workers on a cluster. Where
+    no step finishes for `watchdog_seconds`, the stacks of all threads are written to watchdog.txt, even if one of them
+    never lets Python run. The first signal of `SIGNALS` is kept in `signal`, so that the run can stop between two
+    steps; a second SIGINT interrupts at once.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, watchdog_seconds: float):
+    def __init__(
+        self, workdir: pathlib.Path, *, watchdog_seconds: float, cluster_status: Callable[[], dict] | None = None
+    ):
         """Starts nothing.
 
         Args:
           workdir: folder of the run.
           watchdog_seconds: > 0.
+          cluster_status: see `cluster.pool.ClusterPool.status`; None: there is no cluster.
         """
         self.signal: int | None = None
+        self._cluster_status = cluster_status
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
         self._step, self._finished_at = 0, time.monotonic()
         self._ended = threading.Event()
@@ -90,6 +97,8 @@ class Supervision:
                 faulthandler.dump_traceback_later(self._watchdog_seconds, file=self._stacks)
                 self._write_heartbeat(step, finished_at)
                 last_finished_at, is_logged = finished_at, False
+            if self._cluster_status:
+                self._write(STATUS_FILE, self._cluster_status())
             if ended:
                 return
             if time.monotonic() - finished_at > self._watchdog_seconds and not is_logged:
@@ -100,8 +109,11 @@ class Supervision:
     def _write_heartbeat(self, step: int, finished_at: float) -> None:
         at = time.time() - (time.monotonic() - finished_at)
         beat = {"step": step, "at": round(at, 3), "process": os.getpid(), "host": socket.gethostname()}
+        self._write(HEARTBEAT_FILE, beat)
+
+    def _write(self, name: str, values: dict) -> None:
         try:
-            write_text_atomically(self._workdir / HEARTBEAT_FILE, json.dumps(beat) + "\n")
+            write_text_atomically(self._workdir / name, json.dumps(values) + "\n")
         except OSError as error:
             if not self._heartbeat_failed:
                 say(f"the heartbeat cannot be written, training continues: {error}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax import processes
+from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.config import flatten
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, NonFiniteLossError
@@ -107,7 +108,10 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
         checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
         checkpoint = _from_first(_newest(checkpoints, workdir, config, about) if record else None, config)
         workdir_lib.write_record(workdir, config.to_dict(), about["devices"], record if checkpoint else None)
-        watch = stack.enter_context(Supervision(workdir, watchdog_seconds=config.watchdog_seconds))
+        status = prepared.pool.status if isinstance(prepared.pool, ClusterPool) else None
+        watch = stack.enter_context(
+            Supervision(workdir, watchdog_seconds=config.watchdog_seconds, cluster_status=status)
+        )
 
         parts = wiring.build(prepared)
         state = loop.start(parts)

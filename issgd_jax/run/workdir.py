@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.config import default, flatten
 from issgd_jax.errors import InputError
 from issgd_jax.files import LEFTOVER, write_text_atomically
@@ -31,6 +32,7 @@ _RUN_FILES = (
     HEARTBEAT_FILE,
     WATCHDOG_FILE,
     NONFINITE_FILE,
+    STATUS_FILE,
     "events.out.tfevents.*",
 )
 

@@ -20,7 +20,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.cluster import machines
-from issgd_jax.cluster.crew import Crew
+from issgd_jax.cluster.dispatcher import Dispatcher
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.gradnorm import per_example_grad_norms
@@ -128,11 +128,11 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     processes = psutil.Process(process.pid).children(recursive=True)
     places = {place.laddr for one in processes for place in one.net_connections() if place.status == "LISTEN"}
     assert places and all(place.ip.endswith("127.0.0.1") for place in places), places
-    (raylet,) = ray_processes("raylet", process.pid)
-    address = next(x.removeprefix("--gcs-address=") for x in raylet.cmdline() if x.startswith("--gcs-address="))
-    command_of_status = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--address={address}"]
-    with_token = os.environ | {"RAY_AUTH_MODE": "token"}  # as Ray asks for, where the address is not found by itself
-    status = subprocess.run(command_of_status, cwd=ROOT, env=with_token, capture_output=True, text=True, check=False)
+    while not (tmp_path / "cluster.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    status_command = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--workdir={tmp_path}"]
+    status = subprocess.run(status_command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert status.returncode == 0 and "worker 0" in status.stdout and "leases:" in status.stdout, status
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
@@ -162,7 +162,7 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
         status = pool.status()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert times.min() >= 1
-    assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_dropped"] == 0
+    assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_discarded"] == 0
     assert status["bytes_in"] == 4 * times.sum()
     assert [worker["devices"] for worker in status["workers"]] == [["cpu", "cpu"]] * 2
 
@@ -171,13 +171,14 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
     config = small(steps=100, eval_every=20, checkpoint__every_steps=50)
     undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
-    killers, make_train_step, others = [], wiring.make_train_step, workers()
+    killers, build, others = [], wiring.build, workers()
 
-    def make_killer(*arguments, **keywords):
-        killers.append(Killer(make_train_step(*arguments, **keywords), {11: 1, 30: 2, 62: 3}, others))
-        return killers[0]
+    def build_with_killer(prepared):
+        parts = build(prepared)
+        killers.append(Killer(parts.train_step, {11: 1, 30: 2, 62: 3}, others))
+        return dataclasses.replace(parts, train_step=killers[0])
 
-    monkeypatch.setattr(wiring, "make_train_step", make_killer)
+    monkeypatch.setattr(wiring, "build", build_with_killer)
     disturbed = issgd_jax.train(config, tmp_path / "disturbed")
     assert len(set(killers[0].killed)) == 6
     assert without_time(disturbed) == without_time(undisturbed)
@@ -194,10 +195,10 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
         killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, others)
         entered, last = [], {}
 
-        def train_step(state, sampler, proposal, examples, *, uniform):
+        def train_step(state, sampler_state, sampler, examples, *, uniform):
             with jax.transfer_guard("allow"):  # what a test reads between two steps, the loop itself must not
-                v, scored_at = np.asarray(sampler.table.v()), np.asarray(sampler.store.scored_at)
-                state, sampler, found = killer(state, sampler, proposal, examples, uniform=uniform)
+                v, scored_at = np.asarray(sampler_state.table.v()), np.asarray(sampler_state.store.scored_at)
+                state, sampler_state, found = killer(state, sampler_state, sampler, examples, uniform=uniform)
                 expected = v.mean(dtype=np.float64) / v[np.asarray(found.minibatch.indices)]
                 np.testing.assert_allclose(np.asarray(found.minibatch.importance_weights), expected, rtol=1e-4)
                 entered.append(int(scored_at.max()))
@@ -207,9 +208,9 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
                 last.setdefault("back", (status["leases_done"], len(entered)))
             if "back" in last and status["leases_done"] > last["back"][0] + 5 * WORKERS:
                 raise StopIteration
-            return state, sampler, found
+            return state, sampler_state, found
 
-        plan = loop.Plan(10**6, 10**6, 4, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
+        plan = loop.Plan(10**6, 10**6, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
         checked = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
         with pytest.raises(StopIteration):
             loop.run(checked, plan, writer)
@@ -218,7 +219,7 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
     assert sum(worker["restarts"] for worker in status["workers"]) == 6
     assert back - 120 > 40 and dead > back  # steps without anybody, and scores after that
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last["params"]))
-    assert status["leases_done"] + status["leases_out"] + status["leases_waiting"] == pool._next_lease
+    assert status["leases_done"] + status["leases_running"] + status["leases_waiting"] == pool._next_lease
 
 
 @pytest.mark.parametrize(
@@ -302,11 +303,11 @@ def test_a_worker_whose_code_fails_is_told_of_and_others_do_it(cluster, capsys):
 def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, monkeypatch):
     """Red if a worker that is told to end while it learns something else goes on, and is waited for forever."""
 
-    async def ends_with_news(crew, worker):
-        crew._leases.join(worker)
-        waiting = asyncio.create_task(crew._next(worker))
+    async def ends_with_news(dispatcher, worker):
+        dispatcher._leases.add_worker(worker)
+        waiting = asyncio.create_task(dispatcher._acquire(worker))
         await asyncio.sleep(0.01)
-        crew._tell()
+        dispatcher._notify()
         waiting.cancel()
         await asyncio.wait([waiting], timeout=10)
         return waiting.cancelled()
@@ -319,9 +320,9 @@ def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, mon
 
     import ray
 
-    monkeypatch.setattr(Crew, "_serve", dies_at_the_end)
+    monkeypatch.setattr(Dispatcher, "_serve", dies_at_the_end)
     with start(lambda: make_work(37), num_workers=1) as pool:
-        assert asyncio.run_coroutine_threadsafe(ends_with_news(pool._crew, object()), pool._loop).result()
+        assert asyncio.run_coroutine_threadsafe(ends_with_news(pool._dispatcher, object()), pool._loop).result()
 
 
 COME_AND_GO = """
@@ -389,4 +390,4 @@ def test_machines_come_and_go_and_one_with_another_jax_is_refused(tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("survived\n"), done
     assert f"has jax 0.0.1 where the learner has {jax.__version__}: install the same on all machines" in done.stdout
-    assert "is gone: its machine has left the cluster" in done.stderr
+    assert "is lost: its machine has left the cluster" in done.stderr
