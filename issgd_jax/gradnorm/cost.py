@@ -1,32 +1,38 @@
-"""Which of the exact ways to a gradient's norm is cheapest, from its shapes alone."""
+"""Choice of the cheapest exact way to the norm of a factored gradient, from shapes alone."""
 
 import math
 from typing import NamedTuple
 
 from issgd_jax.gradnorm.factors import Factored, OneHot, Patches
 
-# A number written and read again costs about as much as this many multiplications.
+# Writing a number to memory and reading it again takes about as long as this many multiplications.
 FLOPS_PER_NUMBER = 8
 
 
 class Cost(NamedTuple):
-    """flops: multiplications and additions. numbers: array elements made on the way. Both an example."""
+    """Cost of one example's norm.
+
+    Attributes:
+      flops: Number of multiplications and additions.
+      numbers: Number of intermediate array elements.
+    """
 
     flops: int
     numbers: int
 
     @property
     def total(self) -> int:
+        """Cost in flops, memory traffic included."""
         return self.flops + FLOPS_PER_NUMBER * self.numbers
 
     @property
     def bytes(self) -> int:
-        """With numbers of four bytes."""
+        """Bytes of the intermediate arrays in float32."""
         return 4 * self.numbers
 
 
 def cost_of_forming(x: Factored) -> Cost:
-    """The gradient itself is made and squared."""
+    """Returns the cost of forming and squaring the gradient."""
     size = math.prod(x.shape)
     flops = 2 * size
     for term in x.terms:
@@ -36,7 +42,7 @@ def cost_of_forming(x: Factored) -> Cost:
 
 
 def cost_of_gram(x: Factored) -> Cost:
-    """Inner products of all pairs of uses."""
+    """Returns the cost of the inner products of all pairs of uses."""
     flops = numbers = 0
     for a, first in enumerate(x.terms):
         for b, second in enumerate(x.terms[: a + 1]):
@@ -52,7 +58,7 @@ def cost_of_gram(x: Factored) -> Cost:
 
 
 def bytes_of_forming(x: Factored) -> int:
-    """Memory that one gradient takes while it is formed, its patches included."""
+    """Returns the memory in bytes that forming one gradient takes, image patches included."""
     numbers = math.prod(x.shape)
     for term in x.terms:
         if isinstance(term.left, Patches):
@@ -62,12 +68,12 @@ def bytes_of_forming(x: Factored) -> int:
 
 
 def by_gram(x: Factored) -> bool:
-    """Whether pairs of uses are cheaper than the gradient."""
+    """Returns whether inner products of pairs of uses cost less than forming the gradient."""
     return cost_of_gram(x).total <= cost_of_forming(x).total
 
 
 def rule(x: Factored) -> str:
-    """The name of the way taken: outer, gram, patches, one-hot, formed, or how they are combined."""
+    """Returns the name of the rule chosen: outer, gram, patches, one-hot, formed, zero, or a combination."""
     kinds = {type(term.left) for term in x.terms}
     names = [name for kind, name in ((Patches, "patches"), (OneHot, "one-hot")) if kind in kinds]
     if by_gram(x):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from issgd_jax.gradnorm import cost, factors, gram
+from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
 
@@ -156,20 +156,20 @@ def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.A
 
 
 def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    products = jax.vmap(factors.multiply_out)(gradient)
+    products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
         sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
-        total = factors.lay_out(gradient, sums)
-    return jax.vmap(factors.sum_squares)(products), total
+        total = algebra.lay_out(gradient, sums)
+    return jax.vmap(algebra.sum_squares)(products), total
 
 
 def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
     """The examples become uses of one gradient."""
     if coefficients is None:
         return None
-    total = factors.sum_leading(jax.vmap(factors.scale)(gradient, coefficients))
-    return factors.lay_out(total, factors.multiply_out(total))
+    total = algebra.sum_leading(jax.vmap(algebra.scale)(gradient, coefficients))
+    return algebra.lay_out(total, algebra.multiply_out(total))
 
 
 def _in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bool = True):

@@ -1,4 +1,4 @@
-"""What each primitive of a backward pass does to factored gradients: makes one, adds two, passes one on."""
+"""Rules for the primitives of a backward pass that create, add or map factored gradients."""
 
 from collections.abc import Callable
 
@@ -6,37 +6,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from issgd_jax.gradnorm import factors, sources
+from issgd_jax.gradnorm import algebra, sources
 from issgd_jax.gradnorm.factors import Gradient
 from issgd_jax.gradnorm.sources import Size
 
-# What can be known of a gradient before anything runs: the sizes of its terms, or None if it is an array.
+# Sizes of the terms of a gradient, known before anything runs; None if the gradient can only be an array.
 Sizes = tuple[Size, ...] | None
-# How a variable is wanted; None where it is not.
+# Form in which the value of a variable is needed; None if it is not needed.
 ARRAY, FACTORED = "array", "factored"
 Want = str | None
 
 
 class Rule:
-    """What an equation does to factored gradients. `inner`: analyses of the jaxprs within it, see `walk`."""
+    """Effect of an equation on factored gradients.
+
+    The argument `inner` of the methods holds the analyses of the jaxprs inside the equation, see `walk`.
+    """
 
     def sizes(self, eqn: JaxprEqn, operands: list[Sizes]) -> tuple[list[Sizes], list]:
-        """Of each output, from those of the operands; and `inner`."""
+        """Returns the sizes of each output, and `inner`."""
         raise NotImplementedError
 
     def wants(self, eqn: JaxprEqn, outs: list[Want], inner: list) -> list[Want]:
-        """How the operands are wanted where an output is wanted factored."""
+        """Returns the form in which each operand is needed, given those of the outputs, one of them factored."""
         raise NotImplementedError
 
     def apply(self, eqn: JaxprEqn, outs: list[Want], operands: list, inner: list) -> list[Gradient]:
-        """The outputs, factored where wanted so, or arrays."""
+        """Returns the outputs in the forms `outs`; an output may also be an array where it is wanted factored."""
         raise NotImplementedError
 
 
 class Source(Rule):
-    """An equation that makes a term from arrays.
+    """Equation that creates a term from arrays.
 
-    size: equation -> Size, or None where this equation does not fit. make: `(equation, *operands) -> Gradient`.
+    Args:
+      size: `equation -> Size`, or None where the equation does not fit.
+      make: `(equation, *operands) -> gradient`.
     """
 
     def __init__(self, size: Callable[[JaxprEqn], Size | None], make: Callable[..., Gradient]):
@@ -54,20 +59,22 @@ class Source(Rule):
 
 
 class IntoTable(Source):
-    """A source whose first operand is a gradient too, the table that it adds to."""
+    """Source that adds its term to a table, its first operand, which is a gradient too."""
 
     def sizes(self, eqn, operands):
-        table, ([mine], inner) = operands[0], super().sizes(eqn, operands)
-        return [None if table is None or mine is None else table + mine], inner
+        table, ([added], inner) = operands[0], super().sizes(eqn, operands)
+        return [None if table is None or added is None else table + added], inner
 
     def wants(self, eqn, outs, inner):
         return [FACTORED] + [ARRAY] * (len(eqn.invars) - 1)
 
 
 class Linear(Rule):
-    """An equation that maps a gradient, its first operand, to a gradient.
+    """Equation that maps its first operand, a gradient, to a gradient.
 
-    apply: `(equation, gradient, *other operands) -> gradient`. fits: whether it does so here.
+    Args:
+      apply: `(equation, gradient, *other operands) -> gradient`.
+      fits: Returns whether the rule applies to an equation.
     """
 
     def __init__(self, apply: Callable[..., Gradient], fits: Callable[[JaxprEqn], bool] = lambda eqn: True):
@@ -84,7 +91,7 @@ class Linear(Rule):
 
 
 class Sum(Rule):
-    """x + y of two gradients."""
+    """Sum of two gradients."""
 
     def sizes(self, eqn, operands):
         return [None if None in operands else operands[0] + operands[1]], []
@@ -93,52 +100,53 @@ class Sum(Rule):
         return [FACTORED, FACTORED]
 
     def apply(self, eqn, outs, operands, inner):
-        return [factors.add(*operands)]
+        return [algebra.add(*operands)]
 
 
 class Scale(Rule):
-    """A gradient times a scalar, on either side."""
+    """Product of a gradient and a scalar, in either order."""
 
     def sizes(self, eqn, operands):
         gradient = self._gradient(eqn)
         return [None if gradient is None else operands[gradient]], []
 
     def wants(self, eqn, outs, inner):
-        return [FACTORED if place == self._gradient(eqn) else ARRAY for place in range(2)]
+        return [FACTORED if operand == self._gradient(eqn) else ARRAY for operand in range(2)]
 
     def apply(self, eqn, outs, operands, inner):
         gradient = self._gradient(eqn)
-        return [factors.scale(operands[gradient], operands[1 - gradient])]
+        return [algebra.scale(operands[gradient], operands[1 - gradient])]
 
     def _gradient(self, eqn) -> int | None:
-        """The place of the operand that is no scalar, if the other is."""
+        """Returns the index of the operand that is not a scalar, if exactly one is."""
         scalars = [atom.aval.ndim == 0 for atom in eqn.invars]
         return None if scalars in ([True, True], [False, False]) else scalars.index(False)
 
 
 class Broadcast(Linear):
-    """Zeros, where a sum of gradients begins; or a reshape, if nothing is repeated."""
+    """Broadcast of zero, with which a sum of gradients starts, or one that only reshapes."""
 
     def sizes(self, eqn, operands):
         return ([()], []) if self._is_zero(eqn) else super().sizes(eqn, operands)
 
     def apply(self, eqn, outs, operands, inner):
         out = eqn.outvars[0].aval
-        return [factors.zero(out.shape, out.dtype)] if self._is_zero(eqn) else super().apply(eqn, outs, operands, inner)
+        return [algebra.zero(out.shape, out.dtype)] if self._is_zero(eqn) else super().apply(eqn, outs, operands, inner)
 
     def _is_zero(self, eqn):
         return len(eqn.invars) == 1 and isinstance(eqn.invars[0], Literal) and not np.any(eqn.invars[0].val)
 
 
 def _as_reshape(eqn: JaxprEqn, x: Gradient) -> Gradient:
-    return factors.reshape(x, eqn.outvars[0].aval.shape)
+    return algebra.reshape(x, eqn.outvars[0].aval.shape)
 
 
 def _keeps_order(eqn: JaxprEqn) -> bool:
-    """Whether a broadcast, a sum or a reshape leaves every number where it is."""
+    """Returns whether a broadcast, sum or reshape preserves all elements and their order."""
     broadcast = eqn.params.get("broadcast_dimensions", ())
-    kept = eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
-    return eqn.invars[0].aval.size == eqn.outvars[0].aval.size and list(broadcast) == sorted(broadcast) and kept
+    keeps_axes = eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
+    same_size = eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    return same_size and list(broadcast) == sorted(broadcast) and keeps_axes
 
 
 def _keeps_float(eqn: JaxprEqn) -> bool:
@@ -156,14 +164,14 @@ RULES: dict[str, Rule] = {
     "dynamic_update_slice": IntoTable(sources.update_size, sources.update_make),
     "add_any": Sum(),
     "add": Sum(),
-    "transpose": Linear(lambda eqn, x: factors.transpose(x, eqn.params["permutation"])),
+    "transpose": Linear(lambda eqn, x: algebra.transpose(x, eqn.params["permutation"])),
     "reshape": Linear(_as_reshape, _keeps_order),
     "squeeze": Linear(_as_reshape),
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
     "reduce_sum": Linear(_as_reshape, _keeps_order),
     "mul": Scale(),
-    "div": Linear(lambda eqn, x, y: factors.scale(x, 1 / y), _by_a_scalar),
-    "neg": Linear(lambda eqn, x: factors.scale(x, -1)),
-    "convert_element_type": Linear(lambda eqn, x: factors.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),
+    "div": Linear(lambda eqn, x, y: algebra.scale(x, 1 / y), _by_a_scalar),
+    "neg": Linear(lambda eqn, x: algebra.scale(x, -1)),
+    "convert_element_type": Linear(lambda eqn, x: algebra.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),
     "copy": Linear(lambda eqn, x: x),
 }

@@ -1,7 +1,7 @@
-"""Equations of a backward pass that make a gradient from factors: how large they are, and what they make.
+"""Equations of a backward pass that create a factored gradient from arrays.
 
-For each primitive, `*_size(equation)` gives the Size of the term that it would make, or None where the equation does
-not fit; `*_make(equation, *operands)` makes the gradient.
+For each primitive, `*_size(equation)` returns the Size of the term that the equation creates, or None where the
+equation does not fit, and `*_make(equation, *operands)` returns the gradient.
 """
 
 import itertools
@@ -12,15 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from issgd_jax.gradnorm import factors
+from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term, Windows
 
-# Offsets of a convolution's kernel, summed over its axes, up to which its windows are cut out.
+# Largest sum of a convolution kernel's lengths for which image windows are extracted.
 MAX_OFFSETS = 64
 
 
 class Size(NamedTuple):
-    """Sizes of a term that an equation would make: shared axes, uses, left, right; and whether left is one-hot."""
+    """Sizes of the term that an equation creates.
+
+    Attributes:
+      shared: Elements along the shared axes, K.
+      uses: Number of uses, T.
+      left: Elements along the left axes, I.
+      right: Elements along the right axes, J.
+      one_hot: Whether the left factor is one-hot.
+    """
 
     shared: int
     uses: int
@@ -30,17 +38,19 @@ class Size(NamedTuple):
 
 
 def dot_size(eqn: JaxprEqn) -> Size | None:
+    """Sizes for a product of two tensors."""
     (contracted, _), (shared, _) = eqn.params["dimension_numbers"]
     lhs, rhs = (v.aval for v in eqn.invars)
     shared_size = math.prod(lhs.shape[axis] for axis in shared)
     uses = math.prod(lhs.shape[axis] for axis in contracted)
     rows = max(1, shared_size * uses)
     size = Size(shared_size, uses, lhs.size // rows, rhs.size // rows)
-    # A vector, or one product, is as quickly formed as kept apart.
+    # Forming a vector costs no more than keeping its factors.
     return size if min(size[:4]) > 0 and min(size.left, size.right) > 1 else None
 
 
 def dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
+    """Gradient from a product of two tensors: contracted axes are uses, batch axes are shared."""
     (lhs_contracted, rhs_contracted), (lhs_shared, rhs_shared) = eqn.params["dimension_numbers"]
     left, right = [None] * lhs.ndim, [None] * rhs.ndim
     for use, (axis, other) in enumerate(zip(lhs_contracted, rhs_contracted)):
@@ -48,7 +58,7 @@ def dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     for label, (axis, other) in enumerate(zip(lhs_shared, rhs_shared)):
         left[axis] = right[other] = label
     sides = "k" * len(lhs_shared) + "l" * left.count(None) + "r" * right.count(None)
-    free = itertools.count(len(lhs_shared))  # the output's other axes are those of lhs, then those of rhs
+    free = itertools.count(len(lhs_shared))  # the free axes of lhs, then those of rhs, follow in the output
     left = tuple(next(free) if label is None else label for label in left)
     right = tuple(next(free) if label is None else label for label in right)
     out = eqn.outvars[0].aval
@@ -56,13 +66,14 @@ def dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
 
 
 def conv_size(eqn: JaxprEqn) -> Size | None:
+    """Sizes for a convolution."""
     lhs, rhs = (v.aval for v in eqn.invars)
     numbers, groups = eqn.params["dimension_numbers"], _groups(eqn)
     features, contracted, *spatial = (rhs.shape[axis] for axis in numbers.rhs_spec)
     offsets = [eqn.outvars[0].aval.shape[axis] for axis in numbers.out_spec[2:]]
     images = lhs.shape[numbers.lhs_spec[0]] // eqn.params["batch_group_count"]
     size = Size(groups, contracted * math.prod(spatial), math.prod(offsets) * images, features // groups)
-    # Each offset is a slice of its own. A gradient with many is one of an image, or of a very long kernel.
+    # Each offset is a separate slice. Many offsets mean the gradient of an image, or of a very long kernel.
     return size if min(size[:4]) > 0 and 0 < sum(offsets) <= MAX_OFFSETS else None
 
 
@@ -71,14 +82,14 @@ def _groups(eqn: JaxprEqn) -> int:
 
 
 def conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
-    """Any convolution is a sum of products over its right side: out[b, f, s] = Σ_ct lhs[b, c, s + t] rhs[f, c, t].
+    """Gradient from a convolution, out[b, f, s] = Σ_ct lhs[b, c, s + t] rhs[f, c, t].
 
-    In a backward pass b are the input channels, f the output channels, s the offsets of the kernel, t the positions of
-    the gradient at the output, and c the examples (here one).
+    In a backward pass b indexes input channels, f output channels, s offsets of the kernel, t positions of the gradient
+    with respect to the output, and c examples (here one).
     """
     numbers, params, groups, out = eqn.params["dimension_numbers"], eqn.params, _groups(eqn), eqn.outvars[0].aval
     feature_axis, grouped = numbers.out_spec[1], groups > 1
-    # With groups, the feature axis of the output is split into groups and features; `axis_of` counts with both.
+    # With groups, the feature axis of the output is split into groups and features; `axis_of` counts both.
     axis_of = [axis + (grouped and axis > feature_axis) for axis in numbers.out_spec]
     uses, positions = tuple(range(-1, -out.ndim, -1)), [str(axis) for axis in range(out.ndim - 2)]
 
@@ -99,14 +110,14 @@ def conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     )
     left = Patches(_grouped(lhs, image, groups), windows, tuple(axis_of[2:]), axis_of[0], uses[1:])
     term = Term(left, _grouped(rhs, window, groups), params["precision"])
-    before, features, after = out.shape[:feature_axis], out.shape[feature_axis], out.shape[feature_axis + 1 :]
+    leading, features, trailing = out.shape[:feature_axis], out.shape[feature_axis], out.shape[feature_axis + 1 :]
     middle, sides = ((groups, features // groups), "kr") if grouped else ((features,), "r")
-    sides = "l" * len(before) + sides + "l" * len(after)
-    return factors.reshape(Factored((term,), (*before, *middle, *after), sides, out.dtype), out.shape)
+    sides = "l" * len(leading) + sides + "l" * len(trailing)
+    return algebra.reshape(Factored((term,), (*leading, *middle, *trailing), sides, out.dtype), out.shape)
 
 
 def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
-    """x with its axes labelled; an axis of two labels is split into groups and what is within one."""
+    """Labels the axes of x; an axis with two labels is split into the groups and the axis within a group."""
     shape = [
         n
         for axis, length in enumerate(x.shape)
@@ -116,6 +127,7 @@ def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
 
 
 def scatter_size(eqn: JaxprEqn) -> Size | None:
+    """Sizes for whole rows that are added to a table at given indices."""
     table, indices, updates = (v.aval for v in eqn.invars)
     numbers = eqn.params["dimension_numbers"]
     looked_up = numbers.inserted_window_dims
@@ -129,6 +141,7 @@ def scatter_size(eqn: JaxprEqn) -> Size | None:
 
 
 def scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
+    """Gradient of a table to which rows are added; indices out of range are clipped or dropped as in JAX."""
     numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     looked_up = numbers.inserted_window_dims
     uses = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
@@ -138,20 +151,20 @@ def scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
     index = _at_least_int32(indices).reshape(-1, indices.shape[-1])
     columns, sizes = [index[:, axis] for axis in order], [shape[axis] for axis in looked_up]
     clipped = tuple(jnp.clip(column, 0, size - 1) for column, size in zip(columns, sizes))
-    if eqn.params["mode"] != lax.GatherScatterMode.CLIP:  # in all other modes, JAX drops what lies outside
+    if eqn.params["mode"] != lax.GatherScatterMode.CLIP:  # all other modes drop indices out of range
         inside = [column == inner for column, inner in zip(columns, clipped)]
-        kept = jnp.all(jnp.stack(inside), axis=0)
-        right = jnp.where(kept.reshape(-1, *(1 for _ in rest)), right, 0)
-    return factors.add(table, _looked_up(clipped, tuple(sizes), right, looked_up, eqn))
+        in_range = jnp.all(jnp.stack(inside), axis=0)
+        right = jnp.where(in_range.reshape(-1, *(1 for _ in rest)), right, 0)
+    return algebra.add(table, _rows(clipped, tuple(sizes), right, looked_up, eqn))
 
 
 def _at_least_int32(indices):
-    """Small integers could not hold the length of the table."""
+    """Widens small integers, which may not hold the length of the table."""
     return indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
 
 
-def _looked_up(indices, sizes, right, axes, eqn: JaxprEqn) -> Factored:
-    """Rows of a table: indices, one i32[T] for each of `axes`; right: [T, *the other axes]."""
+def _rows(indices, sizes, right, axes, eqn: JaxprEqn) -> Factored:
+    """Returns rows `right` [T, *other axes] of a table at `indices`, one i32[T] for each of `axes`."""
     out = eqn.outvars[0].aval
     sides = "".join("l" if axis in axes else "r" for axis in range(out.ndim))
     rest = tuple(axis for axis in range(out.ndim) if axis not in axes)
@@ -165,7 +178,7 @@ def _update_axes(eqn: JaxprEqn) -> list[int]:
 
 
 def update_size(eqn: JaxprEqn) -> Size | None:
-    """A slice one entry thick along some axes and whole along the others, placed into a table."""
+    """Sizes for a slice of length one along some axes and whole along the others, written into a table."""
     table, update = (v.aval for v in eqn.invars[:2])
     axes = _update_axes(eqn)
     if not axes or any(update.shape[axis] != 1 for axis in axes) or table.size == 0:
@@ -174,9 +187,10 @@ def update_size(eqn: JaxprEqn) -> Size | None:
 
 
 def update_make(eqn: JaxprEqn, table: Gradient, update, *starts) -> Gradient:
+    """Gradient of a table into which a slice is written."""
     axes, shape = _update_axes(eqn), eqn.outvars[0].aval.shape
-    if not isinstance(table, Factored) or table.terms:  # it overwrites what is there: a sum only onto zeros
-        return lax.dynamic_update_slice(factors.form(table), update, starts)
+    if not isinstance(table, Factored) or table.terms:  # overwriting equals adding only for zeros
+        return lax.dynamic_update_slice(algebra.form(table), update, starts)
     sizes = tuple(shape[axis] for axis in axes)
     indices = tuple(jnp.clip(_at_least_int32(starts[axis]), 0, size - 1)[None] for axis, size in zip(axes, sizes))
-    return _looked_up(indices, sizes, jnp.squeeze(update, axes)[None], axes, eqn)
+    return _rows(indices, sizes, jnp.squeeze(update, axes)[None], axes, eqn)

@@ -1,4 +1,4 @@
-"""One call of a user's loss: its arguments checked, its backward pass for one example traced and analysed."""
+"""Tracing of a loss: checks its arguments, then traces and analyses the backward pass of one example."""
 
 import dataclasses
 import functools
@@ -15,10 +15,15 @@ from issgd_jax.gradnorm.walk import Analysis, evaluate
 
 @dataclasses.dataclass(frozen=True)
 class TracedLoss:
-    """A loss's backward pass, ready to run on a batch.
+    """Backward pass of a loss with the arguments of one call.
 
-    analysis: of `(consts, params, example) -> (loss, gradient, aux)`. consts, params, batch: the arguments, flat.
-    params_tree, aux_tree: their structures. dtypes: of the parameters.
+    Attributes:
+      analysis: Analysis of `(consts, params, example) -> (loss, gradient, aux)`.
+      consts: Constants of the traced jaxpr.
+      params: Leaves of the parameters.
+      batch: Leaves of the batch arguments, each with leading axis B.
+      params_tree: Structure of the parameters.
+      aux_tree: Structure of the auxiliary output.
     """
 
     analysis: Analysis
@@ -30,20 +35,22 @@ class TracedLoss:
 
     @property
     def batch_size(self) -> int:
+        """Number of examples, B."""
         return self.batch[0].shape[0]
 
     @functools.cached_property
     def dtypes(self) -> list:
+        """Data type of each parameter leaf."""
         return [_dtype(leaf) for leaf in self.params]
 
     @functools.cached_property
     def uncovered_bytes(self) -> int:
-        """Bytes of an example's gradients that no rule covers."""
+        """Size in bytes of one example's gradients that no rule covers."""
         gradients = self.analysis.jaxpr.outvars[1 : 1 + len(self.params)]
         return sum(g.aval.size * g.aval.dtype.itemsize for g in gradients if self.analysis.of(g) is None)
 
     def factored_gradients(self, params: list[jax.Array], batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
-        """(losses [B], aux, a batch of gradients of each leaf, factored where a rule covers it)."""
+        """Returns losses f32[B], aux, and each leaf's batch of gradients, factored where a rule covers it."""
         num_params, num_outputs = len(params), len(self.analysis.jaxpr.outvars)
         wants = (ARRAY, *[FACTORED] * num_params, *[ARRAY] * (num_outputs - 1 - num_params))
 
@@ -57,11 +64,18 @@ class TracedLoss:
 def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has_aux: bool) -> TracedLoss:
     """Traces `jax.value_and_grad(loss_fn)` for one example of the batch.
 
-    Raises: see `per_example_grad_norms`.
+    Args:
+      loss_fn: The loss of one example, see `per_example_grad_norms`.
+      args: Parameters and batch arguments, in the order of loss_fn's arguments.
+      argnums: Positions of the parameters.
+      has_aux: Whether loss_fn returns `(loss, aux)`.
+
+    Raises:
+      ValueError, TypeError: As listed in `per_example_grad_norms`.
     """
     positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
-    inside = all(-len(args) <= i < len(args) for i in positions)
-    if not positions or not inside or len({i % len(args) for i in positions}) < len(positions):
+    in_range = all(-len(args) <= i < len(args) for i in positions)
+    if not positions or not in_range or len({i % len(args) for i in positions}) < len(positions):
         raise ValueError(f"argnums must name some of the {len(args)} arguments of loss_fn, each once, got {argnums}")
     positions = tuple(int(i) % len(args) for i in positions)
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
@@ -72,9 +86,9 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], _dtype(x)), batch)
 
     def value_and_grad(params, example):
-        everything = dict(zip(positions, params)) | example
+        arguments = dict(zip(positions, params)) | example
         (loss, aux), gradient = jax.value_and_grad(_with_aux(loss_fn, has_aux), argnums, has_aux=True)(
-            *(everything[i] for i in range(len(args)))
+            *(arguments[i] for i in range(len(args)))
         )
         return loss, gradient, aux
 
@@ -91,7 +105,7 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
 
 
 def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
-    """The loss with an aux, be it None, checked to be a scalar."""
+    """Returns a loss that always has an aux, None if loss_fn has none, and checks that it is a scalar."""
 
     def checked(*args):
         result = loss_fn(*args)
@@ -101,7 +115,7 @@ def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
         leaf = jax.tree.structure(loss) == jax.tree.structure(0)
         if not leaf or jnp.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
             got = f"shape {jnp.shape(loss)} and dtype {_dtype(loss)}" if leaf else f"a {type(loss).__name__}"
-            hint = "; has_aux=True if it is (loss, aux)" if isinstance(loss, tuple) and not has_aux else ""
+            hint = "; set has_aux=True if it is (loss, aux)" if isinstance(loss, tuple) and not has_aux else ""
             raise ValueError(f"loss_fn must return one floating-point scalar for one example, got {got}{hint}")
         return loss, aux
 
@@ -115,7 +129,7 @@ def _check_params(params: list, positions: tuple[int, ...]) -> None:
             if not jnp.issubdtype(_dtype(leaf), jnp.floating):
                 raise TypeError(
                     f"{name}{jax.tree_util.keystr(path)} has dtype {_dtype(leaf)} and shape {jnp.shape(leaf)}: "
-                    f"gradients need floating point; give it as a batch argument or close over it"
+                    f"gradients need floating point; pass it as a batch argument or close over it"
                 )
 
 

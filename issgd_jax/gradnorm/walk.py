@@ -1,8 +1,9 @@
-"""Runs a backward pass, keeping the wanted gradients factored instead of multiplying them out.
+"""Evaluation of a backward pass that keeps parameter gradients factored instead of multiplying them out.
 
-Three passes over a jaxpr and all jaxprs within it: forward, which variables could be factored (`Analysis`); backward,
-which are wanted, as arrays or as factors, so that what nobody reads is dropped (`Analysis.plan`); forward again, to
-compute (`evaluate`). What has no rule is computed as it stands: an array is a gradient too.
+Three passes over a jaxpr and all jaxprs inside it: a forward pass finds the variables that can be factored
+(`Analysis`); a backward pass finds those that are needed, as arrays or as factors, so that unused equations are dropped
+(`Analysis.plan`); a second forward pass computes them (`evaluate`). Equations without a rule are evaluated unchanged
+and their results are arrays.
 """
 
 import functools
@@ -14,19 +15,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from issgd_jax.gradnorm import factors, rules
+from issgd_jax.gradnorm import algebra, rules
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
 
-# Factors of a scan are kept over all its iterations, up to this many times the size of their gradient.
+# Factors of all iterations of a scan are stored if they take at most this many times the memory of their gradient.
 MAX_STACKED = 4
 
 
 class Analysis:
-    """What can be known of a jaxpr before it runs.
+    """Static analysis of a jaxpr.
 
-    sizes: for each variable that can be factored, the sizes of its terms. inner: the analyses of the jaxprs within each
-    equation that is looked into, by the equation's place.
+    Attributes:
+      jaxpr: The jaxpr, without constants.
+      sizes: Sizes of the terms of each variable that can be factored.
+      inner: For the index of each equation that has a rule, the analyses of the jaxprs inside it.
     """
 
     def __init__(self, jaxpr: Jaxpr, in_sizes: list[Sizes] | None = None):
@@ -35,36 +38,39 @@ class Analysis:
         self.inner: dict[int, list[Analysis]] = {}
         self._plans: dict = {}
         self._note(jaxpr.invars, in_sizes or [None] * len(jaxpr.invars))
-        for place, eqn in enumerate(jaxpr.eqns):
+        for index, eqn in enumerate(jaxpr.eqns):
             if rule := RULES.get(eqn.primitive.name):
-                sizes, self.inner[place] = rule.sizes(eqn, [self.of(atom) for atom in eqn.invars])
+                sizes, self.inner[index] = rule.sizes(eqn, [self.of(atom) for atom in eqn.invars])
                 self._note(eqn.outvars, sizes)
 
     def of(self, atom) -> Sizes:
-        """Sizes of a variable's terms, None if it is only known as an array."""
+        """Returns the sizes of a variable's terms, None if it can only be an array."""
         return None if isinstance(atom, Literal) else self.sizes.get(atom)
 
     def _note(self, variables, sizes):
         self.sizes |= {var: size for var, size in zip(variables, sizes) if size is not None}
 
     def plan(self, wants: tuple[Want, ...]) -> tuple[dict[int, list[Want]], list[Want]]:
-        """What must be computed, for outputs wanted so: the wants of each needed equation's outputs, and of the inputs.
+        """Plans the evaluation of the outputs in the forms `wants`.
 
-        A variable wanted as factors by one reader and as an array by another is an array.
+        A variable that one equation needs factored and another as an array is an array.
+
+        Returns:
+          The index of each equation to evaluate with the forms of its outputs, and the forms of the inputs.
         """
         if wants not in self._plans:
             wanted: dict[Var, Want] = {}
             self._want(wanted, self.jaxpr.outvars, wants)
             needed = {}
-            for place, eqn in reversed(list(enumerate(self.jaxpr.eqns))):
+            for index, eqn in reversed(list(enumerate(self.jaxpr.eqns))):
                 outs = [wanted.get(var) for var in eqn.outvars]
                 if FACTORED in outs:
-                    self._want(wanted, eqn.invars, RULES[eqn.primitive.name].wants(eqn, outs, self.inner[place]))
+                    self._want(wanted, eqn.invars, RULES[eqn.primitive.name].wants(eqn, outs, self.inner[index]))
                 elif any(outs) or eqn.effects:
                     self._want(wanted, eqn.invars, [ARRAY] * len(eqn.invars))
                 else:
                     continue
-                needed[place] = outs
+                needed[index] = outs
             self._plans[wants] = dict(reversed(needed.items())), [wanted.get(var) for var in self.jaxpr.invars]
         return self._plans[wants]
 
@@ -76,18 +82,18 @@ class Analysis:
 
 
 def evaluate(analysis: Analysis, wants: tuple[Want, ...], inputs: list) -> list:
-    """The outputs of a jaxpr: arrays, factored gradients, or None where not wanted."""
+    """Returns the outputs of a jaxpr: arrays, factored gradients, or None where not wanted."""
     needed, _ = analysis.plan(wants)
     values: dict[Var, Any] = dict(zip(analysis.jaxpr.invars, inputs))
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else values.get(atom)
 
-    for place, outs in needed.items():
-        eqn = analysis.jaxpr.eqns[place]
+    for index, outs in needed.items():
+        eqn = analysis.jaxpr.eqns[index]
         operands = [read(atom) for atom in eqn.invars]
         if FACTORED in outs:
-            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, analysis.inner[place])
+            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, analysis.inner[index])
         else:
             results = _bind(analysis.jaxpr, eqn, operands)
         values |= zip(eqn.outvars, results)
@@ -95,14 +101,14 @@ def evaluate(analysis: Analysis, wants: tuple[Want, ...], inputs: list) -> list:
 
 
 def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
-    """One equation as it stands."""
+    """Evaluates one equation unchanged."""
     arrays = {atom: x for atom, x in zip(eqn.invars, operands) if not isinstance(atom, Literal)}
     alone = jaxpr.replace(constvars=[], invars=[*arrays], outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*map(factors.form, arrays.values()))
+    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*map(algebra.form, arrays.values()))
 
 
 class Call(Rule):
-    """jit, closed_call, remat2 (jax.checkpoint): the jaxpr within, on the equation's operands."""
+    """Call of a jaxpr: jit, closed_call, remat2 (jax.checkpoint)."""
 
     def __init__(self, parameter: str):
         self._parameter = parameter
@@ -118,13 +124,13 @@ class Call(Rule):
     def apply(self, eqn, outs, operands, inner):
         prevent_cse = eqn.params.get("differentiated") and eqn.params["prevent_cse"]
         if any(prevent_cse) if isinstance(prevent_cse, tuple) else prevent_cse:
-            # What jax.checkpoint recomputes must not be found equal to what was computed before.
+            # XLA must not merge what jax.checkpoint recomputes with the first computation.
             operands = lax.optimization_barrier(operands)
         return evaluate(inner[0], tuple(outs), [*_consts(eqn.params[self._parameter]), *operands])
 
 
 class Scan(Rule):
-    """A gradient that is summed in the carry leaves it: its factors of each iteration are outputs of the scan."""
+    """Scan; a gradient accumulated in the carry becomes outputs, the factors of each iteration."""
 
     def sizes(self, eqn, operands):
         consts, carry, length = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
@@ -135,8 +141,8 @@ class Scan(Rule):
         within = _analyse(eqn.params["jaxpr"], in_sizes)
         sizes = [within.of(atom) for atom in body.outvars]
         sums = [_repeated(sizes[j], "uses", length) if summed[j] else None for j in range(carry)]
-        sums = [None if mine is None else start + mine for start, mine in zip(init, sums)]
-        return sums + [_repeated(mine, "shared", length) for mine in sizes[carry:]], [within]
+        sums = [None if added is None else start + added for start, added in zip(init, sums)]
+        return sums + [_repeated(stacked, "shared", length) for stacked in sizes[carry:]], [within]
 
     def wants(self, eqn, outs, inner):
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -148,50 +154,50 @@ class Scan(Rule):
     def apply(self, eqn, outs, operands, inner):
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
         init, xs = operands[consts : consts + carry], operands[consts + carry :]
-        kept = [j for j in range(carry) if outs[j] != FACTORED]
-        taken = [j for j in range(len(outs)) if j not in kept]
-        traced: list = []  # what `iteration` learns while it is traced: the structure of its outputs, and their sources
+        carries = [j for j in range(carry) if outs[j] != FACTORED]
+        stacks = [j for j in range(len(outs)) if j not in carries]
+        traced: list = []  # set while `iteration` is traced: the structure of its outputs, and the inputs they equal
 
         def iteration(state, xs):
-            carried = [factors.zero(var.aval.shape, var.aval.dtype) for var in eqn.outvars[:carry]]
-            for j, value in zip(kept, state):
+            carried = [algebra.zero(var.aval.shape, var.aval.dtype) for var in eqn.outvars[:carry]]
+            for j, value in zip(carries, state):
                 carried[j] = value
             inputs = [*_consts(eqn.params["jaxpr"]), *operands[:consts], *carried, *xs]
             results = evaluate(inner[0], _in_body(eqn, outs), inputs)
-            leaves, structure = jax.tree.flatten([results[j] for j in taken])
-            # An input of the scan that is a factor as it stands need not be stacked again.
+            leaves, structure = jax.tree.flatten([results[j] for j in stacks])
+            # A factor that is an input of the scan is not stacked a second time.
             sources = [next((i for i, x in enumerate(xs) if x is leaf), None) for leaf in leaves]
             traced[:] = structure, sources
-            return [results[j] for j in kept], [leaf for leaf, i in zip(leaves, sources) if i is None]
+            return [results[j] for j in carries], [leaf for leaf, i in zip(leaves, sources) if i is None]
 
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-        state, made = lax.scan(iteration, [init[j] for j in kept], xs, **options)
+        state, outputs = lax.scan(iteration, [init[j] for j in carries], xs, **options)
         structure, sources = traced
-        made = iter(made)
-        stacked = jax.tree.unflatten(structure, [next(made) if i is None else xs[i] for i in sources])
-        # A sum that came out as an array would be stacked whole: it goes back into the carry.
-        arrays = [j for j, x in zip(taken, stacked) if j < carry and not isinstance(x, Factored)]
+        outputs = iter(outputs)
+        stacked = jax.tree.unflatten(structure, [next(outputs) if i is None else xs[i] for i in sources])
+        # A sum whose terms could not be kept factored is accumulated in the carry again, not stacked.
+        arrays = [j for j, x in zip(stacks, stacked) if j < carry and not isinstance(x, Factored)]
         if arrays:
             outs = [ARRAY if j in arrays else want for j, want in enumerate(outs)]
-            operands = [factors.form(x) if i - consts in arrays else x for i, x in enumerate(operands)]
+            operands = [algebra.form(x) if i - consts in arrays else x for i, x in enumerate(operands)]
             return self.apply(eqn, outs, operands, inner)
-        results = dict(zip(kept, state)) | dict(zip(taken, stacked))
-        for j in taken:
+        results = dict(zip(carries, state)) | dict(zip(stacks, stacked))
+        for j in stacks:
             if j < carry:
-                results[j] = factors.add(init[j], factors.sum_leading(results[j]))
+                results[j] = algebra.add(init[j], algebra.sum_leading(results[j]))
             elif outs[j] == FACTORED:
-                results[j] = factors.stack_leading(results[j], eqn.params["length"])
+                results[j] = algebra.stack_leading(results[j], eqn.params["length"])
         return [results[j] for j in range(len(outs))]
 
 
 def _in_body(eqn: JaxprEqn, outs: list[Want]) -> tuple[Want, ...]:
-    """How a scan's body is wanted: every carry that is kept, and what of the outputs is."""
+    """Returns the forms in which a scan's body outputs are needed: every carry, and the outputs that are used."""
     carry = eqn.params["num_carry"]
     return (*(want or ARRAY for want in outs[:carry]), *outs[carry:])
 
 
 def _repeated(sizes: Sizes, field: str, length: int) -> Sizes:
-    """Sizes over all iterations; None where the factors would take much more memory than the gradient."""
+    """Returns the sizes over all iterations, None if the factors take more memory than MAX_STACKED allows."""
     if sizes is None:
         return None
     sizes = tuple(size._replace(**{field: length * getattr(size, field)}) for size in sizes)
@@ -201,7 +207,7 @@ def _repeated(sizes: Sizes, field: str, length: int) -> Sizes:
 
 
 def _accumulates(body: Jaxpr, start: Var, end) -> bool:
-    """Whether `end` is `start` plus something, through additions alone and read by nothing else."""
+    """Returns whether `end` is `start` plus other values, by additions whose results nothing else reads."""
     readers = [eqn for eqn in body.eqns for atom in eqn.invars if atom is start]
     if len(readers) + sum(atom is start for atom in body.outvars) != 1 or not readers:
         return False
@@ -215,7 +221,7 @@ def _accumulates(body: Jaxpr, start: Var, end) -> bool:
 
 
 class Cond(Rule):
-    """The gradient is the sum over the branches; of those not taken, the factors are zero."""
+    """Conditional; the gradient is the sum over all branches, with zero factors for those not taken."""
 
     def sizes(self, eqn, operands):
         inner = [_analyse(branch, [None] * (len(operands) - 1)) for branch in eqn.params["branches"]]
@@ -234,7 +240,7 @@ class Cond(Rule):
         shapes = [jax.eval_shape(functools.partial(run, b), *operands) for b in range(len(inner))]
 
         def branch(b, *operands):
-            """Of each factored output, the gradients of all branches."""
+            """Returns each factored output as a list of the gradients from all branches."""
             results = [_zeros(shape) if other != b else run(b, *operands) for other, shape in enumerate(shapes)]
             return [
                 [result[j] for result in results] if want == FACTORED else results[b][j] for j, want in enumerate(outs)
@@ -242,7 +248,7 @@ class Cond(Rule):
 
         results = lax.switch(index, [functools.partial(branch, b) for b in range(len(inner))], *operands)
         return [
-            functools.reduce(factors.add, result) if want == FACTORED else result for want, result in zip(outs, results)
+            functools.reduce(algebra.add, result) if want == FACTORED else result for want, result in zip(outs, results)
         ]
 
 
@@ -255,7 +261,7 @@ def _analyse(jaxpr: Jaxpr | ClosedJaxpr, operands: list[Sizes]) -> Analysis:
 
 
 def _open(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
-    """With constants, if any, as the first inputs."""
+    """Returns the jaxpr with its constants, if any, as the first inputs."""
     if not isinstance(jaxpr, ClosedJaxpr):
         return jaxpr
     return jaxpr.jaxpr.replace(constvars=[], invars=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars])
@@ -265,7 +271,7 @@ def _consts(jaxpr: Jaxpr | ClosedJaxpr) -> list:
     return list(jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else []
 
 
-# What has no rule here is computed as it stands. A custom derivative has none: looking into it would lose it.
+# Equations without a rule are evaluated unchanged. Custom derivatives have none: tracing into one would discard it.
 RULES: dict[str, Rule] = rules.RULES | {
     "jit": Call("jaxpr"),
     "closed_call": Call("call_jaxpr"),

@@ -359,7 +359,7 @@ def test_a_dictionary_batch_and_any_pytree_of_parameters():
     ("error", "message", "loss_fn", "params", "batch"),
     [
         (ValueError, r"one floating-point scalar.*\(3,\)", lambda p, x: p * x, jnp.ones(3), (jnp.ones((2, 3)),)),
-        (ValueError, "got a tuple; has_aux=True", lambda p, x: (p @ x, x), jnp.ones(3), (jnp.ones((2, 3)),)),
+        (ValueError, "got a tuple; set has_aux=True", lambda p, x: (p @ x, x), jnp.ones(3), (jnp.ones((2, 3)),)),
         (ValueError, "got a dict", lambda p, x: {"loss": p @ x}, jnp.ones(3), (jnp.ones((2, 3)),)),
         (ValueError, "got a NoneType", lambda p, x: None, jnp.ones(3), (jnp.ones((2, 3)),)),
         (ValueError, "dtype int32", lambda p, x: 1, jnp.ones(3), (jnp.ones((2, 3)),)),

@@ -1,0 +1,212 @@
+"""Operations on factored gradients: linear maps, products of factors, and forming the gradient itself.
+
+All functions work on ONE example and are batched by `vmap`. Linear maps also accept a gradient that is an array.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term
+
+
+def zero(shape: tuple[int, ...], dtype) -> Factored:
+    """Returns a gradient of zeros, of no terms."""
+    return Factored((), tuple(shape), "", dtype)
+
+
+def accumulator(dtype) -> Any:
+    """Returns the data type in which sums are kept: float32 or wider."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def add(x: Gradient, y: Gradient) -> Gradient:
+    """Returns x + y: the terms of both if their layouts agree, otherwise an array."""
+    if isinstance(x, Factored) and isinstance(y, Factored):
+        if not x.terms or not y.terms:
+            return x if x.terms else y
+        for a, b in ((x, y), (x, _swap(y)), (_swap(x), y)):
+            if _layout(a) == _layout(b):
+                return dataclasses.replace(a, terms=a.terms + b.terms)
+    return form(x) + form(y)
+
+
+def _layout(x: Factored):
+    """Returns the properties that terms of one sum share; windows multiply only windows of the same kernel."""
+    kinds = {(t.left.windows.kernel, t.left.offset_axes) if isinstance(t.left, Patches) else None for t in x.terms}
+    return x.shape, x.sides, x.tail, kinds
+
+
+def _swap(x: Factored) -> Factored:
+    """Exchanges left and right, if all factors are dense."""
+    if not all(isinstance(term.left, Dense) for term in x.terms):
+        return x
+    terms = tuple(Term(term.right, term.left, term.precision) for term in x.terms)
+    return dataclasses.replace(x, terms=terms, sides=x.sides.translate(str.maketrans("lr", "rl")))
+
+
+def scale(x: Gradient, factor: jax.Array) -> Gradient:
+    """Returns x · factor, for a scalar factor."""
+    if not isinstance(x, Factored):
+        return x * factor
+
+    def scaled(term):
+        array = term.right.array.astype(jnp.promote_types(term.right.array.dtype, x.dtype))
+        return dataclasses.replace(term, right=Dense((array * factor).astype(array.dtype), term.right.labels))
+
+    return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
+
+
+def cast(x: Gradient, dtype) -> Gradient:
+    """Returns x in another floating-point type."""
+    return dataclasses.replace(x, dtype=dtype) if isinstance(x, Factored) else x.astype(dtype)
+
+
+def _relabel(x: Factored, new: Callable[[int], int], leading=()) -> tuple[Term, ...]:
+    return tuple(
+        Term(term.left.relabel(new, leading), term.right.relabel(new, leading), term.precision) for term in x.terms
+    )
+
+
+def transpose(x: Gradient, permutation: tuple[int, ...]) -> Gradient:
+    """Permutes the axes of x by changing labels."""
+    if not isinstance(x, Factored):
+        return jnp.transpose(x, permutation)
+    if x.tail:
+        return dataclasses.replace(x, tail=(*x.tail, ("transpose", tuple(permutation))))
+    shape = tuple(x.shape[axis] for axis in permutation)
+    sides = "".join(x.sides[axis] for axis in permutation) if x.terms else ""
+    return Factored(_relabel(x, permutation.index), shape, sides, x.dtype)
+
+
+def reshape(x: Gradient, shape: tuple[int, ...]) -> Gradient:
+    """Reshapes x: factors are reshaped where axes are only split; any other reshape is recorded in the tail."""
+    if not isinstance(x, Factored):
+        return jnp.reshape(x, shape)
+    if not x.terms:
+        return zero(shape, x.dtype)
+    split = None if x.tail else _split_axes(x.shape, shape)
+    if split is None or not all(isinstance(term.left, Dense) for term in x.terms):
+        return dataclasses.replace(x, tail=(*x.tail, ("reshape", tuple(shape))))
+    return Factored(
+        tuple(Term(_split(t.left, split, shape), _split(t.right, split, shape), t.precision) for t in x.terms),
+        tuple(shape),
+        "".join(side * len(new) for side, new in zip(x.sides, split)),
+        x.dtype,
+    )
+
+
+def _split_axes(old: tuple[int, ...], new: tuple[int, ...]) -> list[list[int]] | None:
+    """Returns the new axes into which each old axis is split, or None if axes are merged."""
+    if math.prod(old) == 0:
+        return None
+    split, axis = [], 0
+    for length in old:
+        parts, product = [], 1
+        while product < length or (product == length and axis < len(new) and new[axis] == 1):
+            if axis == len(new) or length % (product * new[axis]):
+                return None
+            product, parts, axis = product * new[axis], [*parts, axis], axis + 1
+        split.append(parts)
+    return split
+
+
+def _split(factor: Dense, split: list[list[int]], shape: tuple[int, ...]) -> Dense:
+    labels, lengths = [], []
+    for label, length in zip(factor.labels, factor.array.shape):
+        in_gradient = isinstance(label, int) and label >= 0
+        labels += split[label] if in_gradient else [label]
+        lengths += [shape[axis] for axis in split[label]] if in_gradient else [length]
+    return Dense(factor.array.reshape(lengths), tuple(labels))
+
+
+def sum_leading(x: Gradient) -> Gradient:
+    """Sums over the leading axis of every array in x, which becomes one more axis of uses."""
+    if not isinstance(x, Factored):
+        return jnp.sum(x, axis=0)
+
+    def summed(term):
+        leading = (min([*term.right.uses(), 0]) - 1,)
+        keep = lambda axis: axis  # noqa: E731
+        return Term(term.left.relabel(keep, leading), term.right.relabel(keep, leading), term.precision)
+
+    return dataclasses.replace(x, terms=tuple(map(summed, x.terms)))
+
+
+def stack_leading(x: Gradient, length: int) -> Gradient:
+    """Makes the leading axis of every array in x the first axis of the gradient."""
+    if not isinstance(x, Factored):
+        return x
+    if not x.terms:
+        return zero((length, *x.shape), x.dtype)
+    if x.tail:
+        return jax.vmap(form)(x)
+    return Factored(_relabel(x, lambda axis: axis + 1, (0,)), (length, *x.shape), "k" + x.sides, x.dtype)
+
+
+def right_factor(term: Term, x: Factored) -> jax.Array:
+    """Returns the right factor as [K, T, J]."""
+    return term.right.arrange(x.axes("k"), term.left.uses(), x.axes("r"))
+
+
+def left_slabs(term: Term, x: Factored) -> tuple[str, list[jax.Array]]:
+    """Returns the axis order and the parts of a left factor that is dense or patches."""
+    if isinstance(term.left, Patches):
+        return "kit", term.left.slabs(x.axes("k"))
+    return "kti", [term.left.arrange(x.axes("k"), term.left.uses(), x.axes("l"))]
+
+
+def contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
+    """Returns an einsum of two arrays, summed in float32 or wider."""
+    sums = accumulator(jnp.promote_types(x.dtype, y.dtype))
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=sums)
+
+
+def multiply_out(x: Gradient) -> tuple[jax.Array, ...]:
+    """Returns the gradient in parts along its left axes, each [K, I', J], summed in float32 or wider."""
+    if not isinstance(x, Factored):
+        return (x.astype(accumulator(x.dtype)),)
+    products = [_products(term, x) for term in x.terms]
+    return tuple(functools.reduce(jnp.add, same_part) for same_part in zip(*products, strict=True))
+
+
+def _products(term: Term, x: Factored) -> list[jax.Array]:
+    right = right_factor(term, x)
+    if isinstance(term.left, OneHot):
+        rows = jnp.zeros((x.size("k"), x.size("l"), x.size("r")), accumulator(right.dtype))
+        indices = jnp.arange(x.size("k"))[:, None], term.left.arrange(x.axes("k"))
+        return [rows.at[indices].add(right.astype(rows.dtype))]
+    order, slabs = left_slabs(term, x)
+    return [contract(f"{order},ktj->kij", slab, right, term.precision) for slab in slabs]
+
+
+def lay_out(x: Gradient, products: Sequence[jax.Array]) -> jax.Array:
+    """Returns the parts from `multiply_out` as one array in the gradient's own layout."""
+    if not isinstance(x, Factored):
+        return products[0]
+    if not x.terms:
+        return jnp.zeros(x.shape)
+    left = x.terms[0].left
+    left_axes = [*left.offset_axes, left.channel_axis] if isinstance(left, Patches) else x.axes("l")
+    axes = [*x.axes("k"), *left_axes, *x.axes("r")]
+    product = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    product = product.reshape([x.shape[axis] for axis in axes])
+    product = jnp.transpose(product, [axes.index(axis) for axis in range(len(axes))])
+    for operation, argument in x.tail:
+        product = {"transpose": jnp.transpose, "reshape": jnp.reshape}[operation](product, argument)
+    return product
+
+
+def form(x: Gradient) -> jax.Array:
+    """Returns the gradient itself."""
+    return lay_out(x, multiply_out(x)).astype(x.dtype) if isinstance(x, Factored) else x
+
+
+def sum_squares(products: Sequence[jax.Array]) -> jax.Array:
+    """Returns the squared norm of the parts from `multiply_out`; XLA fuses each part's sum with its product."""
+    return sum(jnp.sum(jnp.square(product)) for product in products)
