@@ -94,7 +94,8 @@ def test_off_is_uniform(tmp_path):
 @pytest.mark.parametrize("workers", [True, False])
 def test_auto_stays_while_it_pays_and_leaves_and_returns_where_it_does_not(workers, tmp_path):
     """With a given cost, bit by bit the run without auto where that pays."""
-    choices = {"steps": 160, "eval_every": 4, "workers__enabled": workers}
+    choices = {"steps": 160, "eval_every": 4, "workers__enabled": workers, "monitor__examples": 64}
+    choices |= {"model__mlp__hidden_sizes": (16,), "data__test_split": "test[:50]"}
     always = without_time(issgd_jax.train(smoke(**choices), tmp_path / "on"))
     choices["proposal__when"] = "auto"
     paying = without_time(issgd_jax.train(smoke(proposal__cost=0.0, **choices), tmp_path / "paying"))
@@ -146,10 +147,18 @@ def test_four_devices_and_one_agree_to_rounding(tmp_path):
     np.testing.assert_allclose(scores(tmp_path / "four")[0], scores(tmp_path / "one")[0], rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["convnet", "gru", "transformer"])
+SMALL_MODELS = {
+    "convnet": {"channels": (4, 8), "dense_size": 16},
+    "gru": {"units": 16},
+    "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("model", SMALL_MODELS)
 def test_every_model_trains(model, tmp_path):
-    config = smoke(model__name=model, steps=8, eval_every=8, learner__optimizer="adam", learner__learning_rate=0.003)
-    config.workers.chunk_size = 50
+    config = smoke(model__name=model, steps=8, eval_every=8, learner__optimizer="adam", learner__learning_rate=0.01)
+    config.model[model].update(SMALL_MODELS[model])
+    config.data.train_split, config.data.test_split, config.workers.chunk_size = "train[:300]", "test[:50]", 50
     history = issgd_jax.train(config, tmp_path)
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
