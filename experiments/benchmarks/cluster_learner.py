@@ -1,4 +1,4 @@
-"""What a learner that trains notices of its workers. See `experiments.benchmarks.cluster`."""
+"""Step rate of a learner while its workers score. See `experiments.benchmarks.cluster`."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from experiments.benchmarks.cluster_pool import DEVICES, make_work
 
 
 def measure_overlap() -> dict:
-    """The digits experiment on four simulated devices, with workers that only wait."""
+    """Measures the digits experiment on four simulated devices, with workers that only wait."""
     import jax
     import jax.numpy as jnp
 
@@ -50,7 +50,7 @@ def measure_overlap() -> dict:
 
 
 def measure_network() -> dict:
-    """Steps a second of a learner whose one worker machine is at the end of a bad line."""
+    """Measures the step rate of a learner whose one worker machine is behind a bad line."""
     from experiments.benchmarks.slow_link import SlowLink
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
@@ -70,7 +70,7 @@ def measure_network() -> dict:
         _wait_for_head(link.here, 6399)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(machines.connected(f"{link.here}:6399"))
-        while len(machines.machines()) < 2:
+        while len(machines.list_machines()) < 2:
             time.sleep(0.5)
         work = functools.partial(make_work, 1437, 0.05)
         pool = ClusterPool(work, num_examples=1437, chunk_size=100, reproducible=False)
@@ -125,7 +125,7 @@ def _wait_for_head(host: str, port: int) -> None:
 
 
 def _prepared(num_devices: int):
-    """The digits experiment, free-running; its own pool is replaced."""
+    """Returns the digits experiment, free-running; its own pool is replaced."""
     from experiments.configs import digits
     from issgd_jax.run import wiring
 
@@ -141,7 +141,7 @@ def _prepared(num_devices: int):
 def _run_for(
     prepared, pool, folder: pathlib.Path, *, seconds: float, act=lambda now: None, window: int = 10
 ) -> list[float]:
-    """When each step of the loop began, for so many seconds. window: steps between renewals of the table."""
+    """Returns when each step of the loop began, for so many seconds; the table is rebuilt every `window` steps."""
     import dataclasses
 
     import jax
@@ -149,7 +149,7 @@ def _run_for(
     from issgd_jax.run import loop, metrics, wiring
 
     with jax.default_device(prepared.roles.learner):
-        parts = wiring.build(dataclasses.replace(prepared, pool=pool))
+        parts = dataclasses.replace(wiring.build(dataclasses.replace(prepared, pool=pool)), window=window)
     own_step, steps, begun = parts.train_step, [], time.perf_counter()
 
     def train_step(*arguments, **keywords):
@@ -160,7 +160,7 @@ def _run_for(
         return own_step(*arguments, **keywords)
 
     parts = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
-    plan = loop.Plan(2**29, 2**29, window, strict=False, progress=metrics.Progress(1, shown=False, description=""))
+    plan = loop.Plan(2**29, 2**29, strict=False, progress=metrics.Progress(1, shown=False, description=""))
     with contextlib.suppress(StopIteration), metrics.MetricsWriter(folder, tensorboard=False) as writer:
         loop.run(parts, plan, writer)
     (folder / "metrics.jsonl").unlink()
@@ -168,6 +168,6 @@ def _run_for(
 
 
 def _rate(steps: list[float], begin: float, end: float) -> float:
-    """Median over seconds of the steps a second between two times."""
+    """Returns the median over seconds of the steps a second between two times."""
     counts = collections.Counter(int(step - begin) for step in steps if begin <= step < end)
     return statistics.median(counts[second] for second in range(int(end - begin)))

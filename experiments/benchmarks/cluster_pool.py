@@ -48,26 +48,24 @@ def make_params(num_bytes: int):
 
 
 def measure_round() -> dict:
-    """Milliseconds of Python in the learner's thread."""
+    """Measures the milliseconds of Python that a round takes in the learner's thread."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
-    from issgd_jax.learning import learner
-    from issgd_jax.sampling import proposal
-    from issgd_jax.sampling.calibrated import Calibrated
+    from issgd_jax.sampling import Sampler
     from issgd_jax.scoring.workers import WorkerPool
 
     num_examples, chunk_size = 60_000, 250
     device = jax.devices()[0]
     params = jax.device_put(make_params(1_000_000), device)
-    calibrated = jax.device_put(proposal.Mixture(Calibrated()), device)
-    sampler = learner.init_sampler(calibrated, num_examples)
+    sampler = jax.device_put(Sampler(num_examples, 128), device)
+    state = sampler.init(0)
 
-    def seconds_of(pool) -> dict:
-        nonlocal sampler
+    def time_rounds(pool) -> dict:
+        nonlocal state
         seconds = collections.defaultdict(list)
         for step in range(60):
             begun = time.perf_counter()
@@ -75,23 +73,22 @@ def measure_round() -> dict:
             dispatched = time.perf_counter()
             jax.block_until_ready((round_.indices, round_.scores))
             ready = time.perf_counter()
-            found = (round_.indices, round_.scores, np.int32(round_.step), np.int32(step))
-            indices, scores, scored_at, now = jax.device_put(found, device)
-            sampler = learner.take_in(calibrated, sampler, indices, scores, scored_at=scored_at, step=now)
+            arrays = jax.device_put((round_.indices, round_.scores, np.int32(round_.step)), device)
+            state = sampler.ingest(state, *arrays)
             seconds["broadcast and dispatch"].append(dispatched - begun)
             seconds["collect"].append(time.perf_counter() - ready)
-            jax.block_until_ready(sampler)
+            jax.block_until_ready(state)
         return {name: round(1e3 * statistics.median(x[10:]), 3) for name, x in seconds.items()}
 
     examples = (jnp.zeros(num_examples),)
     devices = jax.devices()[1 : DEVICES + 1]
-    local = seconds_of(WorkerPool(lambda p, x: 1 + x, examples, devices=devices, chunk_size=chunk_size))
+    local = time_rounds(WorkerPool(lambda p, x: 1 + x, examples, devices=devices, chunk_size=chunk_size))
     work = functools.partial(make_work, num_examples, 0.0)
     with (
         machines.connected("local"),
         ClusterPool(work, num_examples=num_examples, chunk_size=DEVICES * chunk_size, num_workers=2) as pool,
     ):
-        cluster = seconds_of(pool)
+        cluster = time_rounds(pool)
     return {
         "devices": DEVICES,
         "milliseconds a round, devices": local | {"sum": round(sum(local.values()), 3)},
@@ -101,19 +98,17 @@ def measure_round() -> dict:
 
 
 def measure_database() -> dict:
-    """Scores in and parameters out, between processes on this machine."""
+    """Measures scores in and parameters out, between processes on this machine."""
     import jax
     import numpy as np
 
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
-    from issgd_jax.learning import learner
-    from issgd_jax.sampling import proposal
-    from issgd_jax.sampling.calibrated import Calibrated
+    from issgd_jax.sampling import Sampler
 
     num_examples, chunk_size, num_workers = 10_000_000, 1_000_000, 2
-    calibrated = jax.device_put(proposal.Mixture(Calibrated()))
-    sampler = learner.init_sampler(calibrated, num_examples)
+    sampler = jax.device_put(Sampler(num_examples, 128))
+    state = sampler.init(0)
     params, large = make_params(1000), make_params(100_000_000)
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(large))
     work = functools.partial(make_work, num_examples, 0.0)
@@ -124,20 +119,15 @@ def measure_database() -> dict:
             for step in range(9):
                 begun, rounds = time.perf_counter(), pool.score_next(params, step, num_rounds=pool.rounds_per_sweep)
                 for round_ in rounds:
-                    arrays = jax.device_put((round_.indices, round_.scores, np.int32(step), np.int32(step)))
-                    indices, scores, scored_at, now = arrays
-                    sampler = learner.take_in(
-                        calibrated, sampler, indices, scores, scored_at=scored_at, step=now, renewing=False
-                    )
-                jax.block_until_ready(sampler)
+                    arrays = jax.device_put((round_.indices, round_.scores, np.int32(step)))
+                    state = sampler.ingest(state, *arrays, rebuild=False)
+                jax.block_until_ready(state)
                 per_second.append(num_examples / (time.perf_counter() - begun))
-        renewals = []
-        for step in range(7):
+        rebuilds = []
+        for _ in range(7):
             begun = time.perf_counter()
-            sampler = jax.block_until_ready(
-                learner.renew(calibrated, sampler, step=jax.device_put(np.int32(step + 20)))
-            )
-            renewals.append(time.perf_counter() - begun)
+            state = jax.block_until_ready(sampler.rebuild(state))
+            rebuilds.append(time.perf_counter() - begun)
         with ClusterPool(work, chunk_size=1000, reproducible=False, **options) as pool:
             flying, done, begun = collections.deque(), 0, None
             while done < 6000:
@@ -157,7 +147,7 @@ def measure_database() -> dict:
         "examples": num_examples,
         "scores a second into store and table": round(statistics.median(per_second[2:])),
         "limit, scores a second": 10**7,
-        "seconds to make the table anew": round(statistics.median(renewals[2:]), 3),
+        "seconds to rebuild the table": round(statistics.median(rebuilds[2:]), 3),
         "leases a second": round(leases),
         "bytes of parameters": num_bytes,
         "gigabytes a second to all workers": round(statistics.median(gigabytes[3:]), 2),
@@ -166,7 +156,7 @@ def measure_database() -> dict:
 
 
 def measure_scaling() -> dict:
-    """Leases a second against the number of machines."""
+    """Measures leases a second against the number of machines."""
     from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
 

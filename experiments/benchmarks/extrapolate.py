@@ -45,7 +45,7 @@ def constants() -> dict[str, float]:
         "cycle, more a decade": slope,
         "bytes an example": cycles[10**8]["store_and_table_bytes_an_example"],
         "bytes an example while the table is made": cycles[10**8]["store_bytes_an_example"],
-        "seconds an example of the table": database["seconds to make the table anew"] / database["examples"],
+        "seconds an example of the table": database["seconds to rebuild the table"] / database["examples"],
         "scores in a second": database["scores a second into store and table"],
         "bytes out a second": 1e9 * database["gigabytes a second to all workers"],
         "leases a second": database["leases a second"],
