@@ -1,4 +1,4 @@
-"""`Calibrated`: from score and staleness to the gradient norm to be expected, learned from every re-scoring."""
+"""`Calibrated`: the gradient norm expected from score and staleness, learned from every new score."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from issgd_jax.sampling.proposal import (
     Completion,
     Proposal,
     complete,
-    completion_of,
+    make_completion,
     new_level,
     relative,
     thinned,
@@ -20,11 +20,12 @@ from issgd_jax.sampling.store import NEVER, ScoreStore
 
 
 class Calibration(NamedTuple):
-    """What re-scorings have shown: exponentially averaged sums over bins of old score (rows) and staleness (columns).
+    """Exponentially averaged sums over bins of old score (rows) and staleness (columns).
 
-    squares: f32[40, 12], sums of the new norm squared, in units of the level^2 of their time.
-    counts: f32[40, 12], how many.
-    level: f32[], see `new_level`: the unit of the score bins; 0 before.
+    Attributes:
+      squares: f32[40, 12], sums of the new norm squared, in units of the level^2 of their time.
+      counts: f32[40, 12], numbers of new norms.
+      level: f32[], see `new_level`: the unit of the score bins; 0 before.
     """
 
     squares: jax.Array
@@ -35,14 +36,20 @@ class Calibration(NamedTuple):
 # Octaves of score, from 2^-28 to 2^12 of the level; octaves of staleness, from 1 to 2^11 steps and more.
 SCORE_BINS, STALENESS_BINS = 40, 12
 OCTAVES_BELOW_SCALE = 28
-# Pseudo-counts: how many re-scorings a cell (or a row) needs to outweigh its row (or the belief about it).
+# Pseudo-counts: new scores that a cell (or a row) needs to outweigh its row (or the prior of the row).
 SHRINKAGE = 16.0
-# The belief about a row: of so many examples all but one are as their score says, and one is as any other.
-DOUBT = 1 / 8
+# Prior of a row: this share of its examples are as any other, the rest as their score says.
+OUTLIER_FRACTION = 1 / 8
 
 
 class CalibratedBasis(NamedTuple):
-    """log_rms: f32[40, 12], see `_log_root_mean_squares`. level: f32[]."""
+    """Basis of `Calibrated`.
+
+    Attributes:
+      log_rms: f32[40, 12], see `_log_root_mean_squares`.
+      level: f32[].
+      completion: of v.
+    """
 
     log_rms: jax.Array
     level: jax.Array
@@ -56,14 +63,23 @@ class Calibrated(Proposal):
 
     Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this
     v (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they
-    tell nothing, and by Jensen never worse than uniform. The conditional mean is measured: every re-scoring gives a
-    triple (old score, staleness, new norm), kept as averaged sums in a table of bins. A cell with little data leans on
-    its row (all stalenesses), and a row with little data on its score, with a doubt. Between the centres of score bins,
+    carry no information, and by Jensen never worse than uniform. The conditional mean is measured: every new score
+    gives a triple (old score, staleness, new norm), kept as averaged sums in a table of bins. A cell with little data
+    is shrunk to its row (all stalenesses), and a row with little data to its score. Between the centres of score bins,
     v is interpolated.
 
     Alone it does not bound the importance weights: draw from `Mixture(Calibrated())`.
 
-    half_life: sweeps over the data after which an observation counts half.
+    Attributes:
+      half_life: sweeps over the data after which an observation counts half.
+
+    Example:
+      >>> proposal, store = Calibrated(), ScoreStore.init(2)
+      >>> state = proposal.init()
+      >>> basis = proposal.basis(state, store, jnp.int32(0))
+      >>> store, _ = store.write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
+      >>> proposal.v(basis, store.score, store.scored_at, jnp.int32(0)).tolist()  # fresh scores: the norms themselves
+      [1.0, 3.0]
     """
 
     half_life: float | jax.Array = 1.0
@@ -84,10 +100,10 @@ class Calibrated(Proposal):
         step: jax.Array,
         importance_weights: jax.Array | float = 1.0,
     ) -> Calibration:
-        """Adds the triples of new gradient norms f32[m], measured at `step`, for the examples `indices` i32[m].
+        """Adds triples of old score, staleness and new norm, see `Proposal.observe`.
 
-        First norms of an example, bad ones (NaN, infinite, negative) and indices outside [0, N) teach nothing.
-        Inside a bin all examples have the same v, so that the draw does not bias its mean: the weights are the level's.
+        First norms of an example teach nothing. Inside a bin all examples have the same v, so that the draw does not
+        bias its mean: the importance weights are needed for the level alone.
         """
         del basis
         num_examples = len(store)
@@ -119,7 +135,7 @@ class Calibrated(Proposal):
         level = jnp.where(state.level > 0, state.level, 1)
         basis = CalibratedBasis(_log_root_mean_squares(state), level, Completion(*jnp.zeros(2)))
         v = _calibrated(basis, store.score, step - store.scored_at)
-        return basis._replace(completion=completion_of(v, store.scored_at))
+        return basis._replace(completion=make_completion(v, store.scored_at))
 
     def v(self, basis: CalibratedBasis, score, scored_at, step) -> jax.Array:
         v = _calibrated(basis, score, step - scored_at)
@@ -127,33 +143,33 @@ class Calibrated(Proposal):
 
 
 def _log_root_mean_squares(state: Calibration) -> jax.Array:
-    """log2 sqrt(E[norm^2]) of each bin, in units of the level."""
+    """Returns log2 sqrt(E[norm^2]) of each bin, in units of the level."""
     centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
     total = jnp.sum(state.counts)
-    of_any = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
-    belief = (1 - DOUBT) * centres**2 + DOUBT * of_any
-    row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), belief)
+    overall = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
+    prior = (1 - OUTLIER_FRACTION) * centres**2 + OUTLIER_FRACTION * overall
+    row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), prior)
     return 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
 
 
 def _calibrated(basis: CalibratedBasis, score, staleness) -> jax.Array:
-    """sqrt(E[norm^2 | score, staleness]) in units of the level, log-linear between centres of score bins."""
+    """Returns sqrt(E[norm^2 | score, staleness]) in units of the level, log-linear between centres of score bins."""
     relative_score = score / basis.level
     place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
     row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
     column = _staleness_bin(staleness)
     low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
-    # A score of this very step is the norm itself: nothing to be learned about.
+    # A score of this very step is the norm itself.
     return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative_score)
 
 
 def _shrunk(total, count, prior):
-    """total / count, pulled to prior, arithmetically: better to draw too often from a doubtful cell than too rarely."""
+    """Returns total / count shrunk to prior, arithmetically: to draw a cell too often costs less than too rarely."""
     return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
 
 
 def _octave(relative_score):
-    """Place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
+    """Returns the place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
     return jnp.log2(jnp.maximum(relative_score, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
 
 

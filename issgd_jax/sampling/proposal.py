@@ -1,20 +1,12 @@
-"""Proposals: from what is known of the examples to the unnormalised probabilities drawn from.
+"""Proposals: from scores to the unnormalised probabilities v that are drawn from.
 
-A proposal is a value: its numbers may change between calls without recompiling. Five functions make it one:
-
-- `init()` gives its state, a pytree (empty if it learns nothing);
-- `observe(state, basis, store, indices, norm, step, importance_weights)` learns from new gradient norms, while the
-  store has the old scores; the weights, 1 where all examples were as likely, undo the preference of the draw;
-- `basis(state, store, step)` gives what the v of one example needs to know of all: O(N), once a round;
-- `v(basis, score, scored_at, step)` gives unnormalised probabilities, example by example: of all once a round, and in
-  between of those that were written;
-- `table(basis, store, step)` gives the sampling table of all.
-
-Never-scored examples get the mean of the others' v, so that all have a chance from the first step.
+A proposal is a frozen dataclass and a pytree: its numbers may change between calls without compiling again. `Proposal`
+documents its methods and the order in which they are called. Examples that were never scored get the mean v of the
+others, so that all have a chance from the first step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,28 +27,68 @@ MAX_OBSERVED = 2**16
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 
 
-class Proposal:
-    """What proposals have in common."""
+class Proposal(Protocol):
+    """Contract of a proposal. Inheriting from it gives one that learns nothing; `basis` and `v` are to be written.
+
+    Order of calls, see `sampler.Sampler`. For scores that arrive:
+
+    1. `observe`, while the store still has the old scores. Called later, the proposal would compare a score with itself
+       and take every score for exact.
+    2. `ScoreStore.write`.
+    3. `v` of these examples with the basis of the last rebuild, and `Table.write`. A newer basis may have another unit
+       than the rest of the table: these examples would be drawn too often or too rarely.
+
+    For a rebuild: `basis`, then `table` with this basis. A table of another basis makes the next step 3 wrong in the
+    same way. In every order the gradient stays unbiased, as the importance weights are of the very v in the table; what
+    is lost is variance.
+    """
 
     def init(self) -> Any:
+        """Returns the first state, a pytree; empty if the proposal learns nothing."""
         return ()
 
     def observe(self, state, basis, store: ScoreStore, indices, norm, step, importance_weights=1.0) -> Any:
+        """Returns the state that has learned from new gradient norms.
+
+        Args:
+          state: before.
+          basis: of the last rebuild.
+          store: with the old scores of the examples.
+          indices: i32[m], of the examples; those outside [0, N) are padding.
+          norm: f32[m], new gradient norms; those that are NaN, infinite or negative teach nothing.
+          step: i32[], of the parameters that gave the norms.
+          importance_weights: f32[m], of the draw that chose the examples; 1 where all were as likely.
+        """
         del basis, store, indices, norm, step, importance_weights
         return state
 
+    def basis(self, state, store: ScoreStore, step: jax.Array) -> Any:
+        """Returns what the v of one example needs to know of all; O(N), once a rebuild."""
+        ...
+
+    def v(self, basis, score: jax.Array, scored_at: jax.Array, step: jax.Array) -> jax.Array:
+        """Returns the unnormalised probabilities f32[m] of examples with these scores f32[m] and steps i32[m]."""
+        ...
+
     def table(self, basis, store: ScoreStore, step: jax.Array) -> Table:
+        """Returns the table of all examples; O(N)."""
         return build_table(self.v(basis, store.score, store.scored_at, step))
 
 
 class Completion(NamedTuple):
-    """Of the v of all scored examples. mean: 1 if none is scored. least: below it, v counts as this much. f32[]."""
+    """Statistics of the v of all scored examples.
+
+    Attributes:
+      mean: f32[]; 1 if none is scored.
+      least: f32[], below which v counts as this much.
+    """
 
     mean: jax.Array
     least: jax.Array
 
 
-def completion_of(v: jax.Array, scored_at: jax.Array) -> Completion:
+def make_completion(v: jax.Array, scored_at: jax.Array) -> Completion:
+    """Returns the statistics of v f32[N]."""
     scored = scored_at != NEVER
     num_scored = jnp.sum(scored)
     total, largest = jnp.sum(jnp.where(scored, v, 0)), jnp.max(jnp.where(scored, v, 0))
@@ -65,15 +97,21 @@ def completion_of(v: jax.Array, scored_at: jax.Array) -> Completion:
 
 
 def complete(v: jax.Array, scored_at: jax.Array, completion: Completion) -> jax.Array:
-    """Gives never-scored examples the mean v of the scored, and every example a chance."""
+    """Returns v with the mean for examples that were never scored, and at least the least for all."""
     return jnp.where(scored_at != NEVER, jnp.maximum(v, completion.least), completion.mean)
 
 
 def new_level(level: jax.Array, norm: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
-    """The level with more norms f32[m]: their root mean square f32[], those of one sweep ago counting half; 0 = none.
+    """Returns the root mean square f32[] of all norms so far, those of one sweep ago counting half; 0: none.
 
     Norms fall by orders of magnitude while training: what is learned of them in units of the level of their time stays
-    true, and early ones do not rule for ever. importance_weights: f32[m], 0 for those that do not count.
+    true, and early ones do not dominate.
+
+    Args:
+      level: before.
+      norm: f32[m], new norms.
+      importance_weights: f32[m], 0 for those that do not count.
+      num_examples: N.
     """
     count, known = jnp.sum(importance_weights), level > TINY
     unit = jnp.where(known, level, jnp.max(jnp.where(importance_weights > 0, norm, 0)))
@@ -83,22 +121,27 @@ def new_level(level: jax.Array, norm: jax.Array, importance_weights: jax.Array, 
 
 
 def thinned(indices: jax.Array, norm: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
-    """At most MAX_OBSERVED of the norms f32[m], evenly spaced, and how many each of them stands for: enough to learn
-    from, however large a round is."""
+    """Returns at most MAX_OBSERVED of the norms f32[m], evenly spaced, and how many each of them stands for."""
     each = -(-indices.size // MAX_OBSERVED)
     some = [x if jnp.ndim(x) == 0 else x[::each] for x in (indices, norm, importance_weights)]
     return *some, each
 
 
 def relative(norm: jax.Array, level: jax.Array) -> jax.Array:
-    """Norms in units of the level."""
+    """Returns norms in units of the level."""
     return jnp.minimum(norm / jnp.maximum(level, TINY), MAX_RELATIVE_SCORE)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Uniform(Proposal):
-    """Plain SGD: v = 1, and importance weights of exactly 1."""
+    """Plain SGD: v = 1, and importance weights of exactly 1.
+
+    Example:
+      >>> store = ScoreStore.init(3)
+      >>> Uniform().table((), store, jnp.int32(0)).v().tolist()
+      [1.0, 1.0, 1.0]
+    """
 
     def basis(self, state, store: ScoreStore, step: jax.Array) -> tuple[()]:
         del state, store, step
@@ -114,7 +157,14 @@ class Uniform(Proposal):
 
 
 class ProportionalBasis(NamedTuple):
-    """smoothing: f32[], in units of the score. enough: bool[], whether enough scores are usable. population: f32[]."""
+    """Basis of `Proportional`.
+
+    Attributes:
+      smoothing: f32[], in units of the score.
+      completion: of v.
+      enough: bool[], whether enough scores are usable.
+      population: f32[], examples that can be drawn.
+    """
 
     smoothing: jax.Array
     completion: Completion
@@ -127,12 +177,19 @@ class ProportionalBasis(NamedTuple):
 class Proportional(Proposal):
     """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
 
-    smoothing: the additive constant, >= 0. Too small, and one stale score gives a huge importance weight; too large,
-      and the gain is washed out (the paper's figure 4). `Calibrated` needs none.
-    relative: whether smoothing counts in units of the mean score, which changes during training, not of the score.
-    max_staleness: learner steps; None = no limit. BIASED otherwise, as in the paper: examples whose score is
-      older, or missing, are left out of the draw and out of the mean, so that the gradient is that of the usable
-      examples only. While fewer than one in ten are usable, all are drawn uniformly.
+    Attributes:
+      smoothing: the additive constant, >= 0. Too small, and one stale score gives a huge importance weight; too large,
+        and the gain is lost (the paper's figure 4). `Calibrated` needs none.
+      relative: whether smoothing counts in units of the mean score, which changes during training, not of the score.
+      max_staleness: learner steps; None: no limit. BIASED otherwise, as in the paper: examples whose score is older, or
+        missing, are left out of the draw and of the mean, so that the gradient is that of the usable examples only.
+        While fewer than one in ten are usable, all are drawn uniformly.
+
+    Example:
+      >>> store, _ = ScoreStore.init(3).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
+      >>> proposal = Proportional(smoothing=1.0)
+      >>> proposal.table(proposal.basis((), store, jnp.int32(1)), store, jnp.int32(1)).v().tolist()
+      [2.0, 4.0, 3.0]
     """
 
     smoothing: float | jax.Array
@@ -149,7 +206,7 @@ class Proportional(Proposal):
         enough = 10 * num_usable >= len(store)
         return ProportionalBasis(
             smoothing,
-            completion_of(store.score + smoothing, store.scored_at),
+            make_completion(store.score + smoothing, store.scored_at),
             enough,
             jnp.where(enough, num_usable, len(store)).astype(jnp.float32),
         )
@@ -171,18 +228,29 @@ class Proportional(Proposal):
 
 
 class MixtureState(NamedTuple):
-    """of_proposal: the mixed one's state. second_moments: f32[6], averaged sums, of each of FRACTIONS, in units of the
-    level^2 of their time. level: f32[], root mean square of the norms of the last sweep; 0 before."""
+    """State of `Mixture`.
 
-    of_proposal: Any
+    Attributes:
+      inner: state of the mixed proposal.
+      second_moments: f32[6], averaged sums for each of FRACTIONS, in units of the level^2 of their time.
+      level: f32[], root mean square of the norms of the last sweep; 0 before.
+    """
+
+    inner: Any
     second_moments: jax.Array
     level: jax.Array
 
 
 class MixtureBasis(NamedTuple):
-    """of_proposal: the mixed one's basis. mean: f32[], of its v. uniform_fraction: f32[]."""
+    """Basis of `Mixture`.
 
-    of_proposal: Any
+    Attributes:
+      inner: basis of the mixed proposal.
+      mean: f32[], of its v.
+      uniform_fraction: f32[].
+    """
+
+    inner: Any
     mean: jax.Array
     uniform_fraction: jax.Array
 
@@ -190,14 +258,23 @@ class MixtureBasis(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture(Proposal):
-    """A share of the draws is uniform, the rest follows another proposal.
+    """Mixture of uniform draws with another proposal.
 
-    When the table is made, no importance weight exceeds `1 / uniform_fraction`; until the next one, at most by as much
-    as the mean v grows. Examples that the other proposal leaves out are drawn uniformly.
+    Attributes:
+      proposal: any.
+      uniform_fraction: share of uniform draws, in [0, 1). None: learned; that of FRACTIONS with which the norms of the
+        last sweep over the data would have given the least second moment of the gradient, `mean(v) * mean(norm^2 / v)`,
+        each v being the one before its norm was known.
 
-    proposal: any. uniform_fraction: in [0, 1). None = that of FRACTIONS with which the norms of the last sweep over the
-      data would have given the least second moment of the gradient, `mean(v) * mean(norm^2 / v)`; each v is the one
-      before its norm was known.
+    Guarantees:
+      At a rebuild no importance weight exceeds `1 / uniform_fraction`; until the next one, at most by as much as the
+      mean v grows. Examples that the other proposal leaves out are drawn uniformly.
+
+    Example:
+      >>> store, _ = ScoreStore.init(2).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
+      >>> proposal = Mixture(Proportional(smoothing=0.0), uniform_fraction=0.5)
+      >>> proposal.table(proposal.basis(proposal.init(), store, jnp.int32(1)), store, jnp.int32(1)).v().tolist()
+      [3.0, 5.0]
     """
 
     proposal: Any
@@ -216,10 +293,8 @@ class Mixture(Proposal):
         step: jax.Array,
         importance_weights: jax.Array | float = 1.0,
     ) -> MixtureState:
-        of_proposal = self.proposal.observe(
-            state.of_proposal, basis.of_proposal, store, indices, norm, step, importance_weights
-        )
-        state = state._replace(of_proposal=of_proposal)
+        inner = self.proposal.observe(state.inner, basis.inner, store, indices, norm, step, importance_weights)
+        state = state._replace(inner=inner)
         if self.uniform_fraction is not None:
             return state
         num_examples = len(store)
@@ -230,14 +305,14 @@ class Mixture(Proposal):
         importance_weights = jnp.where(valid, each * importance_weights, 0)
         norm = jnp.where(valid, norm, 0)
         level = new_level(state.level, norm, importance_weights, num_examples)
-        v = self.proposal.v(basis.of_proposal, score, scored_at, step)
+        v = self.proposal.v(basis.inner, score, scored_at, step)
         ratio = [_mixed(basis.mean, basis.mean, f) / _mixed(v, basis.mean, f) for f in FRACTIONS]
         new = jnp.sum(importance_weights * relative(norm, level) ** 2 * jnp.stack(ratio), axis=1)
         forget = 0.5 ** (jnp.sum(importance_weights) / num_examples)
-        return MixtureState(of_proposal, forget * state.second_moments + new, level)
+        return MixtureState(inner, forget * state.second_moments + new, level)
 
     def basis(self, state: MixtureState, store: ScoreStore, step: jax.Array) -> MixtureBasis:
-        basis = self.proposal.basis(state.of_proposal, store, step)
+        basis = self.proposal.basis(state.inner, store, step)
         fraction = self.uniform_fraction
         if fraction is None:
             fraction = jnp.asarray(FRACTIONS, jnp.float32)[jnp.argmin(state.second_moments)]
@@ -245,9 +320,9 @@ class Mixture(Proposal):
         return MixtureBasis(basis, mean, jnp.asarray(fraction, jnp.float32))
 
     def v(self, basis: MixtureBasis, score, scored_at, step) -> jax.Array:
-        return _mixed(self.proposal.v(basis.of_proposal, score, scored_at, step), basis.mean, basis.uniform_fraction)
+        return _mixed(self.proposal.v(basis.inner, score, scored_at, step), basis.mean, basis.uniform_fraction)
 
 
 def _mixed(v, mean, uniform_fraction):
-    """v, and as much more for each that this share of the draws is uniform."""
+    """Returns v plus the constant with which this share of the draws is uniform."""
     return v + uniform_fraction / (1 - uniform_fraction) * mean

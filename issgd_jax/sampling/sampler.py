@@ -199,7 +199,7 @@ class Sampler:
             )
             indices = order_after(indices, proposal_state)
         store, rejected = store.write(indices, scores, scored_at)
-        return state._replace(store=store, proposal_state=proposal_state, rejected=state.rejected.then(rejected))
+        return state._replace(store=store, proposal_state=proposal_state, rejected=state.rejected.merge(rejected))
 
     def _rebuilt(self, state: SamplerState) -> SamplerState:
         basis = self.proposal.basis(state.proposal_state, state.store, state.step)

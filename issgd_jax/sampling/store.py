@@ -1,4 +1,4 @@
-"""The score database: one flat array on the learner's device."""
+"""Score database: two flat arrays on the learner's device."""
 
 import dataclasses
 import pathlib
@@ -20,23 +20,34 @@ BYTES_AN_EXAMPLE = 8
 
 
 class Rejected(NamedTuple):
-    """Scores that did not enter a store. count: i32[]. index: i32[], the largest among the examples of the last
-    write that had any; -1 = none."""
+    """Scores that a store has rejected.
+
+    Attributes:
+      count: i32[].
+      index: i32[], the largest among the examples of the last write that had any; -1: none.
+    """
 
     count: jax.Array
     index: jax.Array
 
     @classmethod
     def none(cls) -> "Rejected":
+        """Returns no rejected scores."""
         return cls(jnp.int32(0), jnp.int32(NO_EXAMPLE))
 
-    def then(self, later: "Rejected") -> "Rejected":
-        """Both together."""
+    def merge(self, later: "Rejected") -> "Rejected":
+        """Returns both together."""
         return Rejected(self.count + later.count, jnp.where(later.count > 0, later.index, self.index))
 
 
 class Histogram(NamedTuple):
-    """counts: int64[bins]. edges: f64[bins + 1], equally spaced in the logarithm. zeros: scores of exactly 0."""
+    """Histogram of scores.
+
+    Attributes:
+      counts: i64[bins].
+      edges: f64[bins + 1], equally spaced in the logarithm.
+      zeros: scores of exactly 0.
+    """
 
     counts: np.ndarray
     edges: np.ndarray
@@ -46,10 +57,17 @@ class Histogram(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScoreStore:
-    """The last known gradient norm of every example and the age of the parameters that gave it: 8 bytes an example.
+    """Last known score of every example and the step of the parameters that gave it: 8 bytes an example.
 
-    score: f32[N], the paper's probability weight; finite and >= 0, and 0 where never scored.
-    scored_at: i32[N], learner step of those parameters, below 2^30; -1 = never scored.
+    Attributes:
+      score: f32[N], the paper's probability weight; finite and >= 0, and 0 where never scored.
+      scored_at: i32[N], learner step of those parameters, below 2^30; -1: never scored.
+
+    Example:
+      >>> store = ScoreStore.init(num_examples=4)
+      >>> store, rejected = store.write(jnp.array([0, 2]), jnp.array([3.0, jnp.nan]), step=jnp.int32(5))
+      >>> store.score.tolist(), store.scored_at.tolist(), int(rejected.count), int(rejected.index)
+      ([3.0, 0.0, 0.0, 0.0], [5, -1, -1, -1], 1, 2)
     """
 
     score: jax.Array
@@ -57,9 +75,11 @@ class ScoreStore:
 
     @classmethod
     def init(cls, num_examples: int) -> "ScoreStore":
-        """An empty store: nothing scored yet.
+        """Returns an empty store.
 
-        Raises: ValueError if num_examples < 1; InputError, with the bytes needed, if the device cannot hold them.
+        Raises:
+          ValueError: num_examples < 1.
+          InputError: the device cannot hold it, with the bytes needed.
         """
         if num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {num_examples}")
@@ -73,11 +93,19 @@ class ScoreStore:
         return self.score.shape[0]
 
     def write(self, indices: jax.Array, score: jax.Array, step: jax.Array) -> tuple["ScoreStore", Rejected]:
-        """Stores `score` f32[m] for the examples `indices` i32[m], measured with the parameters of `step`; O(m).
+        """Stores scores; O(m).
 
-        Returns the new store and the scores rejected because they were NaN, infinite or negative: these leave the store
-        as it was. Indices outside [0, N) are padding and ignored. A measurement with older parameters never replaces
-        one with newer, in whatever order rounds arrive. Of an index that occurs twice, the last valid score is kept.
+        Args:
+          indices: i32[m], of examples; those outside [0, N) are padding.
+          score: f32[m].
+          step: i32[], of the parameters that gave the scores.
+
+        Returns:
+          The new store, and the scores that were rejected because they are NaN, infinite or negative.
+
+        Guarantees:
+          A rejected score changes nothing. A score of older parameters never replaces one of newer, in whatever order
+          rounds arrive. Of an index that occurs twice, the last valid score is kept.
         """
         arrays = self.score, self.scored_at
         args = *arrays, indices, score.astype(jnp.float32), jnp.asarray(step, jnp.int32)
@@ -87,16 +115,17 @@ class ScoreStore:
         return ScoreStore(*arrays), Rejected(count, index)
 
     def at(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(score, scored_at) of the examples `indices` i32[m], all in [0, N); O(m)."""
+        """Returns (score, scored_at) of the examples `indices` i32[m], all in [0, N); O(m)."""
         results = tuple(jax.ShapeDtypeStruct(indices.shape, x.dtype) for x in (self.score, self.scored_at))
-        # XLA's CPU backend takes a look into a large array for a large task, and wakes all threads for it.
+        # XLA's CPU backend takes a gather from a large array for a large task, and wakes all threads for it.
         return kernels.on_cpu("read_scores", plain_read, results, self.score, self.scored_at, indices)
 
     def check(self, indices, score) -> None:
-        """The strict mode, on the host, for the arguments of `write`.
+        """Checks the arguments of `write`, on the host.
 
-        Raises: ValueError that names the first examples whose scores are NaN, infinite or negative, or the first
-        indices outside [0, N), or the shapes if they differ.
+        Raises:
+          ValueError: a score is NaN, infinite or negative, an index is outside [0, N), or the shapes differ; names the
+            first of them.
         """
         indices, score = np.asarray(indices), np.asarray(score)
         if indices.shape != score.shape or indices.ndim != 1:
@@ -115,19 +144,27 @@ class ScoreStore:
         return self.scored_at != NEVER
 
     def staleness(self, step: jax.Array) -> jax.Array:
-        """i32[N]: learner steps since the parameters that gave each score; `step + 1` where never scored."""
+        """Returns i32[N], learner steps since the parameters that gave each score; `step + 1` where never scored."""
         return step - self.scored_at
 
     def append(self, num_examples: int) -> "ScoreStore":
-        """A store of as many more examples, never scored, after the others. Raises ValueError if num_examples < 0."""
+        """Returns a store with more examples, never scored, after the others.
+
+        Raises:
+          ValueError: num_examples < 0.
+        """
         if num_examples < 0:
             raise ValueError(f"num_examples must be >= 0, got {num_examples}")
         return self if num_examples == 0 else jax.tree.map(lambda *x: jnp.concatenate(x), self, self.init(num_examples))
 
     def remove(self, indices) -> tuple["ScoreStore", np.ndarray]:
-        """A store without some examples, and i64[N']: the old index of each example that is left, in the old order.
+        """Removes examples.
 
-        Raises: ValueError if an index is outside [0, N), or no example would be left.
+        Returns:
+          The smaller store, and i64[N'], the old index of each example that is kept, in the old order.
+
+        Raises:
+          ValueError: an index is outside [0, N), or no example would be left.
         """
         indices = np.unique(np.asarray(indices, np.int64))
         outside = (indices < 0) | (indices >= len(self))
@@ -139,18 +176,20 @@ class ScoreStore:
         return jax.tree.map(lambda x: x[kept], self), kept
 
     def merge(self, other: "ScoreStore") -> "ScoreStore":
-        """Of two stores of the same examples, the newer score of each; this one's where they are of the same step.
+        """Returns the newer score of each example, of two stores; this one's where they are of the same step.
 
-        Raises: ValueError if the stores differ in size.
+        Raises:
+          ValueError: the stores differ in size.
         """
         if len(self) != len(other):
             raise ValueError(f"stores must have as many examples, got {len(self)} and {len(other)}: append or remove")
         return jax.tree.map(lambda x, y: jnp.where(other.scored_at > self.scored_at, y, x), self, other)
 
     def hardest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(indices i64[k], scores f32[k]) of the largest scores, largest first; fewer if fewer are scored.
+        """Returns (indices i64[k], scores f32[k]) of the largest scores, largest first; fewer if fewer are scored.
 
-        Raises: ValueError if k < 1.
+        Raises:
+          ValueError: k < 1.
         """
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
@@ -161,7 +200,11 @@ class ScoreStore:
         return largest, score[largest]
 
     def histogram(self, bins: int = 40) -> Histogram:
-        """How the known scores are spread. Raises ValueError if bins < 1 or nothing is scored."""
+        """Returns the histogram of the known scores.
+
+        Raises:
+          ValueError: bins < 1, or nothing is scored.
+        """
         score = np.asarray(self.score)[np.asarray(self.scored)]
         if bins < 1 or not len(score):
             raise ValueError(f"need bins >= 1 and at least one score, got {bins} bins and {len(score)} scores")
@@ -172,29 +215,40 @@ class ScoreStore:
         return Histogram(np.histogram(positive, edges)[0], edges, int(np.sum(score == 0)))
 
     def class_mass(self, labels, num_classes: int) -> np.ndarray:
-        """f64[num_classes], each class's share of the sum of the known scores; sums to 1, or all 0 without scores.
+        """Returns each class's share of the sum of the known scores, f64[num_classes]; all 0 without scores.
 
-        labels: i32[N] in [0, num_classes). Raises ValueError if they are not.
+        Args:
+          labels: i32[N] in [0, num_classes).
+          num_classes: number of classes.
+
+        Raises:
+          ValueError: the labels have another shape or range.
         """
         labels = np.asarray(labels)
         if labels.shape != self.score.shape or labels.min() < 0 or labels.max() >= num_classes:
-            found = f"shape {labels.shape}, {labels.min()} to {labels.max()}"
-            raise ValueError(f"need {len(self)} labels in [0, {num_classes}), got {found}")
+            raise ValueError(
+                f"need {len(self)} labels in [0, {num_classes}), got shape {labels.shape}, {labels.min()} to "
+                f"{labels.max()}"
+            )
         mass = np.bincount(labels, np.asarray(self.score, np.float64), minlength=num_classes)
         return mass / mass.sum() if mass.sum() > 0 else mass
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes both arrays to a `.npz` file, which is there as a whole or not at all."""
+        """Writes both arrays to a `.npz` file, completely or not at all."""
         with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ScoreStore":
-        """Reads what `save` wrote. Raises InputError if the file is missing, cut off, or holds anything else."""
+        """Reads a file that `save` wrote.
+
+        Raises:
+          InputError: the file is missing, cut off, or holds anything else.
+        """
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
                 score, scored_at = arrays["score"], arrays["scored_at"]
-        except Exception as error:  # a broken archive fails in a dozen ways, from zlib's to the parser of headers
+        except Exception as error:  # a broken archive fails in many ways, from zlib's to the parser of headers
             raise InputError(f"{path} is not a file of scores ({error!r}): use what ScoreStore.save wrote") from error
         is_store = score.dtype == np.float32 and scored_at.dtype == np.int32 and score.ndim == 1 and len(score)
         if not is_store or score.shape != scored_at.shape:
@@ -243,7 +297,7 @@ def plain_write(score, scored_at, indices, new_score, step):
 
 
 def _some(values, limit: int = 5) -> str:
-    """The first values, and how many more there are."""
+    """Returns the first values as text, and how many more there are."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more
 

@@ -1,7 +1,7 @@
-"""A tree of partial sums over the leaves v: a changed leaf changes one sum a level, a draw walks down from the root.
+"""Tree of partial sums over the leaves v: a changed leaf changes one sum a level, a draw walks down from the root.
 
 All levels lie in one flat array, leaves first, each padded with zeros to a multiple of 16; every sum is that of 16
-children, added pair by pair: k and k + 8, then k and k + 4, and so on. Sums are f32 and made anew from their children,
+children, added pair by pair: k and k + 8, then k and k + 4, and so on. Sums are f32 and recomputed from their children,
 never changed by a difference, so that no error grows; positions have twice the digits of f32, so that there is no
 rounding over millions of terms, and a leaf of zero is never drawn.
 """
@@ -19,12 +19,12 @@ from issgd_jax.sampling.double_float import Double
 # Children of a node: 64 bytes, a line of a processor's cache.
 RADIX = 16
 BITS = RADIX.bit_length() - 1
-# Plain JAX makes a level anew as a whole if it has fewer nodes than this multiple of what is written.
+# Plain JAX recomputes a whole level if it has fewer nodes than this multiple of what is written.
 DENSE = 16
 
 
 def build(values: jax.Array) -> jax.Array:
-    """The tree of the leaves f32[N], N >= 1: f32[M], M about N 16 / 15; O(N)."""
+    """Returns the tree of the leaves f32[N], N >= 1: f32[M], M about N 16 / 15; O(N)."""
     levels = []
     for _ in _starts(values.size)[:-1]:
         levels.append(jnp.pad(values, (0, -values.size % RADIX)))
@@ -33,15 +33,19 @@ def build(values: jax.Array) -> jax.Array:
 
 
 def total(sums: jax.Array) -> jax.Array:
-    """f32[]: the sum of all leaves."""
+    """Returns the sum of all leaves, f32[]."""
     return _sum_children(sums[-RADIX:])
 
 
 def write(sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves: int, keep_zeros=False) -> jax.Array:
-    """The tree with `values` f32[m] as the leaves `indices` i32[m]; O(m log N).
+    """Returns the tree with other leaves; O(m log N).
 
-    Indices outside [0, num_leaves) are ignored; where one occurs twice, its value must be the same both times.
-    keep_zeros: bool[], whether leaves of zero stay zero.
+    Args:
+      sums: the tree.
+      indices: i32[m]; those outside [0, num_leaves) are ignored. Where one occurs twice, its value must be the same.
+      values: f32[m].
+      num_leaves: N.
+      keep_zeros: bool[], whether leaves of zero stay zero.
     """
     result = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
     args = sums, indices, values.astype(jnp.float32), jnp.asarray(keep_zeros)
@@ -49,23 +53,31 @@ def write(sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves:
 
 
 def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, count=None):
-    """(leaves i32[B], their values f32[B]) in proportion to the values; O(B log N).
+    """Draws leaves in proportion to their values; O(B log N).
 
-    count: None for independent draws with replacement; else i32[] <= B: so many at equal spacing over the leaves in a
-    random order (another in every node), equal ones side by side; the places after them repeat the last.
+    Args:
+      key: of the draw.
+      sums: the tree.
+      num_leaves: N.
+      batch_size: B.
+      count: None: independent draws with replacement. Else i32[] <= B: so many at equal spacing over the leaves in a
+        random order (another in every node), equal ones side by side; the places after them repeat the last.
+
+    Returns:
+      Leaves i32[B] and their values f32[B].
     """
     results = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
     count, equally_spaced = (batch_size, False) if count is None else (count, True)
     plain = functools.partial(plain_draw, impl=jax.random.key_impl(key), batch_size=batch_size)
     args = jax.random.key_data(key), sums, jnp.asarray(count, jnp.int32)
     attributes = {"num_leaves": np.int64(num_leaves), "equally_spaced": np.bool_(equally_spaced)}
-    if not kernels.has_words_of(key):
+    if not kernels.supports_key(key):
         return plain(*args, **attributes)
     return kernels.on_cpu("draw_leaves", plain, results, *args, **attributes)
 
 
 def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zeros: jax.Array, *, num_leaves: int):
-    """`write` in plain JAX."""
+    """Does `write` in plain JAX."""
     inside = (indices >= 0) & (indices < num_leaves)
     node = jnp.where(inside, indices, 0)
     values = jnp.where(keep_zeros & (sums[node] == 0), 0, values)
@@ -80,7 +92,7 @@ def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zer
 
 
 def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
-    """`draw` in plain JAX."""
+    """Does `draw` in plain JAX."""
     starts = _starts(num_leaves)
     num_positions = 1 if equally_spaced else batch_size
     words = jax.random.bits(jax.random.wrap_key_data(key_data, impl=impl), (num_positions + len(starts) - 1, 2))
@@ -113,7 +125,7 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
 
 
 def _starts(num_leaves: int) -> list[int]:
-    """Where each level starts, leaves first, and the end of the last, which is one node's children."""
+    """Returns where each level starts, leaves first, and the end of the last, which is one node's children."""
     starts, size = [0], num_leaves
     while len(starts) == 1 or size > 1:
         size = -(-size // RADIX)
@@ -122,12 +134,12 @@ def _starts(num_leaves: int) -> list[int]:
 
 
 def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
-    """f32[m, 16] that stand at starts i32[m]."""
+    """Returns the f32[m, 16] at starts i32[m]."""
     return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
 
 
 def _sum_children(children: jax.Array) -> jax.Array:
-    """f32[..., 16] -> f32[...]."""
+    """Sums f32[..., 16] to f32[...]."""
     parts = [children[..., k] for k in range(RADIX)]  # XLA vectorizes over nodes
     while len(parts) > 1:
         half = len(parts) // 2
@@ -136,18 +148,18 @@ def _sum_children(children: jax.Array) -> jax.Array:
 
 
 def _unit(high: jax.Array, low: jax.Array) -> Double:
-    """Two random words -> uniform in [0, 1), with 48 bits."""
+    """Returns a number in [0, 1), uniform with 48 bits, from two random words."""
     high, low = ((word >> 8).astype(jnp.float32) for word in (high, low))
     return double_float.two_sum(high * 2.0**-24, low * 2.0**-48)
 
 
 def _at(values: jax.Array, place: jax.Array) -> jax.Array:
-    """values f32[K, B], place i32[B] -> f32[B]."""
+    """Returns values[place[b], b], f32[B]."""
     return functools.reduce(lambda x, k: jnp.where(place == k, values[k], x), range(1, len(values)), values[0])
 
 
 def _choose_half(left, right, position: Double, sum_, mirrored) -> tuple[jax.Array, Double, jax.Array]:
-    """Whether the position in [0, sum_) lies in the right one of two halves, its place there, and that half's sum.
+    """Returns whether the position in [0, sum_) is in the right half, its place in its half, and that half's sum.
 
     The smaller half always has the end that the position is counted from: its share is then as exact as its sum is,
     however small it is beside the other.

@@ -1,4 +1,4 @@
-"""Weighted minibatches: a blocked inverse CDF on the device, exact at any number of examples."""
+"""Draws of weighted minibatches from a table on the device, exact at any number of examples."""
 
 import dataclasses
 import functools
@@ -15,10 +15,11 @@ METHODS = ("systematic", "independent", "without_replacement")
 
 
 class Draw(NamedTuple):
-    """A minibatch: which examples, and what corrects each for having been preferred.
+    """A drawn minibatch.
 
-    indices: i32[B].
-    importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * loss` is the unbiased loss.
+    Attributes:
+      indices: i32[B].
+      importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * loss` is the unbiased loss.
     """
 
     indices: jax.Array
@@ -28,11 +29,17 @@ class Draw(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a draw needs of the proposal.
+    """Sampling table: the unnormalised probabilities v, ready to be drawn from.
 
-    sums: the `sum_tree` of v, 4.3 bytes an example; None for the uniform proposal, which needs none.
-    population: f32[], the number of examples that the mean of v is taken over: N, unless a proposal leaves some out.
-    num_examples: N.
+    Attributes:
+      sums: the `sum_tree` of v, 4.3 bytes an example; None for the uniform proposal, which needs none.
+      population: f32[], the number of examples that the mean of v is taken over: N, unless a proposal leaves some out.
+      num_examples: N.
+
+    Example:
+      >>> table = build_table(jnp.array([1.0, 3.0]))
+      >>> float(table.mean_v), table.write(jnp.array([0]), jnp.array([5.0])).v().tolist()
+      (2.0, [5.0, 3.0])
     """
 
     sums: jax.Array | None
@@ -41,26 +48,31 @@ class Table:
 
     @property
     def mean_v(self) -> jax.Array:
-        """f32[]: the mean of v."""
+        """Mean of v, f32[]."""
         return jnp.float32(1) if self.sums is None else self.total / self.population
 
     @property
     def total(self) -> jax.Array:
-        """f32[]: the sum of v."""
+        """Sum of v, f32[]."""
         return jnp.float32(self.num_examples) if self.sums is None else sum_tree.total(self.sums)
 
     def v(self, indices: jax.Array | None = None) -> jax.Array:
-        """The unnormalised probabilities drawn from: f32[N], or those of `indices`."""
+        """Returns the unnormalised probabilities drawn from, f32[N], or those of `indices`."""
         if self.sums is None:
             return jnp.ones(self.num_examples if indices is None else indices.shape, jnp.float32)
         return self.sums[: self.num_examples] if indices is None else self.sums[indices]
 
     def write(self, indices: jax.Array, v: jax.Array) -> "Table":
-        """The table with `v` f32[m], finite and >= 0, for the examples `indices` i32[m]; O(m log N).
+        """Returns the table with other probabilities for some examples; O(m log N).
 
-        Sums are made anew from their children, so that no error grows with the number of writes. Indices outside
-        [0, N) are ignored; where one occurs twice, its v must be the same both times. Examples that the proposal has
-        left out (v = 0 and population < N) stay out until a new table is made. A uniform table stays as it is.
+        Args:
+          indices: i32[m]; those outside [0, N) are ignored. Where one occurs twice, its v must be the same both times.
+          v: f32[m], finite and >= 0.
+
+        Guarantees:
+          Sums are recomputed from their children, so that no error grows with the number of writes. Examples that the
+          proposal has left out (v = 0 and population < N) stay out until the table is rebuilt. A uniform table does not
+          change.
         """
         if self.sums is None:
             return self
@@ -71,17 +83,29 @@ class Table:
 
 
 def uniform_table(num_examples: int) -> Table:
-    """The table of `v = 1` for all: takes no memory."""
+    """Returns the table of `v = 1` for all examples, which takes no memory.
+
+    Example:
+      >>> draw(jax.random.key(0), uniform_table(100), batch_size=3).importance_weights.tolist()
+      [1.0, 1.0, 1.0]
+    """
     return Table(sums=None, population=jnp.float32(num_examples), num_examples=num_examples)
 
 
 @jax.jit
 def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
-    """The table of the unnormalised probabilities v, f32[N], finite and >= 0; O(N).
+    """Returns the table of unnormalised probabilities; O(N).
 
-    If v is zero everywhere there is nothing to prefer, and the table is that of `v = 1`.
+    Args:
+      v: f32[N], finite and >= 0; zero everywhere counts as 1 everywhere.
+      population: f32[], the number of examples that the mean of v is taken over; None: N.
 
-    Raises: ValueError if N < 1 or N > 2^30.
+    Raises:
+      ValueError: N < 1 or N > 2^30.
+
+    Example:
+      >>> build_table(jnp.array([1.0, 0.0, 3.0])).v().tolist()
+      [1.0, 0.0, 3.0]
     """
     num_examples = v.shape[0]
     if not 1 <= num_examples <= MAX_EXAMPLES:
@@ -93,7 +117,12 @@ def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
 
 
 def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
-    """f32[]: Kish's effective size of a minibatch, `B / E[importance_weight^2]`; B for uniform, less for uneven v."""
+    """Returns Kish's effective size of a minibatch, f32[]: `B / E[importance_weight^2]`; B for uniform v, else less.
+
+    Example:
+      >>> float(effective_sample_size(build_table(jnp.array([1.0, 3.0])), batch_size=8))
+      6.0
+    """
     if table.sums is None:
         return jnp.float32(batch_size)
     v = table.v()
@@ -113,7 +142,13 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
       factor of 1 +- (2^-19 + 2^-47 / s), so that shares below 2^-47 may be missed;
     - the uniform table gives importance weights of exactly 1.
 
-    method:
+    Args:
+      key: of the draw.
+      table: what to draw from.
+      batch_size: B >= 1.
+      method: see below.
+
+    Methods:
     - "systematic" (Madow 1949): one random offset and B equally spaced positions over the examples in a random order.
       Example n is drawn `B v_n / sum(v)` times, rounded up or down, and on the average exactly so: a minibatch covers
       the distribution more evenly than independent draws. Of the uniform table: one independent draw from each of B
@@ -124,7 +159,13 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
       `mean(v) / v_n`. Costs a copy of the table where some example is certain (`B v_n >= sum(v)`). If fewer than B
       examples have v > 0, the places left over hold example 0 with an importance weight of 0.
 
-    Raises: ValueError if batch_size < 1, the method is unknown, or batch_size > N without replacement.
+    Raises:
+      ValueError: batch_size < 1, the method is unknown, or batch_size > N without replacement.
+
+    Example:
+      >>> drawn = draw(jax.random.key(0), build_table(jnp.array([0.0, 4.0])), batch_size=2)
+      >>> drawn.indices.tolist(), drawn.importance_weights.tolist()
+      ([1, 1], [0.5, 0.5])
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -146,9 +187,9 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
 
 
 def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> Draw:
-    """Examples that are certain are set apart, the rest is drawn for the places that are left, until none is certain.
+    """Sets certain examples apart and draws the rest for the places that are left, until none is certain.
 
-    An example that is certain is drawn at least once, so that none is overlooked.
+    An example that is certain is drawn at least once, so that none is missed.
     """
     places = jnp.arange(batch_size)
 
@@ -183,5 +224,5 @@ def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> 
     indices, v = jnp.roll(indices, num_certain), jnp.roll(v, num_certain)
     indices = jnp.where(is_certain, certain, jnp.where(v > 0, indices, 0))
     count = (batch_size - num_certain).astype(jnp.float32)
-    of_drawn = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
-    return Draw(indices, jnp.where(is_certain, 1, of_drawn) * batch_size / table.population)
+    drawn_weights = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
+    return Draw(indices, jnp.where(is_certain, 1, drawn_weights) * batch_size / table.population)

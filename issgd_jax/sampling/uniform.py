@@ -1,4 +1,4 @@
-"""Uniform minibatches, as fast to draw as weighted ones: a slow uniform draw would flatter importance sampling."""
+"""Draws of uniform minibatches, as fast as weighted ones: a slow baseline would flatter importance sampling."""
 
 import functools
 
@@ -12,7 +12,7 @@ from issgd_jax.sampling import kernels
 SUBSET = 3
 # Draws that go through the examples, or a random subset of them, epoch by epoch.
 EPOCHS = ("shuffled", "random_subset")
-# Rounds of the shuffle: four make a network of random functions random; small ones mix less, so twice as many.
+# Rounds of the shuffle: four suffice for random functions; small networks mix less, so twice as many.
 FEISTEL_ROUNDS = 8
 
 
@@ -29,28 +29,40 @@ def largest_minibatch(num_examples: int, draw: str) -> int:
 
 
 def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:
-    """i32[B], each example as likely as any other up to `N / 2^64`; N < 2^31.
+    """Draws i32[B], each example as likely as any other up to `N / 2^64`; N < 2^31.
 
-    method: "systematic", one from each of B equal parts; "independent", with replacement; "without_replacement", every
-    subset as likely as any other.
+    Args:
+      key: of the draw.
+      num_examples: N.
+      batch_size: B.
+      method: "systematic", one from each of B equal parts; "independent", with replacement; "without_replacement",
+        every subset as likely as any other.
     """
     if method == "without_replacement":
         return _draw_subset(key, num_examples, batch_size)
     plain = functools.partial(plain_draw, impl=jax.random.key_impl(key), batch_size=batch_size)
     attributes = {"num_examples": np.int64(num_examples), "in_parts": np.bool_(method == "systematic")}
-    if not kernels.has_words_of(key):
+    if not kernels.supports_key(key):
         return plain(jax.random.key_data(key), **attributes)
     result = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return kernels.on_cpu("draw_uniform", plain, result, jax.random.key_data(key), **attributes)
 
 
 def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int, subset: bool = False) -> jax.Array:
-    """i32[B]: minibatch `step` i32[] of shuffled epochs, in which no example occurs twice; O(B), without state.
+    """Draws minibatch `step` of shuffled epochs, i32[B]; O(B), without state.
 
-    Each epoch has an order of its own, and leaves out the N modulo B examples that come last in it. subset: epochs are
-    those of a random third of the examples, and after three of them of another.
+    In an epoch no example occurs twice. Each epoch has an order of its own, and leaves out the N modulo B examples that
+    come last in it.
 
-    Raises: ValueError if batch_size exceeds N, or its third with subset.
+    Args:
+      key: of the run.
+      step: i32[], number of the minibatch.
+      num_examples: N.
+      batch_size: B.
+      subset: whether epochs are those of a random third of the examples, and after three of them of another.
+
+    Raises:
+      ValueError: batch_size exceeds N, or its third with subset.
     """
     size = num_examples // SUBSET if subset else num_examples
     if batch_size > size:
@@ -65,7 +77,7 @@ def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int
 
 
 def _shuffle(key: jax.Array, place: jax.Array, size: int) -> jax.Array:
-    """Where each place in [0, size) goes in a random order: a Feistel network, walked until it leads inside."""
+    """Maps each place in [0, size) to its place in a random order: a Feistel network, repeated until inside."""
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = jnp.uint32(2**half - 1)
     words = jax.random.bits(key, (FEISTEL_ROUNDS,))
@@ -84,14 +96,14 @@ def _shuffle(key: jax.Array, place: jax.Array, size: int) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """Every bit of a word spread over all (the finalizer of MurmurHash3, Appleby 2011)."""
+    """Spreads every bit of a word over all (the finalizer of MurmurHash3, Appleby 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def plain_draw(key_data, *, num_examples: int, in_parts: bool, impl, batch_size: int) -> jax.Array:
-    """`draw`, but for subsets, in plain JAX."""
+    """Does `draw` in plain JAX, except without replacement."""
     cell = _random_below(jax.random.wrap_key_data(key_data, impl=impl), int(num_examples), batch_size)
     if not in_parts:
         return cell
@@ -101,7 +113,7 @@ def plain_draw(key_data, *, num_examples: int, in_parts: bool, impl, batch_size:
 
 
 def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Array:
-    """i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits."""
+    """Returns i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits."""
     high, low = jax.random.bits(key, (2, size))
     limit = jnp.full(size, limit, jnp.uint32)
     middle = high * limit
@@ -110,7 +122,7 @@ def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Arra
 
 
 def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Floyd's algorithm (Bentley and Floyd 1987)."""
+    """Draws a subset by Floyd's algorithm (Bentley and Floyd 1987)."""
     last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     candidate = _random_below(key, last + 1, batch_size)
 

@@ -1,4 +1,4 @@
-"""Score functions: what the workers find out about every example, as values. Each is `(params, *batch) -> f32[B]`."""
+"""Score functions, as values: each is `(params, *batch) -> f32[B]`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,9 +11,16 @@ from issgd_jax.gradnorm import per_example_grad_norms
 
 @dataclasses.dataclass(frozen=True)
 class GradientNorm:
-    """The norm of each example's gradient: with it, and no staleness, the variance is the least possible (Theorem 1).
+    """Norm of each example's gradient: with it, and no staleness, the variance is the least possible (Theorem 1).
 
-    loss_fn: `(params, *example) -> f[]`. microbatch_size: see `per_example_grad_norms`.
+    Attributes:
+      loss_fn: `(params, *example) -> f[]`.
+      microbatch_size: see `per_example_grad_norms`.
+
+    Example:
+      >>> score_fn = GradientNorm(lambda params, x: jnp.sum(params * x))
+      >>> score_fn(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
+      [5.0, 1.0]
     """
 
     loss_fn: Callable[..., jax.Array]
@@ -25,9 +32,15 @@ class GradientNorm:
 
 @dataclasses.dataclass(frozen=True)
 class PerExample:
-    """Any function of one example, `(params, *example) -> f[]`: finite and >= 0, or its examples keep their old score.
+    """Any function of one example as a score.
 
-    microbatch_size: examples whose activations are held in memory together; None = all.
+    Attributes:
+      function: `(params, *example) -> f[]`, finite and >= 0; else the example keeps its old score.
+      microbatch_size: examples whose activations are in memory together; None: all.
+
+    Example:
+      >>> PerExample(lambda params, x: jnp.max(x))(None, jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
+      [4.0, 1.0]
     """
 
     function: Callable[..., jax.Array]
@@ -42,16 +55,24 @@ class PerExample:
 
 
 def loss(loss_fn: Callable[..., jax.Array], microbatch_size: int | None = None) -> PerExample:
-    """The loss itself, of one forward pass: what much of the literature calls importance. It must be >= 0."""
+    """Returns the loss as a score, of one forward pass: the importance of much of the literature. It must be >= 0."""
     return PerExample(loss_fn, microbatch_size)
 
 
 def last_layer(logits_fn: Callable[..., jax.Array], microbatch_size: int | None = None) -> PerExample:
-    """`||softmax(logits) - onehot(label)||`, the gradient's norm at the logits, of one forward pass.
+    """Returns the score `||softmax(logits) - onehot(label)||`, the gradient's norm at the logits, of one forward pass.
 
     Up to a factor that hardly depends on the example, an upper bound of the gradient norm (Katharopoulos and Fleuret
-    2018, arXiv:1803.00942, equation 20). logits_fn: `(params, *inputs) -> f[C]`; the last batch argument is the label,
-    i32[].
+    2018, arXiv:1803.00942, equation 20).
+
+    Args:
+      logits_fn: `(params, *inputs) -> f[C]` of one example; the last batch argument of the score is its label, i32[].
+      microbatch_size: examples whose activations are in memory together; None: all.
+
+    Example:
+      >>> score_fn = last_layer(lambda params, x: x)
+      >>> [round(x, 3) for x in score_fn(None, jnp.zeros((1, 2)), jnp.array([0])).tolist()]
+      [0.707]
     """
 
     def bound(params, *example):

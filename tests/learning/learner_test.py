@@ -130,7 +130,7 @@ def test_a_step_refreshes_the_scores_of_its_own_minibatch():
     scored_at[drawn] = 5  # of the parameters before the update
     np.testing.assert_array_equal(sampler_state.store.scored_at, scored_at)
     np.testing.assert_allclose(sampler_state.store.score, np.where(scored_at == 5, norms, 2.0), rtol=1e-5)
-    taught = np.asarray(sampler_state.proposal_state.of_proposal.counts) - proposal_state.of_proposal.counts
+    taught = np.asarray(sampler_state.proposal_state.inner.counts) - proposal_state.inner.counts
     assert np.sum(taught) == pytest.approx(BATCH_SIZE, rel=1e-5)
     v = np.asarray(sampler_state.table.v())
     refreshed = scored_at == 5

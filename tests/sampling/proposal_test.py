@@ -166,4 +166,4 @@ def test_a_mixture_learns_nothing_from_padding_bad_scores_or_what_came_late():
 def test_a_mixture_lets_the_other_learn():
     score, norms = lognormal(3000), lognormal(3000, seed=1)
     mixed, alone = (learn(p, score, 30, norms) for p in (Mixture(Calibrated(), 0.2), Calibrated()))
-    jax.tree.map(np.testing.assert_array_equal, mixed.of_proposal, alone)
+    jax.tree.map(np.testing.assert_array_equal, mixed.inner, alone)

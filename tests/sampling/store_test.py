@@ -58,9 +58,9 @@ def test_a_rejected_example_is_named():
     assert first.index == 7
     _, none = store.write(jnp.array([4, 77]), jnp.array([1.0, -1.0]), jnp.int32(2))
     assert none.index == -1
-    both = first.then(none)
+    both = first.merge(none)
     assert both.count == 2 and both.index == 7
-    assert none.then(first).index == 7
+    assert none.merge(first).index == 7
 
 
 @pytest.mark.parametrize("scored_before", [False, True])

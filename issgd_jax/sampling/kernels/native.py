@@ -1,4 +1,4 @@
-"""Compiles sampler.cc, keeps what was made, and registers its functions with XLA."""
+"""Compiles sampler.cc once a machine, and registers its functions with XLA."""
 
 import ctypes
 import functools
@@ -19,15 +19,20 @@ from issgd_jax.files import replace_atomically
 
 SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
 FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform")
-# Without -march: what was compiled on one machine runs on others that share a home folder.
+# Without -march: the library also runs on other machines that share the home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[int, int] | None = None, **attributes):
-    """`plain(*args, **attributes)`, on a CPU by the kernel's function, which gives the same.
+    """Returns `plain(*args, **attributes)`; on a CPU a kernel computes the same.
 
-    results: pytree of jax.ShapeDtypeStruct, the shapes of what plain returns. aliases: {place in args: place in
-    results} of arrays that are written in place. attributes: static numbers, of numpy types.
+    Args:
+      function: name of the kernel, one of `FUNCTIONS`.
+      plain: the same in plain JAX.
+      results: pytree of jax.ShapeDtypeStruct, the shapes of what plain returns.
+      *args: arrays.
+      aliases: {place in args: place in results} of arrays that are written in place.
+      **attributes: static numbers, of numpy types.
     """
     if not available():
         return plain(*args, **attributes)
@@ -40,14 +45,14 @@ def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[in
     return jax.lax.platform_dependent(*args, cpu=kernel, default=functools.partial(plain, **attributes))
 
 
-def has_words_of(key: jax.Array) -> bool:
-    """Whether kernels can make this key's random words: those of JAX's default generator."""
+def supports_key(key: jax.Array) -> bool:
+    """Returns whether kernels can generate this key's random words: those of JAX's default generator."""
     return jax.random.key_impl(key) == "threefry2x32" and jax.config.jax_threefry_partitionable
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels can be used; compiles them, some seconds, where that was not yet done on this machine."""
+    """Returns whether the kernels can be used; compiles them the first time on a machine, for some seconds."""
     if os.environ.get("ISSGD_JAX_KERNELS") == "0":
         return False
     try:
@@ -55,7 +60,7 @@ def available() -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         logging.getLogger("issgd_jax").warning(
-            "the sampler's CPU kernels cannot be made, plain JAX does their work some times slower; they need a C++17 "
+            "the sampler's CPU kernels cannot be compiled, plain JAX replaces them, more slowly; install a C++17 "
             "compiler ($CXX, c++, g++ or clang++): %s",
             reason,
         )
@@ -70,9 +75,9 @@ def _target(function: str) -> str:
 
 
 def _compiled() -> pathlib.Path:
-    """The shared library, made anew if source, flags, jaxlib or the kind of machine are new."""
-    made_of = (SOURCE.read_text(), *FLAGS, jaxlib.__version__, platform.system(), platform.machine())
-    name = f"sampler-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    """Returns the shared library; compiled again if source, flags, jaxlib or the kind of machine have changed."""
+    inputs = (SOURCE.read_text(), *FLAGS, jaxlib.__version__, platform.system(), platform.machine())
+    name = f"sampler-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "issgd_jax"
     if (cache / name).exists():
         return cache / name
