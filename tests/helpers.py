@@ -33,7 +33,10 @@ def smoke(**overrides) -> ConfigDict:
 
 
 def without_time(history):
-    return [{k: v for k, v in row.items() if k not in ("wall_seconds", "memory/resident_bytes")} for row in history]
+    return [
+        {k: v for k, v in row.items() if k not in ("wall_seconds", "step_seconds", "memory/resident_bytes")}
+        for row in history
+    ]
 
 
 def scores(workdir):

@@ -4,6 +4,7 @@
 ALWAYS = {
     "step": "Learner updates so far.",
     "wall_seconds": "Seconds since the start of the run, compilation included; a resumed run continues the count.",
+    "step_seconds": "Seconds spent on steps and rounds, compilation included, measurements and checkpoints not.",
     "learner_examples": "Examples in the minibatches so far, of all learner devices.",
     "worker_examples": "Examples scored by workers so far.",
     "failed_rounds": "Scoring rounds lost to an error of their device.",

@@ -1,4 +1,4 @@
-"""How the norm of each parameter's gradient is computed, and what that saves."""
+"""Explanation of the rules: how the norm of each parameter's gradient is computed, and what that saves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,16 @@ from issgd_jax.gradnorm.tracing import trace_loss
 class Row(NamedTuple):
     """One parameter leaf.
 
-    rule: outer (one use: the product of two lengths), gram (inner products of all pairs of uses, unless they nearly
-      cancel at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient itself),
-      zero (not used), or two of them together.
-    uses, left, right: T, I and J of the sum of outer products, uses of two or three terms joined by +. shared: groups,
-      experts or scanned layers, each with such a sum of its own. None where no rule covers the leaf.
-    flops, bytes: of one example's norm from the factors; formed_flops, formed_bytes: of forming its gradient from the
-      same factors and squaring it. Without the forward and backward pass, which both need.
+    Attributes:
+      name, shape: of the leaf.
+      rule: outer (one use: the product of two lengths), gram (inner products of all pairs of uses, unless they nearly
+        cancel at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient
+        itself), zero (not used), or two of them together.
+      uses, left, right: T, I and J of the sum of outer products, uses of two or three terms joined by +; None where no
+        rule covers the leaf.
+      shared: groups, experts or scanned layers, each with such a sum of its own; None where no rule covers the leaf.
+      flops, bytes: of one example's norm from the factors, without the forward and backward pass.
+      formed_flops, formed_bytes: of forming its gradient from the same factors and squaring it.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """A table; `print` it."""
+    """Table of all leaves, to be printed."""
 
     rows: tuple[Row, ...]
 
@@ -58,10 +61,22 @@ class Explanation(NamedTuple):
 
 
 def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Explanation:
-    """A table of how `per_example_grad_norms(loss_fn, ...)(params, *batch)` gets each leaf's norm, and at what cost.
+    """Explains how `per_example_grad_norms(loss_fn, ...)(params, *batch)` gets each leaf's norm, and at what cost.
 
-    Called as `explain(loss_fn, params, *batch)`; nothing is compiled or computed. Arguments and errors are those of
-    `per_example_grad_norms`.
+    Nothing is compiled or computed.
+
+    Args:
+      loss_fn, argnums, has_aux: see `per_example_grad_norms`.
+      *args: params and batch; arrays, or jax.ShapeDtypeStruct.
+
+    Raises:
+      ValueError, TypeError: as `per_example_grad_norms`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> explanation = explain(lambda w, x: jnp.sum(jnp.tanh(x @ w)), jnp.ones((8, 4)), jnp.ones((16, 8)))
+      >>> [(row.rule, row.left, row.right) for row in explanation.rows]
+      [('outer', 8, 4)]
     """
     loss = trace_loss(loss_fn, args, argnums, has_aux)
     _, _, gradients = jax.eval_shape(loss.factored_gradients, loss.params, loss.batch)

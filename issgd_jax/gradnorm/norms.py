@@ -56,11 +56,18 @@ def per_example_grad_norms(
     depend on every example, so that there is no gradient of one example. Use its running averages, or LayerNorm or
     GroupNorm.
 
-    Raises (when called, before anything is compiled): ValueError if the batch is empty or its leaves differ in B, if
-    microbatch_size < 1, or if the loss of one example is not a scalar; TypeError if a parameter is not floating-point.
+    Raises:
+      ValueError: when called, before anything is compiled: the batch is empty or its leaves differ in B,
+        microbatch_size < 1, or the loss of one example is not a scalar.
+      TypeError: when called: a parameter is not floating-point.
 
     Source: Goodfellow 2015 (arXiv:1510.01799) for a dense layer used once; Li et al. 2022 (arXiv:2110.05679) for one
     used many times.
+
+    Example:
+      >>> norms = per_example_grad_norms(lambda params, x: jnp.sum(params * x))
+      >>> norms(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
+      [5.0, 1.0]
     """
     _check_microbatch_size(microbatch_size)
 
@@ -86,12 +93,23 @@ def value_grad_and_norms(
 ) -> Callable[..., Any]:
     """Returns `(params, importance_weights, *batch) -> (losses f32[B], gradient, norms f32[B])`, all from one pass.
 
-    gradient: of `mean(importance_weights * losses)`, like the parameters. losses, norms: of each example, without its
-    importance weight. importance_weights: f32[B], always the second argument, whatever argnums. With has_aux the first
-    result is `(losses, aux)`.
+    The gradient is of `mean(importance_weights * losses)`, like the parameters; losses and norms are of each example,
+    without its importance weight. The importance weights f32[B] are always the second argument, whatever argnums. With
+    has_aux the first result is `(losses, aux)`.
 
-    Arguments, guarantees and errors are those of `per_example_grad_norms`; ValueError too if importance_weights is not
-    of shape [B].
+    Args:
+      loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size: see `per_example_grad_norms`.
+
+    Raises:
+      ValueError: importance_weights is not of shape [B], or as `per_example_grad_norms`.
+      TypeError: as `per_example_grad_norms`.
+
+    Example:
+      >>> grad_fn = value_grad_and_norms(lambda params, x: jnp.sum(params * x))
+      >>> x, importance_weights = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([0.5, 2.0])
+      >>> losses, gradient, norms = grad_fn(jnp.ones(2), importance_weights, x)
+      >>> losses.tolist(), gradient.tolist(), norms.tolist()
+      ([7.0, 1.0], [0.75, 2.0], [5.0, 1.0])
     """
     _check_microbatch_size(microbatch_size)
 

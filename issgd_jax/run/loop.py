@@ -126,8 +126,10 @@ class _Training:
             state.window_seconds = 0.0
 
     def count_seconds(self) -> None:
-        """Adds the time since the step's clock was started to the window's."""
-        self._state.window_seconds += time.monotonic() - self._began
+        """Adds the time since the step's clock was started."""
+        seconds = time.monotonic() - self._began
+        self._state.window_seconds += seconds
+        self._state.step_seconds += seconds
 
     def learn(self) -> None:
         """Dispatches one step, and reads the loss of the one before meanwhile."""
@@ -188,6 +190,7 @@ class _Training:
         return {
             "step": state.step,
             "wall_seconds": state.wall_seconds,
+            "step_seconds": state.step_seconds,
             "learner_examples": state.step * self._parts.batch_size,
             "worker_examples": state.worker_examples,
             "failed_rounds": state.failed_rounds,

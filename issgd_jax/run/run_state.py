@@ -39,7 +39,8 @@ class RunState:
       worker_examples: scores that have entered.
       failed_rounds: rounds lost to an error of their device.
       skipped: updates that were not finite and were skipped.
-      window_seconds: spent on steps since the last decision of the payoff.
+      step_seconds: spent on steps and rounds so far, compilation included, measurements and checkpoints not.
+      window_seconds: the same since the last decision of the payoff.
       began: `time.monotonic()` at which the run would have begun, had it never stopped.
     """
 
@@ -54,6 +55,7 @@ class RunState:
     worker_examples: int = 0
     failed_rounds: int = 0
     skipped: int = 0
+    step_seconds: float = 0.0
     window_seconds: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -63,7 +65,16 @@ class RunState:
         return time.monotonic() - self.began
 
 
-_COUNTERS = ("step", "cursor", "rebuilt_at", "worker_examples", "failed_rounds", "skipped", "window_seconds")
+_COUNTERS = (
+    "step",
+    "cursor",
+    "rebuilt_at",
+    "worker_examples",
+    "failed_rounds",
+    "skipped",
+    "step_seconds",
+    "window_seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,13 @@ def assert_same_rows(rows, expected_rows, steps):
     assert [row["step"] for row in rows] == list(expected)
     for row in rows:
         want = expected[row["step"]]
-        assert set(want) - set(row) == {"wall_seconds", "failed_rounds", "skipped_updates", "memory/resident_bytes"}
+        assert set(want) - set(row) == {
+            "wall_seconds",
+            "step_seconds",
+            "failed_rounds",
+            "skipped_updates",
+            "memory/resident_bytes",
+        }
         if row["step"] in steps:
             assert row == pytest.approx({name: want[name] for name in row}, rel=2e-3, abs=1e-5)
 

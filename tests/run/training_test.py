@@ -11,17 +11,12 @@ import pytest
 
 import issgd_jax
 from issgd_jax import BadScoreError, InputError, NonFiniteLossError
+from issgd_jax.config import columns
 from issgd_jax.run import metrics
 from issgd_jax.scoring import scores as scores_lib
 from tests.helpers import read_events, scores, smoke, without_time
 
-REQUIRED = {"step", "wall_seconds", "learner_examples", "worker_examples", "failed_rounds", "skipped_updates"}
-REQUIRED |= {"memory/resident_bytes"}
-REQUIRED |= {f"{split}/{kind}" for split in ("train", "test") for kind in ("loss", "error")}
-REQUIRED |= {f"variance/{kind}" for kind in ("uniform", "actual", "ideal", "gain", "equivalent_batch")}
-SCORES = {
-    f"scores/{k}" for k in ("staleness_mean", "staleness_max", "scored_fraction", "effective_sample_size", "rejected")
-}
+REQUIRED, SCORES = set(columns.ALWAYS), set(columns.WITH_IMPORTANCE_SAMPLING)
 
 
 @pytest.fixture
