@@ -1,72 +1,143 @@
-"""Trains one experiment twice, with importance sampling and uniformly, from the same seed, and shows both side by side.
+"""Trains an experiment with importance sampling and uniformly, over several seeds, and shows what the method gives.
 
     python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits [--config.a.b=value ...]
 
-Leaves two runs, `importance/` and `uniform/`, and `summary.png` in workdir.
+Leaves a run for each arm and seed, `importance-0`, `uniform-0`, ..., and `summary.png` in workdir.
 """
 
+import contextlib
+import math
 import pathlib
-import sys
+import statistics
+import tempfile
+from collections.abc import Iterator
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from experiments.paper.results import steps_to
+from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
 from issgd_jax import plots
 from issgd_jax.errors import InputError
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
 
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
+_UNIFORM_RATE = flags.DEFINE_float("uniform_rate", None, "Learning rate of uniform sampling; none: the config's.")
+IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
+
+Histories = dict[str, list[list[dict]]]
 _ROWS = (
-    ("training loss", "train/loss", "{:.5f}"),
+    ("final training loss", "train/loss", "{:.5f}"),
     ("training error", "train/error", "{:.2%}"),
     ("test error", "test/error", "{:.2%}"),
     ("√Tr Σ uniform", "variance/uniform", "{:.4f}"),
     ("√Tr Σ actual", "variance/actual", "{:.4f}"),
     ("√Tr Σ ideal", "variance/ideal", "{:.4f}"),
     ("variance gain", "variance/gain", "{:.2f}×"),
-    ("learner examples", "learner_examples", "{:,}"),
-    ("examples scored by workers", "worker_examples", "{:,}"),
-    ("seconds", "wall_seconds", "{:.1f}"),
+    ("examples scored by workers", "worker_examples", "{:,.0f}"),
 )
 
 
-def compare(config: ConfigDict, workdir: pathlib.Path, *, overwrite: bool) -> dict[str, list[dict]]:
-    """Runs both arms and writes summary.png; returns {arm: history}, importance sampling first.
+def compare(
+    config: ConfigDict, workdir: pathlib.Path, *, seeds: int, uniform_rate: float | None, overwrite: bool
+) -> Histories:
+    """Runs both arms, seed by seed, and writes summary.png.
 
-    Raises: InputError if the config is of uniform sampling already, and as `issgd_jax.train`.
+    Args:
+      config: of the arm with importance sampling.
+      workdir: of all runs.
+      seeds: number of seeds.
+      uniform_rate: learning rate of the uniform arm; None: the config's.
+      overwrite: whether runs that are there are replaced.
+
+    Returns:
+      {arm: [rows of metrics of each seed]}.
+
+    Raises:
+      InputError: the config samples uniformly, or as `issgd_jax.train`.
     """
-    if config.proposal.name == "uniform":
+    if not config_lib.samples_by_importance(config):
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
-    arms = {"importance": config, "uniform": config.copy_and_resolve_references()}
-    arms["uniform"].proposal.name = "uniform"
-    for arm, arm_config in arms.items():  # before the first has spent its time
-        workdir_lib.check(workdir / arm, arm_config.to_dict(), overwrite=overwrite)
-    histories = {arm: train(arm_config, workdir / arm, overwrite=overwrite) for arm, arm_config in arms.items()}
-    labels = {"importance sampling": histories["importance"], "uniform (SGD)": histories["uniform"]}
-    title = f"{config.data.name}: {config.model.name}, minibatch {config.learner.batch_size}, seed {config.seed}"
-    plots.save(plots.summary_figure(labels, title=title), workdir / "summary.png")
+    uniform = config.copy_and_resolve_references()
+    uniform.proposal.name = "uniform"
+    if uniform_rate is not None:
+        uniform.learner.learning_rate = uniform_rate
+    runs = []
+    for seed in range(config.seed, config.seed + seeds):
+        for arm, folder, base in ((IMPORTANCE, "importance", config), (UNIFORM, "uniform", uniform)):
+            arm_config = base.copy_and_resolve_references()
+            arm_config.seed = seed
+            runs.append((arm, workdir / f"{folder}-{seed}", arm_config))
+    for _, folder, arm_config in runs:  # before the first has spent its time
+        workdir_lib.check(folder, arm_config.to_dict(), overwrite=overwrite)
+    histories: Histories = {IMPORTANCE: [], UNIFORM: []}
+    with _shared_compilation():
+        for arm, folder, arm_config in runs:
+            histories[arm].append(train(arm_config, folder, overwrite=overwrite))
+    title = f"{config.data.name}: {config.model.name}, minibatch {config.learner.batch_size}, {seeds} seed(s)"
+    plots.save(plots.summary_figure(histories, title=title), workdir / "summary.png")
     return histories
 
 
-def table(histories: dict[str, list[dict]]) -> str:
-    """The last row of each history, side by side."""
-    last = [rows[-1] for rows in histories.values()]
-    lines = [f"{'after ' + format(last[0]['step'], ',') + ' steps':<28}" + "".join(f"{arm:>14}" for arm in histories)]
-    for label, name, form in _ROWS:
-        cells = (form.format(row[name]) if row.get(name) is not None else "–" for row in last)
-        lines.append(f"{label:<28}" + "".join(f"{cell:>14}" for cell in cells))
+@contextlib.contextmanager
+def _shared_compilation() -> Iterator[None]:
+    """Lets runs that differ in their seed alone compile once."""
+    option, previous = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update(option, previous or folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        try:
+            yield
+        finally:
+            jax.config.update(option, previous)
+
+
+def table(histories: Histories) -> str:
+    """Returns the arms side by side, medians over seeds; first what it took to reach the uniform arm's final loss."""
+    target = statistics.median(rows[-1]["train/loss"] for rows in histories[UNIFORM])
+    seeds, steps = len(histories[UNIFORM]), histories[UNIFORM][0][-1]["step"]
+    columns = [_column(runs, target) for runs in histories.values()]
+    lines = [f"{f'{steps:,} steps, median of {seeds} seed(s)':<44}" + "".join(f"{arm:>22}" for arm in histories)]
+    for label in columns[0]:
+        lines.append(f"{label:<44}" + "".join(f"{column[label]:>22}" for column in columns))
     return "\n".join(lines)
 
 
-def main(argv):
+def _column(runs: list[list[dict]], target: float) -> dict[str, str]:
+    """Returns {label: text} of one arm."""
+    seconds = plots.seconds_per_step(runs)
+    reached = statistics.median(
+        steps_to(target, [row["step"] for row in rows], [row["train/loss"] for row in rows]) for rows in runs
+    )
+    column = {
+        "steps to uniform's final training loss": f"{reached:,.0f}" if math.isfinite(reached) else "not reached",
+        "seconds to it, without compilation": f"{reached * seconds:.2f}" if math.isfinite(reached) else "–",
+        "milliseconds of a step": f"{1e3 * seconds:.2f}",
+    }
+    for label, name, form in _ROWS:
+        values = [rows[-1][name] for rows in runs if rows[-1].get(name) is not None]
+        column[label] = form.format(statistics.median(values)) if values else "–"
+    return column
+
+
+def main(argv: list[str]) -> None:
+    """Compares as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
     logging.set_verbosity(logging.WARNING)
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    histories = compare(flags.FLAGS.config, workdir, overwrite=flags.FLAGS.overwrite)
-    print(f"\n{table(histories)}\n\npicture  {workdir / 'summary.png'}", file=sys.stdout)
-    print(f"runs     {workdir}/{{{','.join(histories)}}}: metrics.jsonl, TensorBoard events, config.json")
+    histories = compare(
+        flags.FLAGS.config,
+        workdir,
+        seeds=_SEEDS.value,
+        uniform_rate=_UNIFORM_RATE.value,
+        overwrite=flags.FLAGS.overwrite,
+    )
+    print(f"\n{table(histories)}\n\npicture  {workdir / 'summary.png'}")
+    print(f"runs     {workdir}/{{importance,uniform}}-*: metrics.jsonl, TensorBoard events, config.json")
 
 
 if __name__ == "__main__":

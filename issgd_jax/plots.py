@@ -1,50 +1,87 @@
-"""Figures from metrics files; imports no jax."""
+"""Figures from rows of metrics; imports no jax."""
 
 import itertools
 import pathlib
+import statistics
 
 from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_NOISE = (
+    ("uniform", "of uniform draws", ":"),
+    ("actual", "of the draws made", "-"),
+    ("ideal", "the least possible", "--"),
+)
+
+Rows = list[dict]
 
 
-def summary_figure(runs: dict[str, list[dict]], *, title: str) -> Figure:
-    """What the method does, in three panels over the learner's steps: loss, error, and the noise of the gradient.
+def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
+    """Draws loss over steps and over seconds, error, and the noise of the gradient.
 
-    runs: {label: rows of metrics}, the run with importance sampling first; its variances are shown.
+    Args:
+      runs: {label: [rows of metrics of each seed]}, importance sampling first; its noise is drawn. Lines are medians
+        over seeds, bands reach from the least to the largest.
+      title: of the figure.
 
-    Raises: ValueError if runs is empty or a run has no rows.
+    Raises:
+      ValueError: there is no run, or one without rows.
+
+    Example:
+      >>> row = {"step": 0, "train/loss": 2.3, "test/error": 0.9}
+      >>> [axis.get_title() for axis in summary_figure({"a": [[row]]}, title="digits").axes]
+      ['Training loss', 'Training loss', 'Test error', 'Noise of the gradient, a']
     """
-    if not runs or not all(runs.values()):
-        raise ValueError(f"every run needs at least one row of metrics, got {{label: rows}} {_lengths(runs)}")
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    axes = figure.subplots(1, 3)
+    if not runs or not all(histories and all(histories) for histories in runs.values()):
+        raise ValueError(f"every run needs at least one row of metrics, got runs {list(runs)}")
+    figure = Figure(figsize=(18, 4.6), layout="constrained")
+    by_step, by_second, error, noise = figure.subplots(1, 4)
     figure.suptitle(title)
-    for colour, (label, rows) in zip(itertools.cycle(_COLOURS), runs.items()):
-        _plot(axes[0], rows, "train/loss", color=colour, label=label)
-        _plot(axes[1], rows, "test/error", color=colour, label=f"{label}, test")
-        _plot(axes[1], rows, "train/error", color=colour, label=f"{label}, training", linestyle="--")
-    axes[0].set(title="Training loss", yscale="log", ylabel="cross-entropy (nats), whole split")
-    axes[1].set(title="Error", ylabel="fraction misclassified", ylim=(0, _error_limit(runs)))
-
-    label, rows = next(iter(runs.items()))
-    curves = (
-        ("uniform", "of uniform draws", ":"),
-        ("actual", "of the draws made", "-"),
-        ("ideal", "the least possible", "--"),
+    for colour, (label, histories) in zip(itertools.cycle(_COLOURS), runs.items()):
+        style = {"color": colour, "label": label}
+        _plot(by_step, histories, "train/loss", **style)
+        _plot(by_second, histories, "train/loss", scale=seconds_per_step(histories), **style)
+        _plot(error, histories, "test/error", **style)
+    label, histories = next(iter(runs.items()))
+    for (name, meaning, line), colour in zip(_NOISE, ("#555555", _COLOURS[0], "#009E73")):
+        _plot(noise, histories, f"variance/{name}", color=colour, linestyle=line, label=f"{name}: {meaning}")
+    loss = {"title": "Training loss", "yscale": "log", "ylabel": "cross-entropy (nats), whole split"}
+    by_step.set(**loss, xlabel="learner steps")
+    by_second.set(**loss, xlabel="seconds of training, without compilation")
+    error.set(title="Test error", ylabel="fraction misclassified", ylim=(0, _error_limit(runs)), xlabel="learner steps")
+    noise.set(
+        title=f"Noise of the gradient, {label}",
+        yscale="log",
+        ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example",
+        xlabel="learner steps",
     )
-    for (name, meaning, style), colour in zip(curves, ("#555555", _COLOURS[0], "#009E73")):
-        _plot(axes[2], rows, f"variance/{name}", color=colour, linestyle=style, label=f"{name}: {meaning}")
-    axes[2].set(
-        title=f"Noise of the gradient, {label}", yscale="log", ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example"
-    )
-    for axis in axes:
-        axis.set_xlabel("learner steps")
+    for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def seconds_per_step(histories: list[Rows]) -> float:
+    """Returns the seconds of a step, without compilation and measurements; NaN with fewer than two rows.
+
+    Args:
+      histories: rows of metrics of each seed; the median over all intervals between rows leaves out those in which
+        something is compiled.
+
+    Example:
+      >>> rows = [{"step": 0, "step_seconds": 0.0}, {"step": 10, "step_seconds": 9.0}]
+      >>> rows += [{"step": 20 + 10 * i, "step_seconds": 9.5 + 0.5 * i} for i in range(3)]
+      >>> seconds_per_step([rows])
+      0.05
+    """
+    seconds = [
+        (after.get("step_seconds", 0) - before.get("step_seconds", 0)) / (after["step"] - before["step"])
+        for rows in histories
+        for before, after in itertools.pairwise(rows)
+    ]
+    return statistics.median(seconds) if seconds else float("nan")
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
@@ -52,17 +89,28 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _plot(axis, rows, name, **style):
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    if points:
-        axis.plot(*zip(*points), **style)
+def _plot(axis, histories: list[Rows], name: str, *, scale: float = 1.0, **style) -> None:
+    values: dict[int, list[float]] = {}
+    for row in itertools.chain.from_iterable(histories):
+        if row.get(name) is not None:
+            values.setdefault(row["step"], []).append(row[name])
+    if not values:
+        return
+    steps = sorted(values)
+    xs = [scale * step for step in steps]
+    axis.plot(xs, [statistics.median(values[step]) for step in steps], **style)
+    if len(histories) > 1:
+        low, high = ([pick(values[step]) for step in steps] for pick in (min, max))
+        axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _error_limit(runs):
-    """Leaves out the guessing of the first steps: the axis shows where the runs differ."""
-    late = [row["test/error"] for rows in runs.values() for row in rows[len(rows) // 4 :] if "test/error" in row]
+def _error_limit(runs: dict[str, list[Rows]]) -> float:
+    """Leaves out the first steps, where every run guesses: the axis shows where the runs differ."""
+    late = [
+        row["test/error"]
+        for histories in runs.values()
+        for rows in histories
+        for row in rows[len(rows) // 4 :]
+        if row.get("test/error") is not None
+    ]
     return max(0.01, 1.3 * max(late, default=1))
-
-
-def _lengths(runs):
-    return {label: len(rows) for label, rows in runs.items()}

@@ -175,7 +175,9 @@ def test_both_arms_side_by_side(tmp_path, run):
     done = run(config("digits", ":smoke"), f"--workdir={tmp_path}", program=compare.main)
     assert done.returncode == 0, done.stderr
     for line in (
-        "training loss",
+        "steps to uniform's final training loss",
+        "seconds to it, without compilation",
+        "final training loss",
         "training error",
         "test error",
         "√Tr Σ uniform",
@@ -187,7 +189,8 @@ def test_both_arms_side_by_side(tmp_path, run):
     assert str(tmp_path / "summary.png") in done.stdout
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     first = [
-        json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("importance", "uniform")
+        json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0])
+        for arm in ("importance-0", "uniform-0")
     ]
     assert first[0]["train/loss"] == first[1]["train/loss"]  # the same seed gives the same initial parameters
 
@@ -200,7 +203,7 @@ def test_nothing_to_compare(tmp_path, run):
 
 
 def test_a_folder_of_another_experiment_is_an_error_before_the_first_arm_runs(tmp_path, run):
-    (tmp_path / "uniform").mkdir()
-    (tmp_path / "uniform" / "metrics.jsonl").touch()
+    (tmp_path / "uniform-0").mkdir()
+    (tmp_path / "uniform-0" / "metrics.jsonl").touch()
     done = run(config("digits", ":smoke"), f"--workdir={tmp_path}", program=compare.main)
-    assert done.returncode != 0 and "holds a run already" in done.stderr and not (tmp_path / "importance").exists()
+    assert done.returncode != 0 and "holds a run already" in done.stderr and not (tmp_path / "importance-0").exists()

@@ -2,10 +2,9 @@
 
 import json
 
-import matplotlib.image
 import pytest
 
-from issgd_jax import InputError, plots
+from issgd_jax import InputError
 from issgd_jax.run import metrics
 
 
@@ -51,26 +50,3 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     file.write_text("{broken\n" + json.dumps(row(1)) + "\n")
     with pytest.raises(InputError, match="line 1 is not a row of metrics"):
         metrics.read_metrics(file)
-
-
-def test_summary_figure_shows_what_the_rows_say(tmp_path):
-    runs = {"importance sampling": [row(0, 2.0), row(10, 0.1)], "uniform (SGD)": [row(0, 2.0), row(10, 0.5)]}
-    figure = plots.summary_figure(runs, title="digits")
-    loss, error, noise = figure.axes
-    assert [list(line.get_ydata()) for line in loss.lines] == [[2.0, 0.1], [2.0, 0.5]]
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == list(runs)
-    assert len(error.lines) == 4 and len(noise.lines) == 3
-    plots.save(figure, tmp_path / "summary.png")
-    assert matplotlib.image.imread(tmp_path / "summary.png").shape[1] > 1000
-
-
-def test_values_that_were_not_measured_are_left_out():
-    rows = [row(0), row(5) | {"train/loss": None}, row(10)]
-    figure = plots.summary_figure({"a": rows}, title="")
-    assert list(figure.axes[0].lines[0].get_xdata()) == [0, 10]
-
-
-@pytest.mark.parametrize("runs", [{}, {"a": []}])
-def test_a_figure_of_nothing(runs):
-    with pytest.raises(ValueError, match="at least one row"):
-        plots.summary_figure(runs, title="")
