@@ -1,7 +1,4 @@
-"""The workers: they score the training examples chunk by chunk, each its own shard, on their own devices.
-
-Where they belong to several processes, each of these gets the scores of all.
-"""
+"""Worker pool on local devices: each worker scores its own shard of the examples, chunk by chunk."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from issgd_jax.devices import put
 from issgd_jax.scoring.schedule import Round, chunk_items
 
 
@@ -19,6 +15,20 @@ class WorkerPool:
 
     Example n belongs to worker `n % W` and is item `n // W` of its shard, so that, where W divides N, W workers with
     chunks of C score the same examples in a round as one worker with chunks of W * C.
+
+    The pool is one `jax.pmap` over the worker devices: parameters are broadcast as replicated arrays, shards are arrays
+    [W, ceil(N / W), ...] sharded over the workers. Where the workers belong to several processes, every process creates
+    the pool with the same arguments and calls it equally often; it passes to pmap the shards of its own devices and
+    gets the scores of all workers.
+
+    Example:
+      >>> examples = (np.array([1.0, 2.0, 3.0], np.float32),)
+      >>> pool = WorkerPool(lambda params, x: params * x, examples, devices=jax.devices()[:1], chunk_size=2)
+      >>> first, second = pool.score_next(np.float32(10), step=0, num_rounds=2)
+      >>> first.indices.tolist(), first.scores.tolist()
+      ([[0, 1]], [[10.0, 20.0]])
+      >>> second.indices.tolist(), second.scores.tolist()
+      ([[2, 0]], [[30.0, 10.0]])
     """
 
     def __init__(
@@ -33,11 +43,13 @@ class WorkerPool:
 
         Args:
           score_fn: `(params, *batch) -> f32[B]`.
-          examples: arrays with leading axis N. On a single device that holds them already, they are shared, not copied.
-          devices: one a worker, of all processes.
-          chunk_size: examples a worker scores in a round.
+          examples: arrays [N, ...]. On a single device that holds them already, they are shared, not copied.
+          devices: W devices, one for each worker. Of several processes each has as many, side by side.
+          chunk_size: examples that each worker scores in a round.
 
-        Raises: ValueError if chunk_size < 1, a chunk is larger than a shard, or there are fewer examples than workers.
+        Raises:
+          ValueError: chunk_size < 1, a chunk is larger than a shard, there are fewer examples than workers, or the
+            processes have different numbers of workers.
         """
         self.device_kinds = [device.device_kind for device in devices]
         self._num_examples = jax.tree.leaves(examples)[0].shape[0]
@@ -55,26 +67,25 @@ class WorkerPool:
         self._chunk_size = chunk_size
         self._next_start = 0
 
-        mesh = Mesh(np.asarray(devices), ("worker",))
+        local = _local_workers(devices)
+        mesh = Mesh(np.asarray([devices[worker] for worker in local]), ("worker",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         sharded = NamedSharding(mesh, PartitionSpec("worker"))
-        numbers = np.arange(self._num_workers, dtype=np.int32)
-        self._worker = jax.make_array_from_callback(numbers.shape, sharded, lambda index: numbers[index])
+        self._worker = jax.device_put(np.asarray(local, np.int32), sharded)
         if self._num_workers == 1:
-            self._shards, of_shards = jax.device_put(examples, self._replicated), PartitionSpec()
+            self._shards = jax.device_put(examples, self._replicated)
         else:
-            self._shards = jax.tree.map(lambda x: self._shard(np.asarray(x), sharded), examples)
-            of_shards = PartitionSpec("worker")
-        gathers = not sharded.is_fully_addressable
-        self._score = _compiled(score_fn, mesh, self._shard_size, chunk_size, of_shards, gathers)
+            self._shards = jax.tree.map(lambda x: self._shard(np.asarray(x), local, sharded), examples)
+        gathers = len(local) < self._num_workers
+        self._score = _compiled(score_fn, tuple(devices), self._shard_size, chunk_size, gathers)
 
     @property
     def cursor(self) -> dict[str, int]:
-        """Where the next round begins: an item of every worker's shard."""
+        """Start of the next round: an item of every worker's shard, and the number of workers."""
         return {"item": self._next_start, "workers": self._num_workers}
 
     def seek(self, cursor: dict[str, int]) -> None:
-        """Goes on at a place, also of a pool with another number of workers: with the same example, or one near it."""
+        """Continues at a cursor, also of a pool with another number of workers: at the same example, or one near it."""
         self._next_start = cursor["item"] * cursor["workers"] // self._num_workers % self._shard_size
 
     @property
@@ -91,69 +102,85 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exception):
-        """Nothing is left open."""
+        """Does nothing: the pool holds no threads or files."""
 
     def score_next(self, params, step: int, num_rounds: int = 1) -> list[Round]:
-        """Dispatches rounds: broadcasts the parameters of `step` once and scores the next chunks of every shard.
+        """Dispatches rounds: broadcasts the parameters once and scores the next chunks of every shard.
 
-        Never waits and never passes through the host. The parameters are copied, so that the caller may donate them to
-        its next step. At the end of a shard the chunk goes on from its beginning.
+        Args:
+          params: pytree of arrays; copied, so that the caller may donate it to its next step.
+          step: learner step of the parameters.
+          num_rounds: number of rounds to dispatch.
+
+        Returns:
+          The rounds, with arrays [W, chunk_size]. At the end of a shard a chunk wraps around to its beginning.
+
+        Guarantees:
+          Never waits, and copies nothing through the host.
         """
         if num_rounds == 0:
             return []
-        # The learner's own device would get an alias, which the learner's donation then deletes: no alias.
-        snapshot = put(params, self._replicated, may_alias=False)
+        # On the learner's own device device_put would return an alias, which the learner's donation deletes.
+        snapshot = jax.device_put(params, self._replicated, may_alias=False)
         return [self._score_chunks(snapshot, step) for _ in range(num_rounds)]
 
     def _score_chunks(self, snapshot, step: int) -> Round:
-        start = put(np.int32(self._next_start), self._replicated)
+        start = jax.device_put(np.int32(self._next_start), self._replicated)
         indices, scores = self._score(snapshot, self._shards, self._worker, start)
         num_scored = self._num_real_items()
         self._next_start = (self._next_start + self._chunk_size) % self._shard_size
         return Round(step=step, indices=indices, scores=scores, num_examples=num_scored)
 
     def _num_real_items(self) -> int:
-        """Examples in the next round; shards one item short are padded, and padding does not count."""
+        """Returns the examples in the next round, without the padding of shards that are one item short."""
         items = chunk_items(self._next_start, self._chunk_size, self._shard_size)
         return int(np.sum(items[:, None] * self._num_workers + np.arange(self._num_workers) < self._num_examples))
 
-    def _shard(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """[N, ...] -> [W, ceil(N / W), ...], one row a worker, without a padded copy of the whole on the host."""
-        shape = (self._num_workers, self._shard_size, *array.shape[1:])
+    def _shard(self, array: np.ndarray, local: Sequence[int], sharding: NamedSharding) -> jax.Array:
+        """Returns the local workers' shards, [local, ceil(N / W), ...], without a padded copy of all on the host."""
+        shape = (len(local), self._shard_size, *array.shape[1:])
 
         def rows(index):
-            worker = index[0].start or 0
-            items = array[worker :: self._num_workers]
+            items = array[local[index[0].start or 0] :: self._num_workers]
             missing = self._shard_size - items.shape[0]
             return np.concatenate([items, items[:missing]])[None] if missing else items[None]
 
         return jax.make_array_from_callback(shape, sharding, rows)
 
 
+def _local_workers(devices: Sequence[jax.Device]) -> list[int]:
+    """Returns the positions of this process's devices; raises ValueError where pmap would see other devices."""
+    owners = [device.process_index for device in devices]
+    local = [worker for worker, owner in enumerate(owners) if owner == jax.process_index()]
+    # pmap takes the first `local * processes` devices: with unequal numbers each process would compile another program.
+    if owners != [owner for owner in dict.fromkeys(owners) for _ in local]:
+        raise ValueError(
+            f"each process must have as many workers, side by side, got workers of the processes {owners}: give the "
+            "same number of devices of every process, one process after the other"
+        )
+    return local
+
+
 @functools.lru_cache(maxsize=8)  # a machine with many shards has many pools
-def _compiled(score_fn, mesh: Mesh, shard_size: int, chunk_size: int, of_shards: PartitionSpec, gathers: bool):
-    """`(params, shards, worker, start) -> (indices, scores)`, over the devices; pools that are alike share it.
+def _compiled(score_fn, devices: tuple[jax.Device, ...], shard_size: int, chunk_size: int, gathers: bool):
+    """Returns `(params, shards, worker, start) -> (indices, scores)` over the devices; equal pools share it.
 
-    gathers: whether each device gets the scores of all.
+    gathers: whether each device gets the scores of all, as it does where the workers belong to several processes.
     """
-    num_workers = mesh.size
+    num_workers = len(devices)
 
-    def score_chunk(params, shards, worker, start):
-        shard = shards if num_workers == 1 else jax.tree.map(lambda x: x.reshape(x.shape[1:]), shards)
+    def score_chunk(params, shard, worker, start):
         items = chunk_items(start, chunk_size, shard_size)
         chunk = jax.tree.map(lambda x: x[items], shard)
         # The index of padding lies past the data, where the store ignores it.
-        found = (items * num_workers + worker)[None], score_fn(params, *chunk)[None]
-        return jax.lax.all_gather(found, "worker", tiled=True) if gathers else found
+        scored = items * num_workers + worker, score_fn(params, *chunk)
+        return jax.lax.all_gather(scored, "worker") if gathers else scored
 
-    # Not jit over a sharded batch, where per-example gradients of a convolution come out wrong; and check_vma would sum
-    # them over the workers.
-    return jax.jit(
-        jax.shard_map(
-            score_chunk,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), of_shards, PartitionSpec("worker"), PartitionSpec()),
-            out_specs=PartitionSpec() if gathers else PartitionSpec("worker"),
-            check_vma=False,
-        )
+    # Not jit over a sharded batch, where per-example gradients of a convolution come out wrong.
+    return jax.pmap(
+        score_chunk,
+        "worker",
+        in_axes=(None, None if num_workers == 1 else 0, 0, None),
+        out_axes=None if gathers else 0,
+        devices=devices,
     )

@@ -1,5 +1,8 @@
 """The pool against a Python loop: a wrong shard, order, wrap-around or alias turns these red."""
 
+import socket
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 
 from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.scoring.workers import WorkerPool
+from tests import victims
 from tests.gradnorm.norms_test import loop, problem
+from tests.scoring.helpers import two_rounds, two_rounds_of_a_process
 
 
 def make_pool(score_fn, examples, *, workers, chunk_size):
@@ -69,6 +74,41 @@ def test_parameters_may_be_donated_while_workers_still_score(devices):
         (round_,) = pool.score_next(params, step=0)
         params = step(params)
         np.testing.assert_array_equal(round_.scores, np.full(round_.scores.shape, expected))
+
+
+@pytest.mark.parametrize("devices", [slice(0, 1), slice(1, 4)])
+def test_a_round_copies_nothing_through_the_host(devices):
+    """Red if pmap must reshard what the pool passes."""
+    pool = WorkerPool(lambda p, x: x @ p, (np.ones((6, 3), np.float32),), devices=jax.devices()[devices], chunk_size=2)
+    params = jax.device_put(jnp.ones(3), jax.devices()[0])
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready([round_.scores for round_ in pool.score_next(params, step=0, num_rounds=4)])
+
+
+def test_each_of_two_processes_gets_the_scores_of_all_workers(tmp_path):
+    """Red if a process scores another's shard, or gets only its own scores."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    files = [tmp_path / f"{index}.npy" for index in range(2)]
+    arguments = [(port, index, file) for index, file in enumerate(files)]
+    processes = [victims.server().Process(target=two_rounds_of_a_process, args=x) for x in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected = two_rounds(jax.devices())
+    for file in files:
+        np.testing.assert_array_equal(np.load(file), expected)
+
+
+@pytest.mark.parametrize("owners", [[0, 0, 1], [0, 1, 0, 1], [1, 1]], ids=["unequal", "mixed", "none here"])
+def test_every_process_must_have_as_many_workers(owners):
+    """Without the check pmap would leave out devices, or the processes would wait for each other forever."""
+    devices = [types.SimpleNamespace(process_index=owner, device_kind="cpu") for owner in owners]
+    with pytest.raises(ValueError, match="each process must have as many workers, side by side, got workers of the"):
+        WorkerPool(lambda p, x: x, (np.ones(10),), devices=devices, chunk_size=1)
 
 
 def test_a_shared_device_holds_the_examples_once():
