@@ -1,4 +1,4 @@
-"""What `Calibrated` promises, alone and at its default, in a mixture: never worse than uniform or any smoothing."""
+"""`Calibrated` alone and in the default mixture: red if it is worse than uniform draws or than any smoothing."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import FRACTIONS, Mixture
 from issgd_jax.sampling.store import ScoreStore
-from tests.sampling.helpers import learn, lognormal, second_moment, store_of, v_of
+from tests.sampling.helpers import compute_v, learn, lognormal, make_store, observe, second_moment
 
 DEFAULT = Mixture(Calibrated())
 BOTH = pytest.mark.parametrize("proposal", [Calibrated(), DEFAULT], ids=repr)
@@ -19,14 +19,14 @@ def uniform_second_moment(norms):
 
 def test_scores_of_this_very_step_are_ideal():
     norms = lognormal(5000)
-    np.testing.assert_allclose(v_of(Calibrated(), store_of(norms, 7), step=7), norms, rtol=1e-6)
+    np.testing.assert_allclose(compute_v(Calibrated(), make_store(norms, 7), step=7), norms, rtol=1e-6)
 
 
 @BOTH
 @pytest.mark.parametrize("spread", [0.5, 1.0, 1.5, 2.0])
 def test_scores_that_stay_true_are_within_two_percent_of_ideal(proposal, spread):
     norms = lognormal(20_000, spread)
-    v = v_of(proposal, store_of(norms), 30, learn(proposal, norms, 30, norms))
+    v = compute_v(proposal, make_store(norms), 30, learn(proposal, norms, 30, norms))
     assert second_moment(v, norms) < 1.02 * norms.mean(dtype=float) ** 2
 
 
@@ -46,7 +46,7 @@ def test_never_worse_than_uniform(kind, proposal):
     staleness = 10**6 if kind == "ancient" else 50
     if kind == "zero":
         score = np.zeros_like(score)
-    v = v_of(proposal, store_of(score), staleness, learn(proposal, score, staleness, norms))
+    v = compute_v(proposal, make_store(score), staleness, learn(proposal, score, staleness, norms))
     uniform = uniform_second_moment(norms)
     assert second_moment(v, norms) < 1.01 * uniform
     if kind in ("reversed", "noisy"):  # here the score tells something, and it must be used
@@ -60,7 +60,7 @@ def test_as_good_as_the_best_smoothing_in_hindsight(noise, spread, proposal):
     """Norms are scores times noise; against every additive constant."""
     score = lognormal(20_000, spread)
     norms = score * lognormal(20_000, noise, seed=2) if noise else score
-    v = v_of(proposal, store_of(score), 50, learn(proposal, score, 50, norms))
+    v = compute_v(proposal, make_store(score), 50, learn(proposal, score, 50, norms))
     constants = np.array([0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100]) * score.mean()
     best = min(second_moment(score + constant, norms) for constant in constants)
     assert second_moment(v, norms) < 1.05 * best
@@ -70,9 +70,8 @@ def test_before_any_re_scoring_a_low_score_is_doubted():
     """First scores teach the unit only; an example that is far below it may have changed."""
     score, proposal = lognormal(1000, 3.0), DEFAULT
     empty = ScoreStore.init(len(score))
-    basis = proposal.basis(proposal.init(), empty, jnp.int32(0))
-    state = proposal.observe(proposal.init(), basis, empty, jnp.arange(len(score)), jnp.asarray(score), jnp.int32(0))
-    v = v_of(proposal, store_of(score), 10, state)
+    state = observe(proposal, proposal.init(), empty, jnp.arange(len(score)), jnp.asarray(score), jnp.int32(0))
+    v = compute_v(proposal, make_store(score), 10, state)
     assert np.max(v.mean() / v) < 1 / max(FRACTIONS)
     assert v[np.argmax(score)] > 10 * np.median(v)
 
@@ -82,8 +81,8 @@ def test_young_scores_are_trusted_more_than_old_ones():
     state, indices = proposal.init(), jnp.arange(len(score))
     unrelated = lognormal(20_000, seed=1)
     for staleness, norms in ((2, score), (500, unrelated)) * 3:
-        state = proposal.observe(state, (), store_of(score), indices, jnp.asarray(norms), jnp.int32(staleness))
-    young, old = (v_of(proposal, store_of(score), step, state) for step in (2, 500))
+        state = observe(proposal, state, make_store(score), indices, jnp.asarray(norms), jnp.int32(staleness))
+    young, old = (compute_v(proposal, make_store(score), step, state) for step in (2, 500))
     ideal = score.mean(dtype=float) ** 2
     assert second_moment(young, score) < 1.05 * ideal < 0.5 * uniform_second_moment(score)
     assert second_moment(old, unrelated) < 1.01 * uniform_second_moment(unrelated)
@@ -93,10 +92,10 @@ def test_what_is_old_is_forgotten():
     score, proposal = lognormal(5000), Calibrated(half_life=1.0)
     state = learn(proposal, score, 20, 100 * score, sweeps=2)
     for _ in range(20):
-        state = proposal.observe(state, (), store_of(score), jnp.arange(5000), jnp.asarray(score), jnp.int32(20))
+        state = observe(proposal, state, make_store(score), jnp.arange(5000), jnp.asarray(score), jnp.int32(20))
     np.testing.assert_allclose(np.sum(state.counts), 5000 * 2, rtol=0.02)  # 1 + 1/2 + 1/4 + ...
     middle = (score > 0.5) & (score < 2)
-    v = state.level * v_of(proposal, store_of(score), 20, state)  # v is in units of the level
+    v = state.level * compute_v(proposal, make_store(score), 20, state)  # v is in units of the level
     np.testing.assert_allclose(v[middle], score[middle], rtol=0.35)
 
 
@@ -113,7 +112,7 @@ def test_padding_bad_and_first_scores_teach_nothing():
 def test_the_unit_of_the_scores_does_not_matter(proposal):
     score, norms = lognormal(3000), lognormal(3000, seed=1)
     small, large = (
-        v_of(proposal, store_of(unit * score), 30, learn(proposal, unit * score, 30, unit * norms))
+        compute_v(proposal, make_store(unit * score), 30, learn(proposal, unit * score, 30, unit * norms))
         for unit in (1e-17, 1e17)
     )
     np.testing.assert_allclose(small / small.mean(), large / large.mean(), rtol=1e-3)

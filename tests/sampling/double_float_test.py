@@ -29,12 +29,12 @@ def test_twice_the_digits(name, high, low, other, sign):
     """Compiled, where an optimizer could simplify (x + y) - x."""
     x, y = pair(high, low), np.float32(sign * other)
     second = y if name == "multiply" else Double(y, np.float32(0))
-    found = jax.jit(getattr(double_float, name))(x, second)
+    result = jax.jit(getattr(double_float, name))(x, second)
     expected = {"add": exact(x) + Fraction(float(y)), "subtract": exact(x) - Fraction(float(y))}
     expected = expected.get(name, exact(x) * Fraction(float(y)))
     scale = abs(expected) if name == "multiply" else max(abs(exact(x)), abs(Fraction(float(y))))
-    assert abs(exact(found) - expected) <= scale * Fraction(2) ** -46
-    assert abs(found.low) <= np.spacing(np.abs(found.high)) / 2
+    assert abs(exact(result) - expected) <= scale * Fraction(2) ** -46
+    assert abs(result.low) <= np.spacing(np.abs(result.high)) / 2
 
 
 def test_compares_by_the_lower_digits():

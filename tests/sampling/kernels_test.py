@@ -1,4 +1,4 @@
-"""A kernel that differs from plain JAX, or a tree that differs from one built anew, turns these red."""
+"""A kernel that differs from plain JAX, or a written tree that differs from a built one, turns these red."""
 
 import functools
 import os
@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from issgd_jax.sampling import kernels, store, sum_tree, uniform
+from tests.helpers import soak
 
-SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled anew
+SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled
 WRITTEN = 64
+build = jax.jit(sum_tree.build)
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler: there are no kernels to compare")
 
 
@@ -50,7 +52,7 @@ def both_draws(key, sums, count, *, equally_spaced, num_leaves):
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=soak(40, 100))
 @given(
     num_leaves=SIZES,
     kind=st.sampled_from(KINDS),
@@ -60,7 +62,7 @@ def both_draws(key, sums, count, *, equally_spaced, num_leaves):
 )
 def test_the_kernel_draws_what_plain_jax_draws(num_leaves, kind, equally_spaced, count, seed):
     """The same random words, orders and roundings; positions have 53 bits in one and 48 in the other."""
-    sums = sum_tree.build(leaves(num_leaves, kind, seed))
+    sums = build(leaves(num_leaves, kind, seed))
     fast, plain = both_draws(
         jax.random.key(seed), sums, jnp.int32(count), equally_spaced=equally_spaced, num_leaves=num_leaves
     )
@@ -70,13 +72,13 @@ def test_the_kernel_draws_what_plain_jax_draws(num_leaves, kind, equally_spaced,
 
 @needs_kernels
 def test_under_another_generator_the_draw_is_made_of_its_words():
-    key, sums = jax.random.key(3, impl="rbg"), sum_tree.build(leaves(300, "lognormal"))
+    key, sums = jax.random.key(3, impl="rbg"), build(leaves(300, "lognormal"))
     for fast, plain in zip(*both_draws(key, sums, jnp.int32(WRITTEN), equally_spaced=True, num_leaves=300)):
         np.testing.assert_array_equal(fast, plain)
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=soak(15, 30))
 @given(
     num_examples=st.sampled_from([1, 7, 1437, 2**24 + 1, 2**30]),
     method=st.sampled_from(["systematic", "independent"]),
@@ -101,9 +103,9 @@ def both_writes(sums, indices, values, keep_zeros, *, num_leaves):
     return fast, sum_tree.plain_write(sums, indices, values, keep_zeros, num_leaves=num_leaves)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=soak(40, 100))
 @given(num_leaves=SIZES, kind=st.sampled_from((*KINDS, "all zero")), keep_zeros=st.booleans(), seed=st.integers(0, 99))
-def test_a_written_tree_is_the_tree_built_anew(num_leaves, kind, keep_zeros, seed):
+def test_a_written_tree_equals_the_tree_of_the_new_leaves(num_leaves, kind, keep_zeros, seed):
     """By the kernel and by plain JAX, to the last bit; with doubles, and with indices outside."""
     rng = np.random.default_rng(seed)
     old, new = leaves(num_leaves, kind, seed), leaves(num_leaves, "some zero", seed + 1)
@@ -112,11 +114,9 @@ def test_a_written_tree_is_the_tree_built_anew(num_leaves, kind, keep_zeros, see
     expected = old.copy()
     expected[inside] = np.where(keep_zeros & (old[inside] == 0), 0, new[inside])
     values = np.where((indices >= 0) & (indices < num_leaves), new[np.clip(indices, 0, num_leaves - 1)], np.nan)
-    fast, plain = both_writes(
-        sum_tree.build(old), indices, values.astype(np.float32), keep_zeros, num_leaves=num_leaves
-    )
-    np.testing.assert_array_equal(fast, sum_tree.build(expected))
-    np.testing.assert_array_equal(plain, sum_tree.build(expected))
+    fast, plain = both_writes(build(old), indices, values.astype(np.float32), keep_zeros, num_leaves=num_leaves)
+    np.testing.assert_array_equal(fast, build(expected))
+    np.testing.assert_array_equal(plain, build(expected))
 
 
 @functools.partial(jax.jit, static_argnames="num_examples")
@@ -134,7 +134,7 @@ def both_stores(indices, first, second, *, num_examples):
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=soak(25, 50))
 @given(
     indices=st.lists(st.integers(-2, 12), min_size=8, max_size=8),
     scores=st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0, np.nan, np.inf, -np.inf, 1e-38]), min_size=16, max_size=16),
@@ -153,7 +153,7 @@ def test_vmapped_kernels_keep_their_trees_apart():
     keys, indices = jax.random.split(jax.random.key(0), 3), jnp.arange(5)
 
     def run(key, v):
-        sums = sum_tree.write(sum_tree.build(v), indices, v[:5] * 2, num_leaves=300)
+        sums = sum_tree.write(build(v), indices, v[:5] * 2, num_leaves=300)
         return sum_tree.draw(key, sums, num_leaves=300, batch_size=8, count=8)
 
     together = jax.jit(jax.vmap(run))(keys, v)
@@ -165,7 +165,7 @@ def test_vmapped_kernels_keep_their_trees_apart():
 def test_without_kernels_the_same_is_drawn():
     """A run without a compiler, or on another device, draws the examples that it draws with one."""
     code = (
-        "import jax, numpy as np; from issgd_jax import kernels, sum_tree; "
+        "import jax, numpy as np; from issgd_jax.sampling import kernels, sum_tree; "
         "sums = sum_tree.build(np.arange(1000, dtype=np.float32)); "
         "print(kernels.available(), *sum_tree.draw(jax.random.key(1), sums, num_leaves=1000, batch_size=9, count=9)[0])"
     )
@@ -178,8 +178,8 @@ def test_without_kernels_the_same_is_drawn():
     assert off[0] == "False" and on[1:] == off[1:] and len(on) == 10
 
 
-def test_without_a_compiler_a_warning_tells_what_is_slower_and_why(tmp_path):
-    code = "from issgd_jax import kernels; print(kernels.available())"
+def test_a_missing_compiler_is_a_warning_that_names_the_consequence(tmp_path):
+    code = "from issgd_jax.sampling import kernels; print(kernels.available())"
     environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and "plain JAX" in done.stderr and "compiler" in done.stderr
@@ -189,7 +189,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
     compiler.chmod(0o755)
-    code = "from issgd_jax import kernels; print(kernels.available())"
+    code = "from issgd_jax.sampling import kernels; print(kernels.available())"
     environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and "no room left" in done.stderr
