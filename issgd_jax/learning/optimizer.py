@@ -9,7 +9,7 @@ import optax
 from issgd_jax.errors import InputError
 
 
-def make_optimizer(
+def create_optimizer(
     name: str, *, learning_rate: float | jax.Array, lr_schedule: str, steps: int, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation:
     """Returns the optimiser `optax.<name>`.
@@ -27,7 +27,7 @@ def make_optimizer(
         has no momentum and `momentum` is not 0.
 
     Example:
-      >>> optimizer = make_optimizer(
+      >>> optimizer = create_optimizer(
       ...     "sgd", learning_rate=0.1, lr_schedule="constant", steps=10, momentum=0.0, nesterov=False)
       >>> updates, _ = optimizer.update({"w": 2.0}, optimizer.init({"w": 1.0}))
       >>> print(updates["w"])

@@ -14,9 +14,9 @@ from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.errors import InputError
 from issgd_jax.learning import asgd
-from issgd_jax.learning import optimizer as optimizer_lib
 from issgd_jax.learning import payoff as payoff_lib
 from issgd_jax.learning.learner import Learner, TrainState
+from issgd_jax.learning.optimizer import create_optimizer
 from issgd_jax.run.measure import make_measure, measure_on
 from issgd_jax.run.parts import Parts
 from issgd_jax.sampling import Calibrated, Mixture, Proportional, Sampler, Uniform
@@ -139,7 +139,7 @@ def make_proposal(config: ConfigDict) -> Uniform | Proportional | Mixture:
 
 def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None = None) -> optax.GradientTransformation:
     """Returns the config's optimiser; learning_rate replaces the config's."""
-    return optimizer_lib.make_optimizer(
+    return create_optimizer(
         config.learner.optimizer,
         learning_rate=config.learner.learning_rate if learning_rate is None else learning_rate,
         lr_schedule=config.learner.lr_schedule,
