@@ -1,4 +1,4 @@
-"""Per-example gradient norms as a JAX transformation: needs JAX alone."""
+"""Per-example gradient norms as a JAX transformation. Depends on JAX alone."""
 
 from issgd_jax.gradnorm.explain import explain
 from issgd_jax.gradnorm.norms import per_example_grad_norms, value_grad_and_norms

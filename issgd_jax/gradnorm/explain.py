@@ -1,4 +1,4 @@
-"""Explanation of the rules: how the norm of each parameter's gradient is computed, and what that saves."""
+"""Explanation of how the norm of each parameter's gradient is computed, and what that saves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,18 +11,22 @@ from issgd_jax.gradnorm.tracing import trace_loss
 
 
 class Row(NamedTuple):
-    """One parameter leaf.
+    """Explanation of one parameter leaf. Sizes are None where no rule covers the leaf.
 
     Attributes:
-      name, shape: of the leaf.
-      rule: outer (one use: the product of two lengths), gram (inner products of all pairs of uses, unless they nearly
-        cancel at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient
-        itself), zero (not used), or two of them together.
-      uses, left, right: T, I and J of the sum of outer products, uses of two or three terms joined by +; None where no
-        rule covers the leaf.
-      shared: groups, experts or scanned layers, each with such a sum of its own; None where no rule covers the leaf.
-      flops, bytes: of one example's norm from the factors, without the forward and backward pass.
-      formed_flops, formed_bytes: of forming its gradient from the same factors and squaring it.
+      name: Path of the leaf.
+      shape: Shape of the leaf.
+      rule: outer (one use: product of two norms), gram (inner products of all pairs of uses, unless they nearly cancel
+        at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient itself), zero
+        (the leaf is not used), or a combination.
+      uses: Number of outer products in the sum, T; those of two or three terms are joined by +.
+      left: Size of the left factor, I.
+      right: Size of the right factor, J.
+      shared: Number of groups, experts or scanned layers with a sum of their own, K.
+      flops: Operations for one example's norm, without the forward and backward pass.
+      bytes: Memory of intermediate arrays for one example's norm.
+      formed_flops: Operations for forming and squaring the gradient instead.
+      formed_bytes: Memory for forming and squaring the gradient instead.
     """
 
     name: str
@@ -39,12 +43,16 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Table of all leaves, to be printed."""
+    """Table of all parameter leaves; `str` gives aligned text, flops and bytes also as a share of forming the gradient.
+
+    Attributes:
+      rows: One row for each leaf.
+    """
 
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "rule", "T", "I", "J", "K", "flops", "of forming", "bytes", "of forming")
+        head = ("parameter", "shape", "rule", "T", "I", "J", "K", "flops", "vs formed", "bytes", "vs formed")
         table = [head, *(_cells(row) for row in self.rows), _cells(self.total)]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = [
@@ -55,28 +63,38 @@ class Explanation(NamedTuple):
 
     @property
     def total(self) -> Row:
-        """The sums over all leaves."""
+        """Sums over all leaves."""
         sums = [sum(row[field] for row in self.rows) for field in range(7, len(Row._fields))]
         return Row("all", (), "", None, None, None, None, *sums)
 
 
 def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Explanation:
-    """Explains how `per_example_grad_norms(loss_fn, ...)(params, *batch)` gets each leaf's norm, and at what cost.
+    """Explains how `per_example_grad_norms(loss_fn)(params, *batch)` computes each leaf's norm, and at what cost.
 
-    Nothing is compiled or computed.
+    Traces the loss; nothing is compiled or computed.
 
     Args:
-      loss_fn, argnums, has_aux: see `per_example_grad_norms`.
-      *args: params and batch; arrays, or jax.ShapeDtypeStruct.
+      loss_fn: The loss of ONE example, see `per_example_grad_norms`.
+      *args: `params, *batch`, as arrays or `jax.ShapeDtypeStruct`.
+      argnums: Positions of the parameters, see `per_example_grad_norms`.
+      has_aux: Whether loss_fn returns `(loss, aux)`.
+
+    Returns:
+      A table with one row for each parameter leaf, to be printed.
 
     Raises:
-      ValueError, TypeError: as `per_example_grad_norms`.
+      ValueError: As `per_example_grad_norms` when called.
+      TypeError: As `per_example_grad_norms` when called.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> explanation = explain(lambda w, x: jnp.sum(jnp.tanh(x @ w)), jnp.ones((8, 4)), jnp.ones((16, 8)))
-      >>> [(row.rule, row.left, row.right) for row in explanation.rows]
-      [('outer', 8, 4)]
+      >>> params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+      >>> explanation = explain(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"])), params, jnp.ones((16, 8)))
+      >>> print(explanation)
+      parameter  shape  rule    T  I  J  K  flops  vs formed  bytes  vs formed
+      ['b']      4      formed                  8      100 %     16      100 %
+      ['w']      8×4    outer   1  8  4  1     24       19 %      0        0 %
+      all                                      32       24 %     16       11 %
     """
     loss = trace_loss(loss_fn, args, argnums, has_aux)
     _, _, gradients = jax.eval_shape(loss.factored_gradients, loss.params, loss.batch)
@@ -90,16 +108,16 @@ def _row(name: str, batched) -> Row:
         square = cost.Cost(2 * x.size, x.size)
         return Row(name, x.shape, "formed", None, None, None, None, *_amounts(square, square))
     formed = cost.cost_of_forming(x)
-    taken = cost.cost_of_gram(x) if cost.by_gram(x) else formed
+    chosen = cost.cost_of_gram(x) if cost.by_gram(x) else formed
     uses = [term.uses for term in x.terms]
     uses = "+".join(map(str, uses)) if len(uses) <= 3 else str(sum(uses))
     first, second = "lr" if "l" in x.sides.partition("r")[0] else "rl"  # I is the side of the leaf's first axis
     sizes = [x.size(side) for side in (first, second, "k")] if x.terms else [None] * 3
-    return Row(name, x.gradient_shape, cost.rule(x), uses, *sizes, *_amounts(taken, formed))
+    return Row(name, x.gradient_shape, cost.rule(x), uses, *sizes, *_amounts(chosen, formed))
 
 
-def _amounts(taken: cost.Cost, formed: cost.Cost) -> tuple[int, int, int, int]:
-    return taken.flops, taken.bytes, formed.flops, formed.bytes
+def _amounts(chosen: cost.Cost, formed: cost.Cost) -> tuple[int, int, int, int]:
+    return chosen.flops, chosen.bytes, formed.flops, formed.bytes
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -12,14 +12,13 @@ from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
 
-# Gradients of one parameter, where they must be formed, that are held at one time: small enough for a CPU's cache, and
-# enough to keep an accelerator busy.
+# Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
-# The same for gradients that no rule covers: the whole pass then goes in microbatches.
+# Memory for gradients that no rule covers; above it, the whole pass runs in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
 
-# What must be left of the absolute sum of inner products for a norm to come from them. With less, more of its digits
-# would be rounding errors than the 1e-5 that is promised in float32.
+# Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
+# float32 would exceed a relative error of 1e-5.
 LEAST_SHARE = 1 / 128
 
 
@@ -32,37 +31,41 @@ def per_example_grad_norms(
     per_leaf: bool = False,
     microbatch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Returns `(params, *batch) -> f32[B]`, the Euclidean norm of each example's own gradient.
+    """Transforms the loss of one example into a function that returns per-example gradient norms.
 
-    Equal to a Python loop of `jax.grad` up to rounding, for every loss that JAX can differentiate, and without forming
-    the gradients wherever algebra allows (`explain` shows where): less than a training step for most networks.
+    Gradients are formed only where no cheaper exact rule applies; `explain` shows the rule of each parameter.
 
     Args:
-      loss_fn: `(params, *example) -> f[]`, the loss of ONE example. Any JAX code, any pytree of floating-point
-        parameters. Whatever is random takes a key of its own as one more batch argument.
-      argnums: which arguments of loss_fn are parameters, as in `jax.grad`; all others are batch arguments.
-      has_aux: whether loss_fn returns `(loss, aux)`; then the result is `(norms, aux)`, aux with a leading axis B.
-      squared: give the square of the norm.
-      per_leaf: give a pytree like the parameters, of f32[B], the norm of each parameter's own gradient.
-      microbatch_size: examples whose activations are held in memory together, at most. By default all, unless gradients
-        that no rule covers would take more than 64 MiB.
+      loss_fn: `(params, *example) -> f[]`, the loss of ONE example, with any pytree of floating-point parameters.
+        Random keys are a batch argument, one for each example.
+      argnums: Positions of the parameters among the arguments of loss_fn, as in `jax.grad`. All other arguments are
+        batch arguments.
+      has_aux: Whether loss_fn returns `(loss, aux)`.
+      squared: Whether to return squared norms.
+      per_leaf: Whether to return one norm per parameter leaf, as a pytree of f32[B] like the parameters.
+      microbatch_size: Largest number of examples whose activations are held in memory together. By default all of
+        them, unless the gradients that no rule covers would take more than 64 MiB.
 
-    The returned function takes `batch` as pytrees whose leaves share the leading axis B. Sums are kept in float32 or
-    better. It may stand under `jit`, `pmap`, `vmap` and `grad`; at a norm of 0 the gradient is taken to be 0.
-    Where the uses of a parameter nearly cancel, its gradients are formed at run time: an inner product would have lost
-    their digits. Under `vmap` both are computed.
-
-    A loss that mixes examples cannot be written so, and that is meant: BatchNorm in training mode makes every output
-    depend on every example, so that there is no gradient of one example. Use its running averages, or LayerNorm or
-    GroupNorm.
+    Returns:
+      A function `(params, *batch) -> f32[B]`, the Euclidean norm of each example's gradient. Batch arguments are
+      pytrees whose leaves share the leading axis B. With has_aux it returns `(norms, aux)`, aux with a leading axis B.
 
     Raises:
-      ValueError: when called, before anything is compiled: the batch is empty or its leaves differ in B,
-        microbatch_size < 1, or the loss of one example is not a scalar.
-      TypeError: when called: a parameter is not floating-point.
+      ValueError: microbatch_size is not a whole number >= 1. When called: the batch is empty, its leaves differ in B,
+        argnums is out of range, or loss_fn does not return a scalar.
+      TypeError: When called: a parameter is not floating-point.
 
-    Source: Goodfellow 2015 (arXiv:1510.01799) for a dense layer used once; Li et al. 2022 (arXiv:2110.05679) for one
-    used many times.
+    Guarantees:
+      - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
+        that JAX can differentiate. Sums are kept in float32 or wider.
+      - Where contributions of one parameter's uses nearly cancel, its gradients are formed at run time, since inner
+        products would lose precision. Under `vmap` both branches are computed.
+      - The function works under `jit`, `pmap`, `vmap` and `grad`. The derivative of a norm at 0 is defined as 0.
+
+    BatchNorm in training mode couples the examples of a batch, so that one example has no gradient of its own. Use its
+    running averages, LayerNorm or GroupNorm.
+
+    Source: Goodfellow 2015 (arXiv:1510.01799) for dense layers used once; Li et al. 2022 (arXiv:2110.05679) for others.
 
     Example:
       >>> norms = per_example_grad_norms(lambda params, x: jnp.sum(params * x))
@@ -91,18 +94,25 @@ def value_grad_and_norms(
     per_leaf: bool = False,
     microbatch_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Returns `(params, importance_weights, *batch) -> (losses f32[B], gradient, norms f32[B])`, all from one pass.
+    """Transforms the loss of one example into a function that returns losses, gradient and norms of a minibatch.
 
-    The gradient is of `mean(importance_weights * losses)`, like the parameters; losses and norms are of each example,
-    without its importance weight. The importance weights f32[B] are always the second argument, whatever argnums. With
-    has_aux the first result is `(losses, aux)`.
+    One forward and one backward pass compute all three.
 
     Args:
-      loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size: see `per_example_grad_norms`.
+      loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size: See `per_example_grad_norms`.
+
+    Returns:
+      A function `(params, importance_weights, *batch) -> (losses, gradient, norms)`. The importance weights f32[B] are
+      the second argument whatever argnums is. losses f32[B] and norms f32[B] are those of each example without its
+      importance weight. gradient is that of `mean(importance_weights * losses)`, like the parameters. With has_aux the
+      first result is `(losses, aux)`.
 
     Raises:
-      ValueError: importance_weights is not of shape [B], or as `per_example_grad_norms`.
-      TypeError: as `per_example_grad_norms`.
+      ValueError: When called: importance_weights does not have shape [B]. Otherwise as `per_example_grad_norms`.
+      TypeError: As `per_example_grad_norms`.
+
+    Guarantees:
+      Those of `per_example_grad_norms`.
 
     Example:
       >>> grad_fn = value_grad_and_norms(lambda params, x: jnp.sum(params * x))
@@ -138,32 +148,32 @@ def value_grad_and_norms(
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
-    """((losses, aux, squared norms of each leaf), the gradients' sums with the coefficients, if given)."""
+    """Returns (losses, aux, squared norms of each leaf), and each leaf's gradient summed with the coefficients."""
     losses, aux, gradients = loss.factored_gradients(loss.params, batch)
     squares, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
     return (losses, aux, squares), sums
 
 
 def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
-    """Squared norms [B] of a batch of gradients of one leaf, and their sum with coefficients."""
+    """Returns the squared norms [B] of one leaf's gradients, and their sum with the coefficients, if given."""
     if isinstance(gradient, Factored) and not gradient.terms:
         return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
-    of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
     if not isinstance(gradient, Factored):
         return _form_all(gradient, coefficients)
-    size = max(1, _formed_bytes() // cost.bytes_of_forming(of_one))
-    if not cost.by_gram(of_one):
+    size = max(1, _formed_bytes() // cost.bytes_of_forming(example))
+    if not cost.by_gram(example):
         return _in_microbatches(lambda chunk: _form_all(*chunk), (gradient, coefficients), size)
-    return _gram_norms(gradient, of_one, size), _weighted_sum(gradient, coefficients)
+    return _gram_norms(gradient, example, size), _weighted_sum(gradient, coefficients)
 
 
-def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.Array:
-    """Squared norms [B] from pairs of uses; where those cancel, from the gradients themselves."""
-    size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(of_one).bytes))
+def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array:
+    """Returns squared norms [B] from pairs of uses; where those nearly cancel, from formed gradients."""
+    size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
     (squares, absolute), _ = _in_microbatches(
         lambda chunk: (jax.vmap(gram.norm_squared)(chunk), None), gradient, size, has_sums=False
     )
-    if not gram.can_cancel(of_one):
+    if not gram.can_cancel(example):
         return squares
 
     def formed():
@@ -174,6 +184,7 @@ def _gram_norms(gradient: Factored, of_one: Factored, formed_size: int) -> jax.A
 
 
 def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns squared norms [B] of formed gradients, and their sum with the coefficients, if given."""
     products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
@@ -183,7 +194,7 @@ def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.A
 
 
 def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
-    """The examples become uses of one gradient."""
+    """Returns the sum with the coefficients: the examples become uses of one gradient."""
     if coefficients is None:
         return None
     total = algebra.sum_leading(jax.vmap(algebra.scale)(gradient, coefficients))
@@ -191,11 +202,11 @@ def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Arr
 
 
 def _in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bool = True):
-    """`function(batch) -> (outputs with leading axis B, sums or None)`, called on at most `size` examples at a time."""
+    """Calls `function(batch) -> (outputs with leading axis B, sums or None)` on at most `size` examples at a time."""
     num_examples = jax.tree.leaves(batch)[0].shape[0]
     if size is None or size >= num_examples:
         return function(batch)
-    # Chunks that leave no rest need no copy of the batch and no second program.
+    # A chunk size that divides B avoids a copy of the batch and a second compilation of `function`.
     size = next((n for n in range(size, size // 2, -1) if num_examples % n == 0), size)
     whole = num_examples - num_examples % size
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
@@ -224,7 +235,7 @@ def _finish(squares, loss: TracedLoss, squared: bool, per_leaf: bool):
 
 
 def _root(x: jax.Array) -> jax.Array:
-    """√x, whose derivative at 0 is taken to be 0 instead of infinite."""
+    """Returns √x with derivative 0, not infinity, at 0."""
     is_zero = x == 0
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
