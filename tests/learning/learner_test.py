@@ -67,12 +67,12 @@ def test_the_update_is_unbiased_summed_exactly_over_all_examples(name, table):
     gradients_now = per_example(params, examples)
     gradients, _ = one_step_gradients(table, params, examples, 1, 4000)
     q = np.asarray(table.v(), np.float64) / np.sum(np.asarray(table.v(), np.float64))
-    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(4000)]
-    drawn = np.asarray(jax.vmap(lambda key: sampling.draw(key, table, 1).indices[0])(jnp.stack(keys)))
+    sampler, state = drawing_from(table, 1, seed=1)
+    drawn = jax.jit(jax.vmap(lambda number: sampler.draw_number(state, number).indices[0]))(jnp.arange(4000))
     total = jax.tree.map(lambda g: np.zeros(g.shape[1:]), gradients_now)
     missing = 0.0
     for n in range(NUM_EXAMPLES):
-        rows = np.flatnonzero(drawn == n)
+        rows = np.flatnonzero(np.asarray(drawn) == n)
         if len(rows):
             applied = jax.tree.map(lambda g, r=rows[0]: np.asarray(g[r], np.float64), gradients)
         else:  # too rare to be met in 4,000 draws; by definition (1 / N) g_n / q_n
