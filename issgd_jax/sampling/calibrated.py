@@ -1,4 +1,4 @@
-"""`Calibrated`: the gradient norm expected from score and staleness, learned from every new score."""
+"""`Calibrated`: expected gradient norms given score and staleness, learned from every new norm."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,24 +8,24 @@ import jax.numpy as jnp
 
 from issgd_jax.sampling.proposal import (
     TINY,
-    Completion,
-    Proposal,
-    complete,
-    make_completion,
-    new_level,
-    relative,
-    thinned,
+    Fallback,
+    apply_fallback,
+    make_fallback,
+    normalize,
+    subsample,
+    update_level,
 )
 from issgd_jax.sampling.store import NEVER, ScoreStore
+from issgd_jax.sampling.table import Table, build_table
 
 
-class Calibration(NamedTuple):
-    """Exponentially averaged sums over bins of old score (rows) and staleness (columns).
+class CalibratedState(NamedTuple):
+    """State of `Calibrated`: running sums over bins of old score (rows) and staleness (columns).
 
     Attributes:
-      squares: f32[40, 12], sums of the new norm squared, in units of the level^2 of their time.
-      counts: f32[40, 12], numbers of new norms.
-      level: f32[], see `new_level`: the unit of the score bins; 0 before.
+      squares: f32[40, 12], sums of the squared new norms, in units of the squared level of their time.
+      counts: f32[40, 12], number of norms.
+      level: f32[], unit of the score bins, see `update_level`; 0 before the first norm.
     """
 
     squares: jax.Array
@@ -35,10 +35,10 @@ class Calibration(NamedTuple):
 
 # Octaves of score, from 2^-28 to 2^12 of the level; octaves of staleness, from 1 to 2^11 steps and more.
 SCORE_BINS, STALENESS_BINS = 40, 12
-OCTAVES_BELOW_SCALE = 28
-# Pseudo-counts: new scores that a cell (or a row) needs to outweigh its row (or the prior of the row).
-SHRINKAGE = 16.0
-# Prior of a row: this share of its examples are as any other, the rest as their score says.
+OCTAVES_BELOW_LEVEL = 28
+# Observations that a bin needs to outweigh the mean of its row, and a row to outweigh its prior.
+PRIOR_COUNT = 16.0
+# Prior of a row: this fraction of its norms is as that of any example, the others equal their score.
 OUTLIER_FRACTION = 1 / 8
 
 
@@ -46,131 +46,134 @@ class CalibratedBasis(NamedTuple):
     """Basis of `Calibrated`.
 
     Attributes:
-      log_rms: f32[40, 12], see `_log_root_mean_squares`.
+      log_rms: f32[40, 12], log2 of the root mean square norm of each bin, in units of the level.
       level: f32[].
-      completion: of v.
+      fallback: for never-scored examples.
     """
 
     log_rms: jax.Array
     level: jax.Array
-    completion: Completion
+    fallback: Fallback
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Calibrated(Proposal):
-    """Least variance for what is known of an example, its score and staleness: v = sqrt(E[norm^2 | score, staleness]).
+class Calibrated:
+    """Proposal of least variance given score and staleness: v = sqrt(E[norm^2 | score, staleness]).
 
-    Among proposals that see only the score and its staleness, `mean(v) * mean(E[norm^2 | known] / v)` is least for this
-    v (Cauchy-Schwarz, as in the paper's Theorem 1). It is Theorem 1 itself when scores are fresh, uniform when they
-    carry no information, and by Jensen never worse than uniform. The conditional mean is measured: every new score
-    gives a triple (old score, staleness, new norm), kept as averaged sums in a table of bins. A cell with little data
-    is shrunk to its row (all stalenesses), and a row with little data to its score. Between the centres of score bins,
-    v is interpolated.
+    Among proposals that use only score and staleness, `mean(v) * mean(E[norm^2 | score, staleness] / v)` is least for
+    this v (Cauchy-Schwarz, as in the paper's Theorem 1). If scores are fresh, it is Theorem 1 itself; if they carry no
+    information, it is uniform; by Jensen's inequality it is never worse than uniform.
+
+    The conditional mean is measured: every new norm gives a triple (old score, staleness, new norm), and running sums
+    are kept in a table of bins. A bin with few observations is shrunk to its row (all stalenesses), and a row with few
+    to a prior (mostly its score). Between the centres of score bins, v is interpolated.
 
     Alone it does not bound the importance weights: draw from `Mixture(Calibrated())`.
 
-    Attributes:
+    Args:
       half_life: sweeps over the data after which an observation counts half.
 
     Example:
-      >>> proposal, store = Calibrated(), ScoreStore.init(2)
-      >>> state = proposal.init()
-      >>> basis = proposal.basis(state, store, jnp.int32(0))
-      >>> store, _ = store.write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
-      >>> proposal.v(basis, store.score, store.scored_at, jnp.int32(0)).tolist()  # fresh scores: the norms themselves
-      [1.0, 3.0]
+      >>> store, _ = ScoreStore.init(3).write(jnp.arange(2), jnp.array([1.0, 4.0]), jnp.int32(5))
+      >>> proposal, step = Calibrated(), jnp.int32(5)
+      >>> basis = proposal.basis(proposal.init(), store, step)
+      >>> proposal.table(basis, store, step).v().tolist()  # scores of this step are the norms; the mean where unscored
+      [1.0, 4.0, 2.5]
     """
 
     half_life: float | jax.Array = 1.0
 
-    def init(self) -> Calibration:
+    def init(self) -> CalibratedState:
         bins = (SCORE_BINS, STALENESS_BINS)
-        return Calibration(
+        return CalibratedState(
             squares=jnp.zeros(bins, jnp.float32), counts=jnp.zeros(bins, jnp.float32), level=jnp.float32(0)
         )
 
     def observe(
         self,
-        state: Calibration,
+        state: CalibratedState,
         basis: CalibratedBasis,
         store: ScoreStore,
         indices: jax.Array,
-        norm: jax.Array,
+        norms: jax.Array,
         step: jax.Array,
         importance_weights: jax.Array | float = 1.0,
-    ) -> Calibration:
-        """Adds triples of old score, staleness and new norm, see `Proposal.observe`.
+    ) -> CalibratedState:
+        """Adds new gradient norms to their bins, see `Proposal.observe`.
 
-        First norms of an example teach nothing. Inside a bin all examples have the same v, so that the draw does not
-        bias its mean: the importance weights are needed for the level alone.
+        First norms of an example set the level only. All examples of a bin have the same v, so that the draw does not
+        bias its mean: importance weights are used for the level alone.
         """
         del basis
         num_examples = len(store)
-        indices, norm, importance_weights, each = thinned(indices, norm, importance_weights)
+        indices, norms, importance_weights, stride = subsample(indices, norms, importance_weights)
         inside = (indices >= 0) & (indices < num_examples)
-        valid = inside & jnp.isfinite(norm) & (norm >= 0)
-        norm = jnp.where(valid, norm, 0)
-        level = new_level(state.level, norm, jnp.where(valid, each * importance_weights, 0), num_examples)
+        valid = inside & jnp.isfinite(norms) & (norms >= 0)
+        norms = jnp.where(valid, norms, 0)
+        level = update_level(state.level, norms, jnp.where(valid, stride * importance_weights, 0), num_examples)
         old_score, scored_at = store.at(jnp.clip(indices, 0, num_examples - 1))
         staleness = step - scored_at
         known = valid & (scored_at != NEVER) & (staleness > 0)
-        row = jnp.clip(jnp.floor(_octave(relative(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
+        row = jnp.clip(jnp.floor(_octave(normalize(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
-        forget = 0.5 ** (each * jnp.sum(known) / (self.half_life * num_examples))
-        square = relative(norm, level) ** 2
+        decay = 0.5 ** (stride * jnp.sum(known) / (self.half_life * num_examples))
+        square = normalize(norms, level) ** 2
         # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
         rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
 
-        def binned(values):
+        def sum_by_bin(values):
             return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
 
-        return Calibration(
-            squares=forget * state.squares + binned(jnp.where(known, each * square, 0)),
-            counts=forget * state.counts + binned(each * known.astype(jnp.float32)),
+        return CalibratedState(
+            squares=decay * state.squares + sum_by_bin(jnp.where(known, stride * square, 0)),
+            counts=decay * state.counts + sum_by_bin(stride * known.astype(jnp.float32)),
             level=level,
         )
 
-    def basis(self, state: Calibration, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
+    def basis(self, state: CalibratedState, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
         level = jnp.where(state.level > 0, state.level, 1)
-        basis = CalibratedBasis(_log_root_mean_squares(state), level, Completion(*jnp.zeros(2)))
-        v = _calibrated(basis, store.score, step - store.scored_at)
-        return basis._replace(completion=make_completion(v, store.scored_at))
+        basis = CalibratedBasis(_log_root_mean_squares(state), level, Fallback(*jnp.zeros(2)))
+        v = _expected_norms(basis, store.score, step - store.scored_at)
+        return basis._replace(fallback=make_fallback(v, store.scored_at))
 
     def v(self, basis: CalibratedBasis, score, scored_at, step) -> jax.Array:
-        v = _calibrated(basis, score, step - scored_at)
-        return complete(v, scored_at, basis.completion)
+        v = _expected_norms(basis, score, step - scored_at)
+        return apply_fallback(v, scored_at, basis.fallback)
+
+    def table(self, basis: CalibratedBasis, store: ScoreStore, step: jax.Array) -> Table:
+        return build_table(self.v(basis, store.score, store.scored_at, step))
 
 
-def _log_root_mean_squares(state: Calibration) -> jax.Array:
+def _log_root_mean_squares(state: CalibratedState) -> jax.Array:
     """Returns log2 sqrt(E[norm^2]) of each bin, in units of the level."""
-    centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_SCALE)
+    centres = 2.0 ** (jnp.arange(SCORE_BINS, dtype=jnp.float32) + 0.5 - OCTAVES_BELOW_LEVEL)
     total = jnp.sum(state.counts)
-    overall = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
-    prior = (1 - OUTLIER_FRACTION) * centres**2 + OUTLIER_FRACTION * overall
-    row_mean = _shrunk(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), prior)
-    return 0.5 * jnp.log2(_shrunk(state.squares, state.counts, row_mean[:, None]))
+    overall_mean = jnp.where(total > 0, jnp.sum(state.squares) / jnp.maximum(total, TINY), 1)
+    prior = (1 - OUTLIER_FRACTION) * centres**2 + OUTLIER_FRACTION * overall_mean
+    row_mean = _shrunk_mean(jnp.sum(state.squares, axis=1), jnp.sum(state.counts, axis=1), prior)
+    return 0.5 * jnp.log2(_shrunk_mean(state.squares, state.counts, row_mean[:, None]))
 
 
-def _calibrated(basis: CalibratedBasis, score, staleness) -> jax.Array:
+def _expected_norms(basis: CalibratedBasis, score, staleness) -> jax.Array:
     """Returns sqrt(E[norm^2 | score, staleness]) in units of the level, log-linear between centres of score bins."""
     relative_score = score / basis.level
-    place = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
-    row = jnp.minimum(place.astype(jnp.int32), SCORE_BINS - 2)
+    position = jnp.clip(_octave(relative_score) - 0.5, 0, SCORE_BINS - 1)
+    row = jnp.minimum(position.astype(jnp.int32), SCORE_BINS - 2)
     column = _staleness_bin(staleness)
     low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
-    # A score of this very step is the norm itself.
-    return jnp.where(staleness > 0, 2.0 ** (low + (place - row) * (high - low)), relative_score)
+    # A score of the present step is the norm itself.
+    return jnp.where(staleness > 0, 2.0 ** (low + (position - row) * (high - low)), relative_score)
 
 
-def _shrunk(total, count, prior):
-    """Returns total / count shrunk to prior, arithmetically: to draw a cell too often costs less than too rarely."""
-    return (total + SHRINKAGE * prior) / (count + SHRINKAGE)
+def _shrunk_mean(total, count, prior):
+    """Returns the mean shrunk to the prior; arithmetic, as too large a v costs less variance than too small a one."""
+    return (total + PRIOR_COUNT * prior) / (count + PRIOR_COUNT)
 
 
 def _octave(relative_score):
-    """Returns the place on the log-score axis, in bins from its lower end; a score of zero lies at that end."""
-    return jnp.log2(jnp.maximum(relative_score, 2.0**-OCTAVES_BELOW_SCALE)) + OCTAVES_BELOW_SCALE
+    """Returns the position on the axis of score bins; that of a score of zero is its lower end."""
+    return jnp.log2(jnp.maximum(relative_score, 2.0**-OCTAVES_BELOW_LEVEL)) + OCTAVES_BELOW_LEVEL
 
 
 def _staleness_bin(staleness):

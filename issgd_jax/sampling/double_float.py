@@ -1,7 +1,9 @@
-"""Arithmetic with twice the digits of float32, where there is no float64: a number is an unevaluated sum.
+"""Arithmetic with twice the digits of float32, where float64 is not available.
 
-Of `high + low`, low is at most half a unit in the last place of high, so that pairs compare like numbers. Errors are
-below `2^-46` of the largest number met. Source: Dekker 1971; Knuth, TAOCP 2, section 4.2.2.
+A number is an unevaluated sum `high + low`, where low is at most half a unit in the last place of high, so that pairs
+compare like numbers. Errors are below `2^-46` of the largest number involved.
+
+Source: Dekker 1971; Knuth, TAOCP 2, section 4.2.2.
 """
 
 from typing import NamedTuple
@@ -11,10 +13,11 @@ import jax.numpy as jnp
 
 
 class Double(NamedTuple):
-    """The number high + low.
+    """Number `high + low`.
 
     Attributes:
-      high, low: f32 of any one shape.
+      high: f32[...].
+      low: f32[...], of the same shape.
     """
 
     high: jax.Array
@@ -24,8 +27,8 @@ class Double(NamedTuple):
 def two_sum(x: jax.Array, y: jax.Array) -> Double:
     """Returns x + y, exactly."""
     high = x + y
-    from_y = high - x
-    return Double(high, (x - (high - from_y)) + (y - from_y))
+    y_part = high - x
+    return Double(high, (x - (high - y_part)) + (y - y_part))
 
 
 def add(x: Double, y: Double) -> Double:
@@ -40,10 +43,10 @@ def subtract(x: Double, y: Double) -> Double:
 
 
 def multiply(x: Double, y: jax.Array) -> Double:
-    """Returns x · y, y a single float."""
+    """Returns x · y, where y is one f32."""
     high = x.high * y
-    x_upper, x_lower = _halves(x.high)
-    y_upper, y_lower = _halves(y)
+    x_upper, x_lower = _split(x.high)
+    y_upper, y_lower = _split(y)
     low = ((x_upper * y_upper - high) + x_upper * y_lower + x_lower * y_upper) + x_lower * y_lower
     return two_sum(high, low + x.low * y)
 
@@ -53,8 +56,8 @@ def less_equal(x: Double, y: Double) -> jax.Array:
     return (x.high < y.high) | ((x.high == y.high) & (x.low <= y.low))
 
 
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the upper 12 bits of the mantissa and the rest: products of halves are exact."""
+def _split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the upper 12 bits of the mantissa and the rest, so that products of halves are exact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
     upper = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return upper, x - upper

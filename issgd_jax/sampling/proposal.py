@@ -1,9 +1,4 @@
-"""Proposals: from scores to the unnormalised probabilities v that are drawn from.
-
-A proposal is a frozen dataclass and a pytree: its numbers may change between calls without compiling again. `Proposal`
-documents its methods and the order in which they are called. Examples that were never scored get the mean v of the
-others, so that all have a chance from the first step.
-"""
+"""Proposals: from scores to the unnormalised probabilities v that examples are drawn by."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -14,133 +9,185 @@ import jax.numpy as jnp
 from issgd_jax.sampling.store import NEVER, ScoreStore
 from issgd_jax.sampling.table import Table, build_table, uniform_table
 
-# Least v of a scored example, relative to the largest: a stale score of zero must not shut an example out for ever, and
-# float32 must tell it from zero beside any other (see `sampling.draw`).
+# Least v of a scored example, relative to the largest: a stale score of zero must not exclude an example for ever, and
+# float32 must distinguish it from zero beside any other (see `table.draw`).
 MIN_RELATIVE_V = 2.0**-16
 TINY = jnp.finfo(jnp.float32).tiny
-# Norms beyond this multiple of their unit count as this: their squares must not overflow.
-MAX_RELATIVE_SCORE = 2.0**24
+# Largest norm in units of the level; larger ones are clipped, so that their squares do not overflow.
+MAX_RELATIVE_NORM = 2.0**24
 # Norms of one round that a proposal learns from.
 MAX_OBSERVED = 2**16
-# Uniform shares that a mixture chooses from: half is close to plain SGD; the least costs scores that stay true 1 %.
-# The largest comes first: it is taken until there is evidence.
+# Uniform fractions that a mixture chooses from: 1/2 is close to plain SGD; 1/64 costs scores that stay true 1 %.
+# The largest comes first: it is chosen until there is evidence.
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 
 
 class Proposal(Protocol):
-    """Contract of a proposal. Inheriting from it gives one that learns nothing; `basis` and `v` are to be written.
+    """Interface of a proposal.
 
-    Order of calls, see `sampler.Sampler`. For scores that arrive:
+    A proposal is a frozen dataclass registered as a pytree: its numbers may change between calls without compiling
+    again. What it learns is in a state outside it. All methods are pure and run under `jit`. `Stateless` has the first
+    two for proposals that learn nothing.
 
-    1. `observe`, while the store still has the old scores. Called later, the proposal would compare a score with itself
-       and take every score for exact.
-    2. `ScoreStore.write`.
-    3. `v` of these examples with the basis of the last rebuild, and `Table.write`. A newer basis may have another unit
-       than the rest of the table: these examples would be drawn too often or too rarely.
+    Order of calls, as `Sampler` makes them. When new scores of some examples arrive, O(m log N):
 
-    For a rebuild: `basis`, then `table` with this basis. A table of another basis makes the next step 3 wrong in the
-    same way. In every order the gradient stays unbiased, as the importance weights are of the very v in the table; what
-    is lost is variance.
+      1. `state = proposal.observe(state, basis, store, indices, norms, step, importance_weights)`
+      2. `store, rejected = store.write(indices, scores, step)`
+      3. `v = proposal.v(basis, *store.at(indices), current_step)`
+      4. `table = table.write(indices, v)`
+
+    From time to time, such as once a round, a rebuild, O(N), always of both:
+
+      5. `basis = proposal.basis(state, store, current_step)`
+      6. `table = proposal.table(basis, store, current_step)`
+
+    In another order:
+
+      - 2 before 1: the old scores are lost, and the proposal learns nothing from these norms.
+      - 3 before 2: the table gets the probabilities of the old scores.
+      - 5 without 6, or a v of another basis than the table's: v of examples written since is in another unit than the
+        rest of the table, and they are drawn too often or too rarely. Draws stay unbiased, as importance weights are
+        computed from the table; their variance rises.
+      - never 5 and 6: what was learned is never used, and v of examples that are not drawn does not age.
+
+    Example:
+      A proposal by the square root of the score, from its five methods:
+
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True)
+      ... class SquareRoot(Stateless):
+      ...     def basis(self, state, store, step):
+      ...         return ()
+      ...     def v(self, basis, score, scored_at, step):
+      ...         return jnp.where(scored_at >= 0, jnp.sqrt(score) + 0.1, 1.0)
+      ...     def table(self, basis, store, step):
+      ...         return build_table(self.v(basis, store.score, store.scored_at, step))
+      >>> from issgd_jax.sampling.sampler import Sampler
+      >>> sampler = Sampler(num_examples=3, batch_size=2, proposal=SquareRoot())
+      >>> state = sampler.ingest(sampler.init(seed=0), jnp.array([0, 1]), jnp.array([4.0, 9.0]), jnp.int32(0))
+      >>> [round(v, 2) for v in state.table.v().tolist()]
+      [2.1, 3.1, 1.0]
     """
 
     def init(self) -> Any:
-        """Returns the first state, a pytree; empty if the proposal learns nothing."""
-        return ()
+        """Returns the state before any observation: a pytree of arrays, `()` if the proposal learns nothing."""
 
-    def observe(self, state, basis, store: ScoreStore, indices, norm, step, importance_weights=1.0) -> Any:
-        """Returns the state that has learned from new gradient norms.
+    def observe(
+        self, state: Any, basis: Any, store: ScoreStore, indices: jax.Array, norms: jax.Array, step: jax.Array,
+        importance_weights: jax.Array | float = 1.0,
+    ) -> Any:  # fmt: skip
+        """Learns from new gradient norms, while the store has the old scores.
 
         Args:
-          state: before.
-          basis: of the last rebuild.
-          store: with the old scores of the examples.
-          indices: i32[m], of the examples; those outside [0, N) are padding.
-          norm: f32[m], new gradient norms; those that are NaN, infinite or negative teach nothing.
-          step: i32[], of the parameters that gave the norms.
-          importance_weights: f32[m], of the draw that chose the examples; 1 where all were as likely.
+          state: as returned by `init` or `observe`.
+          basis: the one by which the present table was built.
+          store: with the scores before these norms are written.
+          indices: i32[m]; those outside [0, N) are padding and must teach nothing.
+          norms: f32[m]; those that are NaN, infinite or negative must teach nothing.
+          step: i32[], learner step of the parameters that gave the norms.
+          importance_weights: f32[m] or 1, of the draw of these examples: they undo its preference for large v.
+
+        Returns:
+          The new state.
         """
-        del basis, store, indices, norm, step, importance_weights
+
+    def basis(self, state: Any, store: ScoreStore, step: jax.Array) -> Any:
+        """Returns what v of one example depends on besides its own score and age, such as means over all; O(N)."""
+
+    def v(self, basis: Any, score: jax.Array, scored_at: jax.Array, step: jax.Array) -> jax.Array:
+        """Returns unnormalised probabilities f32[m], example by example.
+
+        Args:
+          basis: as returned by `basis`.
+          score: f32[m].
+          scored_at: i32[m]; -1 where never scored.
+          step: i32[], the present learner step.
+
+        Guarantees:
+          v is finite and >= 0. Every example has v > 0, or the draw is biased; those never scored too.
+        """
+
+    def table(self, basis: Any, store: ScoreStore, step: jax.Array) -> Table:
+        """Returns the table of v of all examples; O(N)."""
+
+
+class Stateless:
+    """Base of proposals that learn nothing."""
+
+    def init(self) -> tuple[()]:
+        return ()
+
+    def observe(self, state, basis, store: ScoreStore, indices, norms, step, importance_weights=1.0) -> tuple[()]:
+        del basis, store, indices, norms, step, importance_weights
         return state
 
-    def basis(self, state, store: ScoreStore, step: jax.Array) -> Any:
-        """Returns what the v of one example needs to know of all; O(N), once a rebuild."""
-        ...
 
-    def v(self, basis, score: jax.Array, scored_at: jax.Array, step: jax.Array) -> jax.Array:
-        """Returns the unnormalised probabilities f32[m] of examples with these scores f32[m] and steps i32[m]."""
-        ...
-
-    def table(self, basis, store: ScoreStore, step: jax.Array) -> Table:
-        """Returns the table of all examples; O(N)."""
-        return build_table(self.v(basis, store.score, store.scored_at, step))
-
-
-class Completion(NamedTuple):
-    """Statistics of the v of all scored examples.
+class Fallback(NamedTuple):
+    """Values of v where the score alone gives none, or too small a one.
 
     Attributes:
-      mean: f32[]; 1 if none is scored.
-      least: f32[], below which v counts as this much.
+      mean: f32[], v of never-scored examples: the mean of the others, or 1 if nothing is scored.
+      floor: f32[], least v of a scored example.
     """
 
     mean: jax.Array
-    least: jax.Array
+    floor: jax.Array
 
 
-def make_completion(v: jax.Array, scored_at: jax.Array) -> Completion:
-    """Returns the statistics of v f32[N]."""
+def make_fallback(v: jax.Array, scored_at: jax.Array) -> Fallback:
+    """Returns the fallback for v f32[N] of all examples, scored or not."""
     scored = scored_at != NEVER
     num_scored = jnp.sum(scored)
     total, largest = jnp.sum(jnp.where(scored, v, 0)), jnp.max(jnp.where(scored, v, 0))
     mean = jnp.where(num_scored > 0, total / jnp.maximum(num_scored, 1), 1)
-    return Completion(jnp.maximum(mean, MIN_RELATIVE_V * largest), MIN_RELATIVE_V * largest)
+    return Fallback(jnp.maximum(mean, MIN_RELATIVE_V * largest), MIN_RELATIVE_V * largest)
 
 
-def complete(v: jax.Array, scored_at: jax.Array, completion: Completion) -> jax.Array:
-    """Returns v with the mean for examples that were never scored, and at least the least for all."""
-    return jnp.where(scored_at != NEVER, jnp.maximum(v, completion.least), completion.mean)
+def apply_fallback(v: jax.Array, scored_at: jax.Array, fallback: Fallback) -> jax.Array:
+    """Returns v f32[m] where never-scored examples have the mean and no scored example is below the floor."""
+    return jnp.where(scored_at != NEVER, jnp.maximum(v, fallback.floor), fallback.mean)
 
 
-def new_level(level: jax.Array, norm: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
-    """Returns the root mean square f32[] of all norms so far, those of one sweep ago counting half; 0: none.
+def update_level(level: jax.Array, norms: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
+    """Returns the running root mean square f32[] of norms, where those of one sweep ago count half; 0: none yet.
 
-    Norms fall by orders of magnitude while training: what is learned of them in units of the level of their time stays
-    true, and early ones do not dominate.
+    Norms fall by orders of magnitude in training. What is learned in units of the level of its time stays true, and
+    early norms do not outweigh later ones.
 
     Args:
-      level: before.
-      norm: f32[m], new norms.
-      importance_weights: f32[m], 0 for those that do not count.
-      num_examples: N.
+      level: f32[], the level so far.
+      norms: f32[m].
+      importance_weights: f32[m]; 0 for norms that do not count.
+      num_examples: N, the examples of one sweep.
     """
     count, known = jnp.sum(importance_weights), level > TINY
-    unit = jnp.where(known, level, jnp.max(jnp.where(importance_weights > 0, norm, 0)))
+    unit = jnp.where(known, level, jnp.max(jnp.where(importance_weights > 0, norms, 0)))
     kept = jnp.where(known, 0.5 ** (count / num_examples), 0)
-    square = kept + (1 - kept) * jnp.sum(importance_weights * relative(norm, unit) ** 2) / jnp.maximum(count, TINY)
+    square = kept + (1 - kept) * jnp.sum(importance_weights * normalize(norms, unit) ** 2) / jnp.maximum(count, TINY)
     return jnp.where(count > 0, unit * jnp.sqrt(square), level)
 
 
-def thinned(indices: jax.Array, norm: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
-    """Returns at most MAX_OBSERVED of the norms f32[m], evenly spaced, and how many each of them stands for."""
-    each = -(-indices.size // MAX_OBSERVED)
-    some = [x if jnp.ndim(x) == 0 else x[::each] for x in (indices, norm, importance_weights)]
-    return *some, each
+def subsample(indices: jax.Array, norms: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
+    """Returns every k-th of m examples, so that at most MAX_OBSERVED remain, and k; a weight may be a scalar."""
+    stride = -(-indices.size // MAX_OBSERVED)
+    sampled = [x if jnp.ndim(x) == 0 else x[::stride] for x in (indices, norms, importance_weights)]
+    return *sampled, stride
 
 
-def relative(norm: jax.Array, level: jax.Array) -> jax.Array:
-    """Returns norms in units of the level."""
-    return jnp.minimum(norm / jnp.maximum(level, TINY), MAX_RELATIVE_SCORE)
+def normalize(norms: jax.Array, level: jax.Array) -> jax.Array:
+    """Returns norms in units of the level, clipped so that their squares do not overflow."""
+    return jnp.minimum(norms / jnp.maximum(level, TINY), MAX_RELATIVE_NORM)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Uniform(Proposal):
+class Uniform(Stateless):
     """Plain SGD: v = 1, and importance weights of exactly 1.
 
     Example:
-      >>> store = ScoreStore.init(3)
-      >>> Uniform().table((), store, jnp.int32(0)).v().tolist()
-      [1.0, 1.0, 1.0]
+      >>> store, step = ScoreStore.init(4), jnp.int32(0)
+      >>> Uniform().table((), store, step).v().tolist()
+      [1.0, 1.0, 1.0, 1.0]
     """
 
     def basis(self, state, store: ScoreStore, step: jax.Array) -> tuple[()]:
@@ -161,35 +208,36 @@ class ProportionalBasis(NamedTuple):
 
     Attributes:
       smoothing: f32[], in units of the score.
-      completion: of v.
-      enough: bool[], whether enough scores are usable.
-      population: f32[], examples that can be drawn.
+      fallback: for never-scored examples.
+      enough: bool[], whether one in ten scores is young enough to be used.
+      population: f32[], the number of examples that are drawn from.
     """
 
     smoothing: jax.Array
-    completion: Completion
+    fallback: Fallback
     enough: jax.Array
     population: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Proportional(Proposal):
+class Proportional(Stateless):
     """The paper's proposal: v = score + smoothing (section 4.2 and the authors' code).
 
-    Attributes:
-      smoothing: the additive constant, >= 0. Too small, and one stale score gives a huge importance weight; too large,
-        and the gain is lost (the paper's figure 4). `Calibrated` needs none.
-      relative: whether smoothing counts in units of the mean score, which changes during training, not of the score.
-      max_staleness: learner steps; None: no limit. BIASED otherwise, as in the paper: examples whose score is older, or
-        missing, are left out of the draw and of the mean, so that the gradient is that of the usable examples only.
-        While fewer than one in ten are usable, all are drawn uniformly.
+    Args:
+      smoothing: additive constant, >= 0. If too small, one stale score gives a huge importance weight; if too large,
+        nothing is gained over uniform draws (paper, figure 4). `Calibrated` needs none.
+      relative: whether smoothing is in units of the mean score, which changes in training, instead of the score.
+      max_staleness: in learner steps; None: no limit. BIASED otherwise, as in the paper: examples whose score is older
+        or missing are excluded from the draw and from the mean, so that the gradient is that of the others only. While
+        fewer than one in ten have a usable score, draws are uniform over all.
 
     Example:
       >>> store, _ = ScoreStore.init(3).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
-      >>> proposal = Proportional(smoothing=1.0)
-      >>> proposal.table(proposal.basis((), store, jnp.int32(1)), store, jnp.int32(1)).v().tolist()
-      [2.0, 4.0, 3.0]
+      >>> proposal, step = Proportional(smoothing=0.5), jnp.int32(1)
+      >>> basis = proposal.basis(proposal.init(), store, step)
+      >>> proposal.table(basis, store, step).v().tolist()  # the third, never scored, has the mean
+      [1.5, 3.5, 2.5]
     """
 
     smoothing: float | jax.Array
@@ -206,13 +254,13 @@ class Proportional(Proposal):
         enough = 10 * num_usable >= len(store)
         return ProportionalBasis(
             smoothing,
-            make_completion(store.score + smoothing, store.scored_at),
+            make_fallback(store.score + smoothing, store.scored_at),
             enough,
             jnp.where(enough, num_usable, len(store)).astype(jnp.float32),
         )
 
     def v(self, basis: ProportionalBasis, score, scored_at, step) -> jax.Array:
-        v = complete(score + basis.smoothing, scored_at, basis.completion)
+        v = apply_fallback(score + basis.smoothing, scored_at, basis.fallback)
         if self.max_staleness is None:
             return v
         return jnp.where(basis.enough, jnp.where(self._usable(scored_at, step), v, 0), 1)
@@ -232,8 +280,8 @@ class MixtureState(NamedTuple):
 
     Attributes:
       inner: state of the mixed proposal.
-      second_moments: f32[6], averaged sums for each of FRACTIONS, in units of the level^2 of their time.
-      level: f32[], root mean square of the norms of the last sweep; 0 before.
+      second_moments: f32[6], running sums for each of FRACTIONS, in units of the squared level of their time.
+      level: f32[], see `update_level`.
     """
 
     inner: Any
@@ -246,7 +294,7 @@ class MixtureBasis(NamedTuple):
 
     Attributes:
       inner: basis of the mixed proposal.
-      mean: f32[], of its v.
+      mean: f32[], mean of its v over all examples.
       uniform_fraction: f32[].
     """
 
@@ -257,23 +305,25 @@ class MixtureBasis(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixture(Proposal):
-    """Mixture of uniform draws with another proposal.
+class Mixture:
+    """Mixture of uniform draws and another proposal.
 
-    Attributes:
-      proposal: any.
-      uniform_fraction: share of uniform draws, in [0, 1). None: learned; that of FRACTIONS with which the norms of the
-        last sweep over the data would have given the least second moment of the gradient, `mean(v) * mean(norm^2 / v)`,
-        each v being the one before its norm was known.
+    Args:
+      proposal: the other proposal.
+      uniform_fraction: fraction of uniform draws, in [0, 1). None: learned; the one of FRACTIONS with which the norms
+        of the last sweep over the data would have had the least second moment of the gradient,
+        `mean(v) * mean(norm^2 / v)`, where each v is the one before its norm was known.
 
     Guarantees:
-      At a rebuild no importance weight exceeds `1 / uniform_fraction`; until the next one, at most by as much as the
-      mean v grows. Examples that the other proposal leaves out are drawn uniformly.
+      - When the table is built, no importance weight exceeds `1 / uniform_fraction`; until the next rebuild, it
+        exceeds that at most by the factor by which the mean of v grows.
+      - Examples that the other proposal excludes are drawn uniformly.
 
     Example:
       >>> store, _ = ScoreStore.init(2).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
-      >>> proposal = Mixture(Proportional(smoothing=0.0), uniform_fraction=0.5)
-      >>> proposal.table(proposal.basis(proposal.init(), store, jnp.int32(1)), store, jnp.int32(1)).v().tolist()
+      >>> mixture, step = Mixture(Proportional(0.0), uniform_fraction=0.5), jnp.int32(1)
+      >>> basis = mixture.basis(mixture.init(), store, step)
+      >>> mixture.table(basis, store, step).v().tolist()  # each has the mean, 2, more
       [3.0, 5.0]
     """
 
@@ -289,40 +339,44 @@ class Mixture(Proposal):
         basis: MixtureBasis,
         store: ScoreStore,
         indices: jax.Array,
-        norm: jax.Array,
+        norms: jax.Array,
         step: jax.Array,
         importance_weights: jax.Array | float = 1.0,
     ) -> MixtureState:
-        inner = self.proposal.observe(state.inner, basis.inner, store, indices, norm, step, importance_weights)
+        """Lets the other proposal learn, and adds to the second moments, see `Proposal.observe`."""
+        inner = self.proposal.observe(state.inner, basis.inner, store, indices, norms, step, importance_weights)
         state = state._replace(inner=inner)
         if self.uniform_fraction is not None:
             return state
         num_examples = len(store)
-        indices, norm, importance_weights, each = thinned(indices, norm, importance_weights)
-        at = jnp.clip(indices, 0, num_examples - 1)
-        score, scored_at = store.at(at)
-        valid = (indices == at) & jnp.isfinite(norm) & (norm >= 0) & (scored_at < step)
-        importance_weights = jnp.where(valid, each * importance_weights, 0)
-        norm = jnp.where(valid, norm, 0)
-        level = new_level(state.level, norm, importance_weights, num_examples)
+        indices, norms, importance_weights, stride = subsample(indices, norms, importance_weights)
+        inside = jnp.clip(indices, 0, num_examples - 1)
+        score, scored_at = store.at(inside)
+        valid = (indices == inside) & jnp.isfinite(norms) & (norms >= 0) & (scored_at < step)
+        importance_weights = jnp.where(valid, stride * importance_weights, 0)
+        norms = jnp.where(valid, norms, 0)
+        level = update_level(state.level, norms, importance_weights, num_examples)
         v = self.proposal.v(basis.inner, score, scored_at, step)
-        ratio = [_mixed(basis.mean, basis.mean, f) / _mixed(v, basis.mean, f) for f in FRACTIONS]
-        new = jnp.sum(importance_weights * relative(norm, level) ** 2 * jnp.stack(ratio), axis=1)
-        forget = 0.5 ** (jnp.sum(importance_weights) / num_examples)
-        return MixtureState(inner, forget * state.second_moments + new, level)
+        ratios = [_mix(basis.mean, basis.mean, f) / _mix(v, basis.mean, f) for f in FRACTIONS]
+        new = jnp.sum(importance_weights * normalize(norms, level) ** 2 * jnp.stack(ratios), axis=1)
+        decay = 0.5 ** (jnp.sum(importance_weights) / num_examples)
+        return MixtureState(inner, decay * state.second_moments + new, level)
 
     def basis(self, state: MixtureState, store: ScoreStore, step: jax.Array) -> MixtureBasis:
-        basis = self.proposal.basis(state.inner, store, step)
+        inner = self.proposal.basis(state.inner, store, step)
         fraction = self.uniform_fraction
         if fraction is None:
             fraction = jnp.asarray(FRACTIONS, jnp.float32)[jnp.argmin(state.second_moments)]
-        mean = jnp.mean(self.proposal.v(basis, store.score, store.scored_at, step))
-        return MixtureBasis(basis, mean, jnp.asarray(fraction, jnp.float32))
+        mean = jnp.mean(self.proposal.v(inner, store.score, store.scored_at, step))
+        return MixtureBasis(inner, mean, jnp.asarray(fraction, jnp.float32))
 
     def v(self, basis: MixtureBasis, score, scored_at, step) -> jax.Array:
-        return _mixed(self.proposal.v(basis.inner, score, scored_at, step), basis.mean, basis.uniform_fraction)
+        return _mix(self.proposal.v(basis.inner, score, scored_at, step), basis.mean, basis.uniform_fraction)
+
+    def table(self, basis: MixtureBasis, store: ScoreStore, step: jax.Array) -> Table:
+        return build_table(self.v(basis, store.score, store.scored_at, step))
 
 
-def _mixed(v, mean, uniform_fraction):
-    """Returns v plus the constant with which this share of the draws is uniform."""
+def _mix(v, mean, uniform_fraction):
+    """Returns v plus a constant, such that this fraction of the draws is uniform."""
     return v + uniform_fraction / (1 - uniform_fraction) * mean

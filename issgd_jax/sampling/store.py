@@ -1,4 +1,4 @@
-"""Score database: two flat arrays on the learner's device."""
+"""Score database: the last score of every example and its age, in flat arrays on one device."""
 
 import dataclasses
 import pathlib
@@ -13,18 +13,18 @@ from issgd_jax.errors import InputError
 from issgd_jax.files import replace_atomically
 from issgd_jax.sampling import kernels
 
-NEVER = -1  # scored_at of an example that has no score yet
-NO_EXAMPLE = -1  # index of no example
+NEVER = -1  # scored_at of an example without a score
+NO_EXAMPLE = -1  # index that stands for no example
 MAX_STEP = 2**30  # steps are below it
 BYTES_AN_EXAMPLE = 8
 
 
 class Rejected(NamedTuple):
-    """Scores that a store has rejected.
+    """Scores that `ScoreStore.write` rejected because they were NaN, infinite or negative.
 
     Attributes:
-      count: i32[].
-      index: i32[], the largest among the examples of the last write that had any; -1: none.
+      count: i32[], number of scores.
+      index: i32[], the largest index of an example with a rejected score, of the last write that had any; -1: none.
     """
 
     count: jax.Array
@@ -32,21 +32,21 @@ class Rejected(NamedTuple):
 
     @classmethod
     def none(cls) -> "Rejected":
-        """Returns no rejected scores."""
+        """Returns the value before any write."""
         return cls(jnp.int32(0), jnp.int32(NO_EXAMPLE))
 
     def merge(self, later: "Rejected") -> "Rejected":
-        """Returns both together."""
+        """Returns the sum of the counts, and the index of the later write if it has one."""
         return Rejected(self.count + later.count, jnp.where(later.count > 0, later.index, self.index))
 
 
 class Histogram(NamedTuple):
-    """Histogram of scores.
+    """Distribution of the known scores, on the host.
 
     Attributes:
-      counts: i64[bins].
-      edges: f64[bins + 1], equally spaced in the logarithm.
-      zeros: scores of exactly 0.
+      counts: i64[bins], number of positive scores in each bin.
+      edges: f64[bins + 1], edges of the bins, equally spaced in the logarithm.
+      zeros: number of scores that are exactly 0.
     """
 
     counts: np.ndarray
@@ -57,17 +57,17 @@ class Histogram(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScoreStore:
-    """Last known score of every example and the step of the parameters that gave it: 8 bytes an example.
+    """Score database: the last known gradient norm of every example, 8 bytes an example. A pytree.
 
     Attributes:
-      score: f32[N], the paper's probability weight; finite and >= 0, and 0 where never scored.
-      scored_at: i32[N], learner step of those parameters, below 2^30; -1: never scored.
+      score: f32[N], the paper's probability weights; finite and >= 0, and 0 where never scored.
+      scored_at: i32[N], learner step of the parameters that gave each score, below 2^30; -1 where never scored.
 
     Example:
       >>> store = ScoreStore.init(num_examples=4)
-      >>> store, rejected = store.write(jnp.array([0, 2]), jnp.array([3.0, jnp.nan]), step=jnp.int32(5))
-      >>> store.score.tolist(), store.scored_at.tolist(), int(rejected.count), int(rejected.index)
-      ([3.0, 0.0, 0.0, 0.0], [5, -1, -1, -1], 1, 2)
+      >>> store, rejected = store.write(jnp.array([0, 2, 3]), jnp.array([5.0, 1.0, jnp.nan]), step=jnp.int32(7))
+      >>> store.score.tolist(), store.scored_at.tolist(), int(rejected.count)
+      ([5.0, 0.0, 1.0, 0.0], [7, -1, 7, -1], 1)
     """
 
     score: jax.Array
@@ -75,11 +75,11 @@ class ScoreStore:
 
     @classmethod
     def init(cls, num_examples: int) -> "ScoreStore":
-        """Returns an empty store.
+        """Returns a store without scores.
 
         Raises:
           ValueError: num_examples < 1.
-          InputError: the device cannot hold it, with the bytes needed.
+          InputError: the device has too little memory; names the bytes needed.
         """
         if num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {num_examples}")
@@ -92,66 +92,74 @@ class ScoreStore:
     def __len__(self) -> int:
         return self.score.shape[0]
 
-    def write(self, indices: jax.Array, score: jax.Array, step: jax.Array) -> tuple["ScoreStore", Rejected]:
-        """Stores scores; O(m).
+    def write(self, indices: jax.Array, scores: jax.Array, step: jax.Array) -> tuple["ScoreStore", Rejected]:
+        """Stores scores of some examples; O(m).
 
         Args:
-          indices: i32[m], of examples; those outside [0, N) are padding.
-          score: f32[m].
-          step: i32[], of the parameters that gave the scores.
+          indices: i32[m]; those outside [0, N) are padding and ignored.
+          scores: f32[m].
+          step: i32[], learner step of the parameters that gave the scores.
 
         Returns:
-          The new store, and the scores that were rejected because they are NaN, infinite or negative.
+          The new store, and the scores that were rejected.
 
         Guarantees:
-          A rejected score changes nothing. A score of older parameters never replaces one of newer, in whatever order
-          rounds arrive. Of an index that occurs twice, the last valid score is kept.
+          - A score that is NaN, infinite or negative leaves the store as it was.
+          - A score of older parameters never replaces one of newer parameters, in whatever order they arrive.
+          - Of an index that occurs twice, the last valid score is stored.
         """
         arrays = self.score, self.scored_at
-        args = *arrays, indices, score.astype(jnp.float32), jnp.asarray(step, jnp.int32)
+        args = *arrays, indices, scores.astype(jnp.float32), jnp.asarray(step, jnp.int32)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         results = *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), number, number
         *arrays, count, index = kernels.on_cpu("write_scores", plain_write, results, *args, aliases={0: 0, 1: 1})
         return ScoreStore(*arrays), Rejected(count, index)
 
     def at(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns (score, scored_at) of the examples `indices` i32[m], all in [0, N); O(m)."""
+        """Returns score f32[m] and scored_at i32[m] of the examples `indices` i32[m], all in [0, N); O(m)."""
         results = tuple(jax.ShapeDtypeStruct(indices.shape, x.dtype) for x in (self.score, self.scored_at))
-        # XLA's CPU backend takes a gather from a large array for a large task, and wakes all threads for it.
+        # XLA's CPU backend estimates the cost of a gather by the size of the array, and wakes all threads for it.
         return kernels.on_cpu("read_scores", plain_read, results, self.score, self.scored_at, indices)
 
-    def check(self, indices, score) -> None:
-        """Checks the arguments of `write`, on the host.
+    def check(self, indices, scores) -> None:
+        """Validates the arguments of `write` on the host, for callers that want an error instead of a count.
 
         Raises:
-          ValueError: a score is NaN, infinite or negative, an index is outside [0, N), or the shapes differ; names the
-            first of them.
+          ValueError: scores are NaN, infinite or negative, or indices outside [0, N), naming the first of them; or
+            the shapes differ.
+
+        Example:
+          >>> ScoreStore.init(5).check([0, 3], [1.0, -2.0])
+          Traceback (most recent call last):
+          ValueError: scores must be finite and >= 0, got -2.0 of example 3
         """
-        indices, score = np.asarray(indices), np.asarray(score)
-        if indices.shape != score.shape or indices.ndim != 1:
-            raise ValueError(f"need indices and scores of one shape [m], got {indices.shape} and {score.shape}")
-        outside = (indices < 0) | (indices >= len(self))
-        if np.any(outside):
-            raise ValueError(f"indices must lie in [0, {len(self)}), got {_some(indices[outside])}")
-        bad = ~(np.isfinite(score) & (score >= 0))
+        indices, scores = np.asarray(indices), np.asarray(scores)
+        if indices.shape != scores.shape or indices.ndim != 1:
+            raise ValueError(f"need indices and scores of one shape [m], got {indices.shape} and {scores.shape}")
+        self._check_range(indices)
+        bad = ~(np.isfinite(scores) & (scores >= 0))
         if np.any(bad):
-            pairs = _some([f"{value} of example {index}" for index, value in zip(indices[bad], score[bad])])
+            pairs = _list_first([f"{value} of example {index}" for index, value in zip(indices[bad], scores[bad])])
             raise ValueError(f"scores must be finite and >= 0, got {pairs}")
 
     @property
     def scored(self) -> jax.Array:
-        """bool[N]: True where a score is known."""
+        """bool[N], True where an example has a score."""
         return self.scored_at != NEVER
 
     def staleness(self, step: jax.Array) -> jax.Array:
-        """Returns i32[N], learner steps since the parameters that gave each score; `step + 1` where never scored."""
+        """Returns i32[N]: learner steps since the parameters that gave each score; `step + 1` where never scored."""
         return step - self.scored_at
 
     def append(self, num_examples: int) -> "ScoreStore":
-        """Returns a store with more examples, never scored, after the others.
+        """Returns a store with more examples, never scored, after the present ones.
 
         Raises:
           ValueError: num_examples < 0.
+
+        Example:
+          >>> len(ScoreStore.init(3).append(2))
+          5
         """
         if num_examples < 0:
             raise ValueError(f"num_examples must be >= 0, got {num_examples}")
@@ -161,22 +169,25 @@ class ScoreStore:
         """Removes examples.
 
         Returns:
-          The smaller store, and i64[N'], the old index of each example that is kept, in the old order.
+          The smaller store, and i64[N']: the old index of each example that is left, in the old order.
 
         Raises:
           ValueError: an index is outside [0, N), or no example would be left.
+
+        Example:
+          >>> store, old_indices = ScoreStore.init(4).remove([1, 2])
+          >>> old_indices.tolist()
+          [0, 3]
         """
         indices = np.unique(np.asarray(indices, np.int64))
-        outside = (indices < 0) | (indices >= len(self))
-        if np.any(outside):
-            raise ValueError(f"indices must lie in [0, {len(self)}), got {_some(indices[outside])}")
+        self._check_range(indices)
         kept = np.setdiff1d(np.arange(len(self)), indices)
         if not len(kept):
             raise ValueError(f"all {len(self)} examples would be removed: leave at least one")
         return jax.tree.map(lambda x: x[kept], self), kept
 
     def merge(self, other: "ScoreStore") -> "ScoreStore":
-        """Returns the newer score of each example, of two stores; this one's where they are of the same step.
+        """Returns the newer score of each example of two stores; this store's where both are of the same step.
 
         Raises:
           ValueError: the stores differ in size.
@@ -186,10 +197,19 @@ class ScoreStore:
         return jax.tree.map(lambda x, y: jnp.where(other.scored_at > self.scored_at, y, x), self, other)
 
     def hardest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (indices i64[k], scores f32[k]) of the largest scores, largest first; fewer if fewer are scored.
+        """Returns the examples with the largest scores, on the host.
+
+        Returns:
+          Indices i64[k] and scores f32[k], largest first; fewer than k if fewer are scored.
 
         Raises:
           ValueError: k < 1.
+
+        Example:
+          >>> store, _ = ScoreStore.init(5).write(jnp.arange(3), jnp.array([2.0, 9.0, 4.0]), jnp.int32(0))
+          >>> indices, scores = store.hardest(2)
+          >>> indices.tolist(), scores.tolist()
+          ([1, 2], [9.0, 4.0])
         """
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
@@ -200,10 +220,15 @@ class ScoreStore:
         return largest, score[largest]
 
     def histogram(self, bins: int = 40) -> Histogram:
-        """Returns the histogram of the known scores.
+        """Returns the distribution of the known scores, on the host.
 
         Raises:
           ValueError: bins < 1, or nothing is scored.
+
+        Example:
+          >>> store, _ = ScoreStore.init(4).write(jnp.arange(4), jnp.array([0.0, 1.0, 2.0, 16.0]), jnp.int32(0))
+          >>> store.histogram(bins=2).counts.tolist(), store.histogram(bins=2).zeros
+          ([2, 1], 1)
         """
         score = np.asarray(self.score)[np.asarray(self.scored)]
         if bins < 1 or not len(score):
@@ -215,26 +240,37 @@ class ScoreStore:
         return Histogram(np.histogram(positive, edges)[0], edges, int(np.sum(score == 0)))
 
     def class_mass(self, labels, num_classes: int) -> np.ndarray:
-        """Returns each class's share of the sum of the known scores, f64[num_classes]; all 0 without scores.
+        """Returns f64[num_classes]: the share of each class in the sum of the known scores; all 0 without scores.
 
         Args:
-          labels: i32[N] in [0, num_classes).
+          labels: i32[N], in [0, num_classes).
           num_classes: number of classes.
 
         Raises:
-          ValueError: the labels have another shape or range.
+          ValueError: labels have another shape or range.
+
+        Example:
+          >>> store, _ = ScoreStore.init(4).write(jnp.arange(3), jnp.array([1.0, 2.0, 1.0]), jnp.int32(0))
+          >>> store.class_mass([0, 1, 0, 1], num_classes=2).tolist()
+          [0.5, 0.5]
         """
         labels = np.asarray(labels)
         if labels.shape != self.score.shape or labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"need {len(self)} labels in [0, {num_classes}), got shape {labels.shape}, {labels.min()} to "
-                f"{labels.max()}"
-            )
+            described = f"shape {labels.shape}, {labels.min()} to {labels.max()}"
+            raise ValueError(f"need {len(self)} labels in [0, {num_classes}), got {described}")
         mass = np.bincount(labels, np.asarray(self.score, np.float64), minlength=num_classes)
         return mass / mass.sum() if mass.sum() > 0 else mass
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes both arrays to a `.npz` file, completely or not at all."""
+        """Writes both arrays to a `.npz` file, which appears as a whole or not at all.
+
+        Example:
+          >>> import tempfile
+          >>> path = pathlib.Path(tempfile.mkdtemp()) / "scores.npz"
+          >>> ScoreStore.init(3).save(path)
+          >>> len(ScoreStore.load(path))
+          3
+        """
         with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
 
@@ -243,12 +279,12 @@ class ScoreStore:
         """Reads a file that `save` wrote.
 
         Raises:
-          InputError: the file is missing, cut off, or holds anything else.
+          InputError: the file is missing or damaged, or holds anything but a store.
         """
         try:
             with open(path, "rb") as file, np.load(file) as arrays:
                 score, scored_at = arrays["score"], arrays["scored_at"]
-        except Exception as error:  # a broken archive fails in many ways, from zlib's to the parser of headers
+        except Exception as error:  # a damaged archive raises many types, from zlib's to those of the header's parser
             raise InputError(f"{path} is not a file of scores ({error!r}): use what ScoreStore.save wrote") from error
         is_store = score.dtype == np.float32 and scored_at.dtype == np.int32 and score.ndim == 1 and len(score)
         if not is_store or score.shape != scored_at.shape:
@@ -258,9 +294,8 @@ class ScoreStore:
             )
         outside = (scored_at < NEVER) | (scored_at >= MAX_STEP)
         if np.any(outside):
-            raise InputError(
-                f"{path}: scored_at must be -1 (never) or a step in [0, {MAX_STEP}), got {_some(scored_at[outside])}"
-            )
+            first = _list_first(scored_at[outside])
+            raise InputError(f"{path}: scored_at must be -1 (never) or a step in [0, {MAX_STEP}), got {first}")
         store = cls(score=jnp.asarray(score), scored_at=jnp.asarray(scored_at))
         try:
             store.check(np.arange(len(score)), score)
@@ -268,36 +303,41 @@ class ScoreStore:
             raise InputError(f"{path}: {error}") from error
         return store
 
+    def _check_range(self, indices: np.ndarray) -> None:
+        outside = (indices < 0) | (indices >= len(self))
+        if np.any(outside):
+            raise ValueError(f"indices must lie in [0, {len(self)}), got {_list_first(indices[outside])}")
+
 
 def plain_read(score, scored_at, indices):
     """`ScoreStore.at` in plain JAX."""
     return score[indices], scored_at[indices]
 
 
-def plain_write(score, scored_at, indices, new_score, step):
-    """`ScoreStore.write` in plain JAX: (score, scored_at, count and index of those rejected)."""
+def plain_write(score, scored_at, indices, new_scores, step):
+    """`ScoreStore.write` in plain JAX: returns score, scored_at, and count and index of the rejected."""
     num_examples = score.size
     inside = (indices >= 0) & (indices < num_examples)
-    valid = jnp.isfinite(new_score) & (new_score >= 0)
+    valid = jnp.isfinite(new_scores) & (new_scores >= 0)
     newer = step >= scored_at[jnp.where(inside, indices, 0)]
     target = jnp.where(inside & valid & newer, indices, num_examples)
-    # A scatter may take duplicates in any order. So each first leaves its place in scored_at, where the largest
-    # wins; only the winners then write.
-    place = MAX_STEP + jnp.arange(indices.size, dtype=jnp.int32)
-    contest = scored_at.at[target].max(place, mode="drop")
-    won = contest[jnp.where(inside, indices, 0)] == place
-    target = jnp.where(won, target, num_examples)
+    # A scatter applies duplicates in any order. So each first writes its rank to scored_at, where the largest wins;
+    # then only the winners write their scores.
+    rank = MAX_STEP + jnp.arange(indices.size, dtype=jnp.int32)
+    ranks = scored_at.at[target].max(rank, mode="drop")
+    is_last = ranks[jnp.where(inside, indices, 0)] == rank
+    target = jnp.where(is_last, target, num_examples)
     bad = inside & ~valid
     return (
-        score.at[target].set(new_score, mode="drop"),
-        contest.at[target].set(step, mode="drop"),
+        score.at[target].set(new_scores, mode="drop"),
+        ranks.at[target].set(step, mode="drop"),
         jnp.sum(bad, dtype=jnp.int32),
         jnp.max(jnp.where(bad, indices, NO_EXAMPLE), initial=NO_EXAMPLE),
     )
 
 
-def _some(values, limit: int = 5) -> str:
-    """Returns the first values as text, and how many more there are."""
+def _list_first(values, limit: int = 5) -> str:
+    """Formats the first values and the number of the others."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more
 

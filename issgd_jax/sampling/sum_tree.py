@@ -1,9 +1,9 @@
-"""Tree of partial sums over the leaves v: a changed leaf changes one sum a level, a draw walks down from the root.
+"""Tree of partial sums over the leaves v: a write changes one sum a level, a draw descends from the root.
 
-All levels lie in one flat array, leaves first, each padded with zeros to a multiple of 16; every sum is that of 16
-children, added pair by pair: k and k + 8, then k and k + 4, and so on. Sums are f32 and recomputed from their children,
-never changed by a difference, so that no error grows; positions have twice the digits of f32, so that there is no
-rounding over millions of terms, and a leaf of zero is never drawn.
+All levels are in one flat array, leaves first, each padded with zeros to a multiple of 16. A sum is that of 16
+children, added in pairs: k and k + 8, then k and k + 4, and so on. Sums are f32 and recomputed from their children,
+never changed by a difference, so that errors do not accumulate. Positions have twice the digits of f32: they are not
+rounded over millions of leaves, and a leaf of zero is never drawn.
 """
 
 import functools
@@ -16,15 +16,15 @@ import numpy as np
 from issgd_jax.sampling import double_float, kernels
 from issgd_jax.sampling.double_float import Double
 
-# Children of a node: 64 bytes, a line of a processor's cache.
+# Children of a node: 64 bytes, one line of a processor's cache.
 RADIX = 16
 BITS = RADIX.bit_length() - 1
-# Plain JAX recomputes a whole level if it has fewer nodes than this multiple of what is written.
+# Plain JAX recomputes all sums above a level that has at most this many numbers for each written leaf.
 DENSE = 16
 
 
 def build(values: jax.Array) -> jax.Array:
-    """Returns the tree of the leaves f32[N], N >= 1: f32[M], M about N 16 / 15; O(N)."""
+    """Returns the tree f32[M], M about N 16 / 15, of the leaves `values` f32[N], N >= 1; O(N)."""
     levels = []
     for _ in _starts(values.size)[:-1]:
         levels.append(jnp.pad(values, (0, -values.size % RADIX)))
@@ -33,16 +33,17 @@ def build(values: jax.Array) -> jax.Array:
 
 
 def total(sums: jax.Array) -> jax.Array:
-    """Returns the sum of all leaves, f32[]."""
+    """Returns the sum f32[] of all leaves."""
     return _sum_children(sums[-RADIX:])
 
 
 def write(sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves: int, keep_zeros=False) -> jax.Array:
-    """Returns the tree with other leaves; O(m log N).
+    """Returns the tree with new values of some leaves; O(m log N).
 
     Args:
-      sums: the tree.
-      indices: i32[m]; those outside [0, num_leaves) are ignored. Where one occurs twice, its value must be the same.
+      sums: f32[M], the tree.
+      indices: i32[m], of leaves; those outside [0, num_leaves) are ignored. Where one occurs twice, its value must be
+        the same both times.
       values: f32[m].
       num_leaves: N.
       keep_zeros: bool[], whether leaves of zero stay zero.
@@ -56,15 +57,15 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
     """Draws leaves in proportion to their values; O(B log N).
 
     Args:
-      key: of the draw.
-      sums: the tree.
+      key: random key.
+      sums: f32[M], the tree.
       num_leaves: N.
       batch_size: B.
-      count: None: independent draws with replacement. Else i32[] <= B: so many at equal spacing over the leaves in a
-        random order (another in every node), equal ones side by side; the places after them repeat the last.
+      count: None: independent draws with replacement. i32[] <= B: number of equally spaced positions over the leaves in
+        a random order, another one in each node. Equal leaves are adjacent; places from `count` on repeat the last.
 
     Returns:
-      Leaves i32[B] and their values f32[B].
+      Indices of leaves i32[B] and their values f32[B].
     """
     results = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
     count, equally_spaced = (batch_size, False) if count is None else (count, True)
@@ -77,7 +78,7 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
 
 
 def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zeros: jax.Array, *, num_leaves: int):
-    """Does `write` in plain JAX."""
+    """`write` in plain JAX."""
     inside = (indices >= 0) & (indices < num_leaves)
     node = jnp.where(inside, indices, 0)
     values = jnp.where(keep_zeros & (sums[node] == 0), 0, values)
@@ -92,14 +93,14 @@ def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zer
 
 
 def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
-    """Does `draw` in plain JAX."""
+    """`draw` in plain JAX."""
     starts = _starts(num_leaves)
     num_positions = 1 if equally_spaced else batch_size
     words = jax.random.bits(jax.random.wrap_key_data(key_data, impl=impl), (num_positions + len(starts) - 1, 2))
-    position = _unit(*words[:num_positions].T)
+    position = _uniform(*words[:num_positions].T)
     if equally_spaced:
-        place = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
-        position = double_float.add(position, Double(place, jnp.zeros_like(place)))
+        rank = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
+        position = double_float.add(position, Double(rank, jnp.zeros_like(rank)))
     root = total(sums)
     position = double_float.multiply(position, root / count if equally_spaced else root)
     first = jnp.asarray(starts[-2::-1], jnp.int32)
@@ -113,7 +114,7 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
             parts.insert(0, parts[0][: len(parts[0]) // 2] + parts[0][len(parts[0]) // 2 :])
         branch = jnp.zeros_like(node)
         for bit, values in enumerate(parts):
-            left, right = _at(values, branch), _at(values, branch + 2**bit)
+            left, right = _select(values, branch), _select(values, branch + 2**bit)
             to_right, position, sum_ = _choose_half(left, right, position, sum_, (mirrored >> bit) & 1 > 0)
             branch += to_right * 2**bit
         return RADIX * node + branch, position, sum_
@@ -125,7 +126,7 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
 
 
 def _starts(num_leaves: int) -> list[int]:
-    """Returns where each level starts, leaves first, and the end of the last, which is one node's children."""
+    """Returns the start of each level, leaves first, and the end of the last, which holds one node's children."""
     starts, size = [0], num_leaves
     while len(starts) == 1 or size > 1:
         size = -(-size // RADIX)
@@ -134,12 +135,12 @@ def _starts(num_leaves: int) -> list[int]:
 
 
 def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
-    """Returns the f32[m, 16] at starts i32[m]."""
+    """Returns the children f32[m, 16] at `starts` i32[m]."""
     return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
 
 
 def _sum_children(children: jax.Array) -> jax.Array:
-    """Sums f32[..., 16] to f32[...]."""
+    """Returns the sums f32[...] of f32[..., 16]."""
     parts = [children[..., k] for k in range(RADIX)]  # XLA vectorizes over nodes
     while len(parts) > 1:
         half = len(parts) // 2
@@ -147,22 +148,22 @@ def _sum_children(children: jax.Array) -> jax.Array:
     return parts[0]
 
 
-def _unit(high: jax.Array, low: jax.Array) -> Double:
-    """Returns a number in [0, 1), uniform with 48 bits, from two random words."""
+def _uniform(high: jax.Array, low: jax.Array) -> Double:
+    """Returns numbers uniform in [0, 1), with 48 bits, of two random words each."""
     high, low = ((word >> 8).astype(jnp.float32) for word in (high, low))
     return double_float.two_sum(high * 2.0**-24, low * 2.0**-48)
 
 
-def _at(values: jax.Array, place: jax.Array) -> jax.Array:
-    """Returns values[place[b], b], f32[B]."""
-    return functools.reduce(lambda x, k: jnp.where(place == k, values[k], x), range(1, len(values)), values[0])
+def _select(values: jax.Array, row: jax.Array) -> jax.Array:
+    """Returns f32[B], element `row` i32[B] of each column of `values` f32[K, B], without a gather."""
+    return functools.reduce(lambda x, k: jnp.where(row == k, values[k], x), range(1, len(values)), values[0])
 
 
 def _choose_half(left, right, position: Double, sum_, mirrored) -> tuple[jax.Array, Double, jax.Array]:
-    """Returns whether the position in [0, sum_) is in the right half, its place in its half, and that half's sum.
+    """Returns whether the position in [0, sum_) is in the right half, the position in its half, and that half's sum.
 
-    The smaller half always has the end that the position is counted from: its share is then as exact as its sum is,
-    however small it is beside the other.
+    Positions are counted from the end of the smaller half: its share is then as exact as its sum, however small it is
+    beside the other.
     """
     from_end = double_float.subtract(Double(sum_, jnp.zeros_like(sum_)), position)
     position = jax.tree.map(lambda x, y: jnp.where(mirrored, x, y), from_end, position)

@@ -1,4 +1,4 @@
-"""Draws of weighted minibatches from a table on the device, exact at any number of examples."""
+"""Weighted minibatches: inverse transform sampling by a tree of sums, exact at any number of examples."""
 
 import dataclasses
 import functools
@@ -15,11 +15,17 @@ METHODS = ("systematic", "independent", "without_replacement")
 
 
 class Draw(NamedTuple):
-    """A drawn minibatch.
+    """Minibatch.
 
     Attributes:
-      indices: i32[B].
-      importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * loss` is the unbiased loss.
+      indices: i32[B], of its examples.
+      importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * losses` is an unbiased estimate of
+        the mean loss.
+
+    Example:
+      >>> indices, importance_weights = draw(jax.random.key(0), uniform_table(100), batch_size=2)
+      >>> importance_weights.tolist()
+      [1.0, 1.0]
     """
 
     indices: jax.Array
@@ -29,17 +35,12 @@ class Draw(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Sampling table: the unnormalised probabilities v, ready to be drawn from.
+    """Unnormalised probabilities v in the form that `draw` needs. A pytree; made by `build_table` or `uniform_table`.
 
     Attributes:
-      sums: the `sum_tree` of v, 4.3 bytes an example; None for the uniform proposal, which needs none.
-      population: f32[], the number of examples that the mean of v is taken over: N, unless a proposal leaves some out.
+      sums: f32[M], the `sum_tree` of v, 4.3 bytes an example; None for a uniform table.
+      population: f32[], number of examples that the mean of v is taken over: N, unless a proposal excludes some.
       num_examples: N.
-
-    Example:
-      >>> table = build_table(jnp.array([1.0, 3.0]))
-      >>> float(table.mean_v), table.write(jnp.array([0]), jnp.array([5.0])).v().tolist()
-      (2.0, [5.0, 3.0])
     """
 
     sums: jax.Array | None
@@ -48,31 +49,37 @@ class Table:
 
     @property
     def mean_v(self) -> jax.Array:
-        """Mean of v, f32[]."""
+        """f32[], mean of v."""
         return jnp.float32(1) if self.sums is None else self.total / self.population
 
     @property
     def total(self) -> jax.Array:
-        """Sum of v, f32[]."""
+        """f32[], sum of v."""
         return jnp.float32(self.num_examples) if self.sums is None else sum_tree.total(self.sums)
 
     def v(self, indices: jax.Array | None = None) -> jax.Array:
-        """Returns the unnormalised probabilities drawn from, f32[N], or those of `indices`."""
+        """Returns the unnormalised probabilities f32[N], or f32[m] of the examples `indices` i32[m]."""
         if self.sums is None:
             return jnp.ones(self.num_examples if indices is None else indices.shape, jnp.float32)
         return self.sums[: self.num_examples] if indices is None else self.sums[indices]
 
     def write(self, indices: jax.Array, v: jax.Array) -> "Table":
-        """Returns the table with other probabilities for some examples; O(m log N).
+        """Returns the table with new v of some examples; O(m log N). A uniform table stays as it is.
 
         Args:
           indices: i32[m]; those outside [0, N) are ignored. Where one occurs twice, its v must be the same both times.
           v: f32[m], finite and >= 0.
 
         Guarantees:
-          Sums are recomputed from their children, so that no error grows with the number of writes. Examples that the
-          proposal has left out (v = 0 and population < N) stay out until the table is rebuilt. A uniform table does not
-          change.
+          - The table equals, to the last bit, the one that `build_table` gives for the changed v: sums are recomputed
+            from their children, so that errors do not accumulate with writes.
+          - Examples that the proposal has excluded (v = 0 and population < N) stay excluded until the next
+            `build_table`.
+
+        Example:
+          >>> table = build_table(jnp.array([1.0, 2.0, 3.0])).write(jnp.array([1]), jnp.array([8.0]))
+          >>> table.v().tolist(), float(table.mean_v)
+          ([1.0, 8.0, 3.0], 4.0)
         """
         if self.sums is None:
             return self
@@ -83,10 +90,10 @@ class Table:
 
 
 def uniform_table(num_examples: int) -> Table:
-    """Returns the table of `v = 1` for all examples, which takes no memory.
+    """Returns the table of v = 1, which takes no memory.
 
     Example:
-      >>> draw(jax.random.key(0), uniform_table(100), batch_size=3).importance_weights.tolist()
+      >>> uniform_table(3).v().tolist()
       [1.0, 1.0, 1.0]
     """
     return Table(sums=None, population=jnp.float32(num_examples), num_examples=num_examples)
@@ -94,18 +101,19 @@ def uniform_table(num_examples: int) -> Table:
 
 @jax.jit
 def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
-    """Returns the table of unnormalised probabilities; O(N).
+    """Builds the table of unnormalised probabilities; O(N).
 
     Args:
-      v: f32[N], finite and >= 0; zero everywhere counts as 1 everywhere.
-      population: f32[], the number of examples that the mean of v is taken over; None: N.
+      v: f32[N], finite and >= 0. If all are 0, the table is that of v = 1.
+      population: number of examples that the mean of v is taken over; None: N.
 
     Raises:
       ValueError: N < 1 or N > 2^30.
 
     Example:
-      >>> build_table(jnp.array([1.0, 0.0, 3.0])).v().tolist()
-      [1.0, 0.0, 3.0]
+      >>> table = build_table(jnp.array([1.0, 2.0, 3.0]))
+      >>> table.num_examples, float(table.total), float(table.mean_v)
+      (3, 6.0, 2.0)
     """
     num_examples = v.shape[0]
     if not 1 <= num_examples <= MAX_EXAMPLES:
@@ -117,11 +125,11 @@ def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
 
 
 def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
-    """Returns Kish's effective size of a minibatch, f32[]: `B / E[importance_weight^2]`; B for uniform v, else less.
+    """Returns Kish's effective size f32[] of a minibatch, `B / E[importance_weight^2]`; B if v is uniform, else less.
 
     Example:
-      >>> float(effective_sample_size(build_table(jnp.array([1.0, 3.0])), batch_size=8))
-      6.0
+      >>> float(effective_sample_size(build_table(jnp.array([1.0, 1.0, 2.0, 4.0])), batch_size=11))
+      8.0
     """
     if table.sums is None:
         return jnp.float32(batch_size)
@@ -133,39 +141,40 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "method"))
 def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systematic") -> Draw:
-    """Draws a minibatch in proportion to the table's v, with the importance weights that undo the preference.
-
-    Guarantees, for a uniformly random key:
-    - unbiased: `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper,
-      Corollary 1);
-    - examples with `v_n = 0` are never drawn; the probability of one whose share of the sum of v is s is exact to a
-      factor of 1 +- (2^-19 + 2^-47 / s), so that shares below 2^-47 may be missed;
-    - the uniform table gives importance weights of exactly 1.
+    """Draws a minibatch in proportion to the table's v; O(B log N).
 
     Args:
-      key: of the draw.
-      table: what to draw from.
-      batch_size: B >= 1.
-      method: see below.
+      key: random key.
+      table: as returned by `build_table`, `uniform_table` or `Table.write`.
+      batch_size: B.
+      method: one of
+        - "systematic" (Madow 1949): B equally spaced positions with one random offset, over the examples in a random
+          order. Example n is drawn `B v_n / sum(v)` times, rounded up or down, and on average exactly so: minibatches
+          vary less than independent draws. From a uniform table: one independent draw from each of B equal parts.
+        - "independent": B draws with replacement, as in the paper.
+        - "without_replacement": B different examples; n is one of them with probability `p_n = min(1, c v_n)`, where c
+          makes the sum of these B, and its importance weight is `B / (N p_n)`. Where some example is certain
+          (`B v_n >= sum(v)`), it costs a copy of the table. If fewer than B examples have v > 0, the remaining places
+          hold example 0 with an importance weight of 0.
 
-    Methods:
-    - "systematic" (Madow 1949): one random offset and B equally spaced positions over the examples in a random order.
-      Example n is drawn `B v_n / sum(v)` times, rounded up or down, and on the average exactly so: a minibatch covers
-      the distribution more evenly than independent draws. Of the uniform table: one independent draw from each of B
-      equal parts.
-    - "independent": B draws with replacement, as in the paper.
-    - "without_replacement": B different examples, n among them with probability `min(1, c v_n)`, where c makes the sum
-      of these B; its importance weight is `B / (N min(1, c v_n))`, so that certain examples weigh less than
-      `mean(v) / v_n`. Costs a copy of the table where some example is certain (`B v_n >= sum(v)`). If fewer than B
-      examples have v > 0, the places left over hold example 0 with an importance weight of 0.
+    Returns:
+      The indices i32[B] and importance weights f32[B], `mean(v) / v_n` with replacement.
+
+    Guarantees, for a uniformly random key:
+      - Unbiased: `mean_b(importance_weights[b] * f[indices[b]])` has expectation `mean_n(f[n])` for any f (paper,
+        Corollary 1).
+      - An example with `v_n = 0` is never drawn. The probability of one whose share of the sum of v is s is exact to a
+        factor of 1 +- (2^-19 + 2^-47 / s), so that shares below 2^-47 may be missed.
+      - A uniform table gives importance weights of exactly 1.
 
     Raises:
-      ValueError: batch_size < 1, the method is unknown, or batch_size > N without replacement.
+      ValueError: batch_size < 1, method is unknown, or batch_size > N without replacement.
 
     Example:
-      >>> drawn = draw(jax.random.key(0), build_table(jnp.array([0.0, 4.0])), batch_size=2)
-      >>> drawn.indices.tolist(), drawn.importance_weights.tolist()
-      ([1, 1], [0.5, 0.5])
+      >>> table = build_table(jnp.array([6.0, 1.0, 1.0, 0.0]))
+      >>> drawn = draw(jax.random.key(0), table, batch_size=4)
+      >>> sorted(zip(drawn.indices.tolist(), drawn.importance_weights.tolist()))[:3]  # a share of 3/4: three of four
+      [(0, 0.3333333432674408), (0, 0.3333333432674408), (0, 0.3333333432674408)]
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -187,9 +196,9 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
 
 
 def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> Draw:
-    """Sets certain examples apart and draws the rest for the places that are left, until none is certain.
+    """Sets the certain examples of a draw apart, and draws again for the remaining places, until none is certain.
 
-    An example that is certain is drawn at least once, so that none is missed.
+    A certain example is drawn at least once, so that none is missed.
     """
     places = jnp.arange(batch_size)
 
@@ -224,5 +233,5 @@ def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> 
     indices, v = jnp.roll(indices, num_certain), jnp.roll(v, num_certain)
     indices = jnp.where(is_certain, certain, jnp.where(v > 0, indices, 0))
     count = (batch_size - num_certain).astype(jnp.float32)
-    drawn_weights = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
-    return Draw(indices, jnp.where(is_certain, 1, drawn_weights) * batch_size / table.population)
+    inverse_probability = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
+    return Draw(indices, jnp.where(is_certain, 1, inverse_probability) * batch_size / table.population)

@@ -1,4 +1,4 @@
-"""Draws of uniform minibatches, as fast as weighted ones: a slow baseline would flatter importance sampling."""
+"""Uniform minibatches, as fast to draw as weighted ones: a slow baseline would flatter importance sampling."""
 
 import functools
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from issgd_jax.sampling import kernels
 
-# A random subset is one example in so many, and serves for so many epochs.
+# A random subset holds one example in SUBSET, and serves for SUBSET epochs.
 SUBSET = 3
 # Draws that go through the examples, or a random subset of them, epoch by epoch.
 EPOCHS = ("shuffled", "random_subset")
-# Rounds of the shuffle: four suffice for random functions; small networks mix less, so twice as many.
+# Four rounds make a network of random functions pseudorandom; small networks mix less, so twice as many.
 FEISTEL_ROUNDS = 8
 
 
@@ -29,14 +29,17 @@ def largest_minibatch(num_examples: int, draw: str) -> int:
 
 
 def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:
-    """Draws i32[B], each example as likely as any other up to `N / 2^64`; N < 2^31.
+    """Draws examples uniformly; O(B), and O(B^2) without replacement.
 
     Args:
-      key: of the draw.
-      num_examples: N.
+      key: random key.
+      num_examples: N < 2^31.
       batch_size: B.
-      method: "systematic", one from each of B equal parts; "independent", with replacement; "without_replacement",
-        every subset as likely as any other.
+      method: "systematic", one example from each of B equal parts; "independent", with replacement;
+        "without_replacement", every subset with the same probability.
+
+    Returns:
+      i32[B], where probabilities of examples differ by at most `N / 2^64`.
     """
     if method == "without_replacement":
         return _draw_subset(key, num_examples, batch_size)
@@ -49,35 +52,42 @@ def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax
 
 
 def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int, subset: bool = False) -> jax.Array:
-    """Draws minibatch `step` of shuffled epochs, i32[B]; O(B), without state.
+    """Returns one minibatch of shuffled epochs; O(B), without state.
 
-    In an epoch no example occurs twice. Each epoch has an order of its own, and leaves out the N modulo B examples that
-    come last in it.
+    Each epoch has an order of its own, and leaves out the N modulo B examples that are last in it.
 
     Args:
-      key: of the run.
+      key: random key of all epochs.
       step: i32[], number of the minibatch.
       num_examples: N.
       batch_size: B.
-      subset: whether epochs are those of a random third of the examples, and after three of them of another.
+      subset: whether epochs go over a random third of the examples, another one every three epochs.
+
+    Returns:
+      i32[B]. No example occurs twice in an epoch.
 
     Raises:
       ValueError: batch_size exceeds N, or its third with subset.
+
+    Example:
+      >>> epoch = [shuffled(jax.random.key(0), jnp.int32(step), num_examples=6, batch_size=2) for step in range(3)]
+      >>> sorted(jnp.concatenate(epoch).tolist())
+      [0, 1, 2, 3, 4, 5]
     """
     size = num_examples // SUBSET if subset else num_examples
     if batch_size > size:
         raise ValueError(f"an epoch of {size} examples has no minibatch of {batch_size}: lower it")
     batches = size // batch_size
     epoch = step // batches
-    place = step % batches * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-    place = _shuffle(jax.random.fold_in(key, epoch), place, size)
+    positions = step % batches * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    positions = _permute(jax.random.fold_in(key, epoch), positions, size)
     if not subset:
-        return place
-    return _shuffle(jax.random.fold_in(jax.random.fold_in(key, SUBSET), epoch // SUBSET), place, num_examples)
+        return positions
+    return _permute(jax.random.fold_in(jax.random.fold_in(key, SUBSET), epoch // SUBSET), positions, num_examples)
 
 
-def _shuffle(key: jax.Array, place: jax.Array, size: int) -> jax.Array:
-    """Maps each place in [0, size) to its place in a random order: a Feistel network, repeated until inside."""
+def _permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+    """Maps positions in [0, size) by a random permutation: a Feistel network, repeated until the result is inside."""
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = jnp.uint32(2**half - 1)
     words = jax.random.bits(key, (FEISTEL_ROUNDS,))
@@ -85,29 +95,29 @@ def _shuffle(key: jax.Array, place: jax.Array, size: int) -> jax.Array:
     def network(x):
         left, right = x >> half, x & mask
         for word in words:
-            left, right = right, left ^ (_mixed(right ^ word) & mask)
+            left, right = right, left ^ (_mix_bits(right ^ word) & mask)
         return left << half | right
 
     def walk(x):
         return jnp.where(x < size, x, network(x))
 
-    walked = jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, network(place.astype(jnp.uint32)))
+    walked = jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, network(positions.astype(jnp.uint32)))
     return walked.astype(jnp.int32)
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    """Spreads every bit of a word over all (the finalizer of MurmurHash3, Appleby 2011)."""
+def _mix_bits(x: jax.Array) -> jax.Array:
+    """Returns words in which every bit depends on all bits (the finalizer of MurmurHash3, Appleby 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def plain_draw(key_data, *, num_examples: int, in_parts: bool, impl, batch_size: int) -> jax.Array:
-    """Does `draw` in plain JAX, except without replacement."""
+    """`draw` with replacement in plain JAX."""
     cell = _random_below(jax.random.wrap_key_data(key_data, impl=impl), int(num_examples), batch_size)
     if not in_parts:
         return cell
-    # Of the N * B cells of a line, example n owns B and part b owns N: one cell from each part.
+    # On a line of N * B cells, example n has B cells and part b has N: one cell from each part.
     starts = np.arange(batch_size, dtype=np.int64) * num_examples
     return (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
 
@@ -122,7 +132,7 @@ def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Arra
 
 
 def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Draws a subset by Floyd's algorithm (Bentley and Floyd 1987)."""
+    """Returns a uniform subset by Floyd's algorithm (Bentley and Floyd 1987)."""
     last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     candidate = _random_below(key, last + 1, batch_size)
 

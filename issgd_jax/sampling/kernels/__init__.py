@@ -1,8 +1,8 @@
-"""Compiled kernels, each beside the plain JAX that it must equal.
+"""Compiled CPU kernels, each equal to the plain JAX beside its caller.
 
-sampler.cc, for the CPU, does in one pass what XLA's own backend does operation by operation, at a microsecond each. The
-machine's C++ compiler compiles it when it is first needed, into the user's cache. Without a compiler, or with
-ISSGD_JAX_KERNELS=0, and on other devices, plain JAX computes the same.
+`sampler.cc` does in one pass what XLA's CPU backend does in many small kernels, at a microsecond each. It is compiled
+at first use with the machine's C++ compiler and cached in the user's cache folder. Without a compiler, with
+ISSGD_JAX_KERNELS=0, and on other devices, plain JAX computes the same results.
 """
 
 from issgd_jax.sampling.kernels.native import available, on_cpu, supports_key

@@ -1,5 +1,5 @@
-// The sampler's inner loops for the CPU, called by XLA. Each function gives what the plain JAX beside its caller gives:
-// `store.py` for the scores, `uniform.py` for the uniform draw, `sum_tree.py`, which also explains the tree, for the rest.
+// Inner loops of the sampler for the CPU, called by XLA. Each function equals the plain JAX beside its caller: `store.py`
+// for the scores, `uniform.py` for the uniform draw, and `sum_tree.py`, which also describes the tree, for the rest.
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +16,9 @@ using Bool = ffi::Buffer<ffi::PRED>;
 
 constexpr int64_t kRadix = 16;
 constexpr int kBits = 4;
-// Memory that will be written is asked for so many examples ahead.
+// Distance of prefetching, in examples.
 constexpr size_t kAhead = 32;
-// Draws that go down together.
+// Draws that descend together.
 constexpr int kAbreast = 16;
 
 static ffi::Error ReadScores(F32 score, S32 scored_at, S32 indices, ffi::Result<F32> score_result,
@@ -67,7 +67,7 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
   return ffi::Error::Success();
 }
 
-// Where each level starts, leaves first, and the end of the last.
+// Returns the start of each level, leaves first, and the end of the last.
 static std::vector<int64_t> Starts(int64_t num_leaves) {
   std::vector<int64_t> starts = {0};
   int64_t size = num_leaves;
@@ -78,7 +78,7 @@ static std::vector<int64_t> Starts(int64_t num_leaves) {
   return starts;
 }
 
-// Four numbers at once; GCC and Clang know such types on every processor.
+// A vector of four numbers, which GCC and Clang support on every processor.
 typedef float Four __attribute__((vector_size(16), aligned(4)));
 
 static float Sum(const float* children) {
@@ -89,20 +89,20 @@ static float Sum(const float* children) {
 
 struct Node {
   const float* children;
-  float sums[kRadix];  // 2 from the third on, then 4, then 8
+  float sums[kRadix];  // from index 2: 2 sums of eight children; from 4: 4 sums of four; from 8: 8 sums of two
 
   void Load(const float* from) {
     children = from;
     const Four* x = reinterpret_cast<const Four*>(from);
-    Four* of = reinterpret_cast<Four*>(sums);
-    of[2] = x[0] + x[2];
-    of[3] = x[1] + x[3];
-    of[1] = of[2] + of[3];
+    Four* pairs = reinterpret_cast<Four*>(sums);
+    pairs[2] = x[0] + x[2];
+    pairs[3] = x[1] + x[3];
+    pairs[1] = pairs[2] + pairs[3];
     sums[2] = sums[4] + sums[6];
     sums[3] = sums[5] + sums[7];
   }
 
-  // The sums of the children whose number ends in the bit + 1 bits of i.
+  // Sums of the children whose number has the same last bit + 1 bits.
   const float* Sums(int bit) const { return bit + 1 < kBits ? sums + (2 << bit) : children; }
 };
 
@@ -131,7 +131,7 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
     const int64_t num_nodes = (starts[level + 1] - starts[level]) / kRadix;
     if (num_nodes <= static_cast<int64_t>(nodes.size())) {
       for (int64_t node = 0; node < num_nodes; ++node) parents[node] = Sum(children + kRadix * node);
-      nodes.resize(num_nodes);  // from here on all, whatever they are
+      nodes.resize(num_nodes);  // from here on all nodes of each level are recomputed
     } else {
       for (size_t i = 0; i < nodes.size(); ++i) {
         __builtin_prefetch(children + kRadix * nodes[std::min(i + kAhead, nodes.size() - 1)]);
@@ -143,7 +143,7 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
   return ffi::Error::Success();
 }
 
-// Word i of `jax.random.bits(key)`: Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the counter i.
+// Returns word i of `jax.random.bits(key)`: Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the counter i.
 static uint32_t RandomWord(const uint32_t* key, uint32_t i) {
   constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
@@ -170,16 +170,16 @@ static ffi::Error DrawUniform(U32 key_data, int64_t num_examples, bool in_parts,
   return ffi::Error::Success();
 }
 
-// In [0, 1), with 48 bits.
+// Returns a number in [0, 1) with 48 bits.
 static double Uniform(uint32_t high, uint32_t low) { return (high >> 8) * 0x1p-24 + (low >> 8) * 0x1p-48; }
 
-// Draws that go down abreast, without a branch: no processor could predict it, and compilers vectorize what has none.
+// Draws that descend together, without branches: no processor could predict them, and without them loops vectorize.
 struct Rank {
   double position[kAbreast];
   float sum[kAbreast];
   int32_t node[kAbreast];
 
-  // From nodes, of whose sums `sum` is one each, to one of the children of each.
+  // Moves each draw from its node, whose sum is `sum`, to one of the children.
   void Descend(const float* level, uint32_t multiplier, uint32_t offset, const float* below) {
     Node nodes[kAbreast];
     uint32_t mirrored[kAbreast];
@@ -197,7 +197,7 @@ struct Rank {
       for (int j = 0; j < kAbreast; ++j) {
         const float is_mirrored = static_cast<float>(static_cast<int32_t>((mirrored[j] >> bit) & 1));
         const double place = std::fabs(static_cast<double>(is_mirrored * sum[j]) - position[j]);
-        // The smaller half has the end that the place is counted from.
+        // Positions are counted from the end of the smaller half.
         const float smaller = left[j] < right[j] ? left[j] : right[j];
         const int32_t in_smaller = (place < static_cast<double>(smaller)) & (smaller > 0);
         const int32_t to_right = in_smaller == (right[j] < left[j]);
@@ -224,8 +224,8 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
   const float spacing = equally_spaced ? total / static_cast<float>(*count.typed_data()) : total;
   std::vector<uint32_t> words(2 * (num_positions + num_levels));
   for (uint32_t i = 0; i < words.size(); ++i) words[i] = RandomWord(key, i);
-  const uint32_t* orders = &words[2 * num_positions];  // another one on each level
-  // Places after the last repeat it, so that all go down in full ranks.
+  const uint32_t* orders = &words[2 * num_positions];  // one order for each level
+  // Places after the last repeat it, so that all ranks are full.
   const int64_t num_ranks = (batch_size + kAbreast - 1) / kAbreast;
   std::vector<Rank> ranks(num_ranks);
   for (int64_t i = 0; i < num_ranks * kAbreast; ++i) {
