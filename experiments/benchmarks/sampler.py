@@ -1,11 +1,11 @@
-"""The sampler beside its peers: write 1,024 scores, draw 256 examples with their probabilities.
+"""Throughput of the sampler against other libraries: write 1,024 scores, draw 256 examples with their probabilities.
 
     python -m experiments.benchmarks.sampler [--sizes=573000,1000000] [--pairs=50]
 
-Each peer where it works, in one process and in turn, all with huge pages, which NumPy asks for by itself and others do
-not, in an environment of their own, made on first use (a gigabyte).
-Prints microseconds a cycle, medians, and each peer's ratio to ours, the median over pairs; then, for ours, bulk writes
-and whether draws are still exact at sizes where float32 sums are not. Writes results/sampler.json.
+All run in turn in one process, each at the sizes it supports, in a virtual environment that is created on first use (a
+gigabyte), and with huge pages, which otherwise only NumPy requests.
+Prints the median of microseconds a cycle and the median ratio of each library to this one; then, for this one, bulk
+writes and whether draws are still exact at sizes where float32 sums are not. Writes results/sampler.json.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""One size of the sampler's benchmark: started by `experiments.benchmarks.sampler`, prints one line of JSON.
+"""One size of the sampler's benchmark; started by `experiments.benchmarks.sampler`, prints one line of JSON.
 
-Each peer does what a learner needs in one step: m new scores become visible, B examples are drawn in proportion to all
-scores, and the probability of each is known.
+A cycle is what a learner needs in one step: m scores are written, B examples are drawn in proportion to all scores, and
+the probability of each is computed.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from issgd_jax.sampling.store import ScoreStore
 
 WRITTEN, DRAWN, BULK = 1024, 256, 100_000
 TORCH_LIMIT = 2**24
-BLOCK = 2e-2  # seconds of cycles timed together: each method as in a loop of its own, not in caches others have left
+BLOCK = 2e-2  # seconds of cycles timed together, so that each method has warm caches, as in a loop of its own
 
 
 def ours(score, rounds):
-    """Scores enter the store, their v the table; a draw gives indices and importance weights."""
+    """Returns a cycle of this library: scores are written to store and table, and a minibatch is drawn."""
     num_examples = len(score)
 
     def cycle(store, table, indices, score, step, key):
@@ -116,11 +116,11 @@ def flashbax(score, rounds):
 
 
 def methods(num_examples) -> dict:
-    found = {"ours": ours}
+    supported = {"ours": ours}
     if num_examples <= 10**7:
-        found |= {"cpprb": cpprb, "flashbax": flashbax, "numpy.random.choice": numpy_choice}
-        found |= {"torch.multinomial": torch_multinomial} if num_examples <= TORCH_LIMIT else {}
-    return found
+        supported |= {"cpprb": cpprb, "flashbax": flashbax, "numpy.random.choice": numpy_choice}
+        supported |= {"torch.multinomial": torch_multinomial} if num_examples <= TORCH_LIMIT else {}
+    return supported
 
 
 def cycles(num_examples, num_pairs) -> dict:
@@ -130,10 +130,10 @@ def cycles(num_examples, num_pairs) -> dict:
         (rng.integers(0, num_examples, WRITTEN, np.int32), rng.lognormal(0, 1, WRITTEN).astype(np.float32))
         for _ in range(16)
     ]
-    made = {name: make(score, rounds) for name, make in methods(num_examples).items()}
-    first = {name: statistics.median(times) for name, times in paired_seconds(made, 5).items()}
+    runs = {name: make(score, rounds) for name, make in methods(num_examples).items()}
+    first = {name: statistics.median(times) for name, times in paired_seconds(runs, 5).items()}
     cycles_of = {name: math.ceil(BLOCK / seconds) for name, seconds in first.items()}
-    blocks = {name: _repeated(run, cycles_of[name]) for name, run in made.items()}
+    blocks = {name: _repeated(run, cycles_of[name]) for name, run in runs.items()}
     seconds = paired_seconds(blocks, num_pairs, max_seconds=120)
     seconds = {name: [time / cycles_of[name] for time in times] for name, times in seconds.items()}
     return {
@@ -153,7 +153,7 @@ def _repeated(run, times):
 
 
 def bulk_write(num_examples) -> dict:
-    """Scores a second in writes of 100,000 to store and table."""
+    """Measures scores a second in writes of 100,000 to store and table, and bytes an example."""
     rng = np.random.default_rng(0)
     indices = jnp.asarray(rng.permutation(num_examples)[:BULK].astype(np.int32))
     score = jnp.asarray(rng.lognormal(0, 1, BULK).astype(np.float32))
@@ -169,17 +169,17 @@ def bulk_write(num_examples) -> dict:
         nonlocal state
         state = jax.block_until_ready(write(*state, indices, score, jnp.int32(1)))
 
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     seconds = statistics.median(paired_seconds({"write": run}, 15)["write"])
     return {
         "bulk_scores_a_second": BULK / seconds,
         "store_bytes_an_example": sum(leaf.nbytes for leaf in jax.tree.leaves(state[0])) / num_examples,
-        "store_and_table_bytes_an_example": held / num_examples,
+        "store_and_table_bytes_an_example": num_bytes / num_examples,
     }
 
 
 def exactness(num_examples, num_draws=2_000_000) -> dict:
-    """Every second v zero: zeros drawn, and the p value of chi-square over 1,000 blocks for independent draws."""
+    """Counts zeros drawn where every second v is 0, and computes chi-square over 1,000 blocks for independent draws."""
     v = jnp.asarray(np.resize(np.array([0, 1, 0, 3], np.float32), num_examples))
     table = sampling.build_table(v)
     sizes = np.add.reduceat(np.asarray(v, np.float64), np.arange(0, num_examples, -(-num_examples // 1000)))
