@@ -29,7 +29,7 @@ def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
       ValueError: there is no run, or one without rows.
 
     Example:
-      >>> row = {"step": 0, "train/loss": 2.3, "test/error": 0.9}
+      >>> row = {"step": 0, "train/loss": 2.3, "test/error": 0.9, "variance/uniform": 1.0}
       >>> [axis.get_title() for axis in summary_figure({"a": [[row]]}, title="digits").axes]
       ['Training loss', 'Training loss', 'Test error', 'Noise of the gradient, a']
     """
