@@ -6,48 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from issgd_jax.gradnorm import explain, per_example_grad_norms, value_grad_and_norms
-from issgd_jax.task import losses, models
-
-SHAPES = {"mlp": (6, 5, 2), "convnet": (8, 8, 3), "gru": (7, 4, 1), "transformer": (8, 8, 1)}
-OPTIONS = {
-    "mlp": {"hidden_sizes": (16, 8)},
-    "convnet": {"channels": (4, 6), "dense_size": 8},
-    "gru": {"units": 8},
-    "transformer": {"num_layers": 1, "width": 8, "num_heads": 2},
-}
-
-
-def loop(loss_fn, params, *batch):
-    """The definition: one gradient at a time, its norm in float64 on the host."""
-    grad = jax.jit(jax.grad(loss_fn))
-    norms = []
-    for i in range(len(batch[0])):
-        leaves = jax.tree.leaves(grad(params, *(x[i] for x in batch)))
-        norms.append(np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in leaves)))
-    return np.array(norms)
-
-
-def problem(name, size, seed=0):
-    model = models.MODELS[name](10, **OPTIONS[name])
-    rng = np.random.default_rng(seed)
-    images = rng.normal(size=(size, *SHAPES[name])).astype(np.float32)
-    labels = rng.integers(0, 10, size).astype(np.int32)
-    params = model.init(jax.random.key(seed), images[0])
-    return lambda p, image, label: losses.example_loss(model.apply(p, image), label), params, images, labels
+from issgd_jax.task import models
+from tests.gradnorm.helpers import loop_norms, model_problem
+from tests.helpers import soak, soak_seed
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_equals_a_loop_for_every_model(name):
-    loss_fn, params, images, labels = problem(name, 13)
+    loss_fn, params, images, labels = model_problem(name, 13)
     norms = jax.jit(per_example_grad_norms(loss_fn, microbatch_size=4))(params, images, labels)
-    np.testing.assert_allclose(norms, loop(loss_fn, params, images, labels), rtol=1e-5)
+    np.testing.assert_allclose(norms, loop_norms(loss_fn, params, images, labels), rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@seed(soak_seed())
+@settings(deadline=None, max_examples=soak(10, 25))
 @given(size=st.integers(1, 9), microbatch=st.integers(1, 12), width=st.integers(1, 5), seed=st.integers(0, 99))
 def test_any_batch_and_microbatch_size(size, microbatch, width, seed):
     rng = np.random.default_rng(seed)
@@ -58,16 +34,16 @@ def test_any_batch_and_microbatch_size(size, microbatch, width, seed):
         return jnp.sum(jnp.tanh(row @ p["w"]) ** 2)
 
     norms = per_example_grad_norms(loss_fn, microbatch_size=microbatch)(params, x)
-    np.testing.assert_allclose(norms, loop(loss_fn, params, x), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(norms, loop_norms(loss_fn, params, x), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["convnet", "transformer"])
 def test_memory_bounds_below_one_gradient_leave_the_numbers_alone(name, monkeypatch):
     monkeypatch.setattr("issgd_jax.gradnorm.norms.CPU_BYTES", 16)
     monkeypatch.setattr("issgd_jax.gradnorm.norms.UNCOVERED_BYTES", 16)
-    loss_fn, params, *batch = problem(name, 3)
+    loss_fn, params, *batch = model_problem(name, 3)
     np.testing.assert_allclose(
-        per_example_grad_norms(loss_fn)(params, *batch), loop(loss_fn, params, *batch), rtol=1e-5
+        per_example_grad_norms(loss_fn)(params, *batch), loop_norms(loss_fn, params, *batch), rtol=1e-5
     )
 
 
@@ -91,7 +67,7 @@ def tied_problem(vocabulary=50, width=8, length=6, size=4):
 @pytest.mark.parametrize("name", [*models.MODELS, "tied"])
 def test_each_rule_is_exact_wherever_the_cheaper_one_would_be_taken(name, gram, monkeypatch):
     monkeypatch.setattr("issgd_jax.gradnorm.cost.by_gram", lambda x: gram)
-    loss_fn, params, *batch = tied_problem() if name == "tied" else problem(name, 5)
+    loss_fn, params, *batch = tied_problem() if name == "tied" else model_problem(name, 5)
     importance_weights = np.linspace(0.5, 2, len(batch[0]), dtype=np.float32)
     losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
 
@@ -100,7 +76,7 @@ def test_each_rule_is_exact_wherever_the_cheaper_one_would_be_taken(name, gram, 
         return jnp.mean(importance_weights * losses), losses
 
     expected, expected_losses = jax.jit(jax.grad(weighted, has_aux=True))(params)
-    np.testing.assert_allclose(norms, loop(loss_fn, params, *batch), rtol=1e-5)
+    np.testing.assert_allclose(norms, loop_norms(loss_fn, params, *batch), rtol=1e-5)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5), gradient, expected)
 
@@ -119,7 +95,7 @@ def test_no_gradient_is_formed(name, monkeypatch):
     monkeypatch.setattr("issgd_jax.gradnorm.gram.can_cancel", lambda x: False)  # it is, where uses cancel
     size = 20
     if name == "mlp":
-        loss_fn, params, *batch = problem("mlp", size)
+        loss_fn, params, *batch = model_problem("mlp", size)
     else:
         loss_fn, params, *batch = tied_problem(vocabulary=500, width=32, size=size)
     gradient = size * max(leaf.size for leaf in jax.tree.leaves(params))
@@ -150,7 +126,7 @@ def test_uses_that_cancel_keep_their_digits(name, loss_fn):
     rng = np.random.default_rng(0)
     w, x = (rng.normal(size=shape).astype(np.float32) / 8 for shape in ((64, 64), (6, 64)))
     norms = np.asarray(per_example_grad_norms(loss_fn)(w, x))
-    naive = loop(loss_fn, w, x)  # in float32 too: cancellation within the loss itself costs both the same
+    naive = loop_norms(loss_fn, w, x)  # in float32 too: cancellation within the loss itself costs both the same
     if name == "nothing":
         np.testing.assert_array_equal(norms, 0)
     else:
@@ -168,7 +144,7 @@ def test_rows_outside_the_table_are_dropped_or_clipped_as_jax_does(mode, dtype):
         return jnp.sum(jnp.sin(rows) * jnp.arange(6).reshape(2, 3)) + jnp.sum(table[index[0]] ** 2)
 
     np.testing.assert_allclose(
-        per_example_grad_norms(lookup)(table, indices), loop(lookup, table, indices), rtol=1e-5, atol=1e-7
+        per_example_grad_norms(lookup)(table, indices), loop_norms(lookup, table, indices), rtol=1e-5, atol=1e-7
     )
 
 
@@ -197,7 +173,7 @@ def test_a_convolution_without_spatial_axes_and_one_whose_parameter_is_the_image
 
     for loss_fn, params, batch in ((flat, w, x[:, :3, 0, 0]), (prompted, prompt, x)):
         np.testing.assert_allclose(
-            per_example_grad_norms(loss_fn)(params, batch), loop(loss_fn, params, batch), rtol=1e-5
+            per_example_grad_norms(loss_fn)(params, batch), loop_norms(loss_fn, params, batch), rtol=1e-5
         )
     assert explain(prompted, prompt, x).rows[0].rule == "formed"
 
@@ -215,7 +191,7 @@ def test_a_layer_used_many_times_is_one_term():
     assert (row.rule, row.uses) == ("gram", "30")
     dots = str(jax.make_jaxpr(per_example_grad_norms(loss_fn))(w, x)).count("dot_general[")
     assert dots < 30 * 3 + 10  # forward, backward, for a gradient that has to be formed; and a few for the norm
-    np.testing.assert_allclose(per_example_grad_norms(loss_fn)(w, x), loop(loss_fn, w, x), rtol=1e-5)
+    np.testing.assert_allclose(per_example_grad_norms(loss_fn)(w, x), loop_norms(loss_fn, w, x), rtol=1e-5)
 
 
 def test_terms_of_unlike_layouts_are_summed_in_the_carry():
@@ -230,7 +206,7 @@ def test_terms_of_unlike_layouts_are_summed_in_the_carry():
     norms_fn = per_example_grad_norms(loss_fn)
     largest = max(math.prod(shape) for shape in arrays_made(jax.make_jaxpr(norms_fn)(w, xs).jaxpr))
     assert largest < 3 * 50 * w.size
-    np.testing.assert_allclose(norms_fn(w, xs), loop(loss_fn, w, xs), rtol=1e-5)
+    np.testing.assert_allclose(norms_fn(w, xs), loop_norms(loss_fn, w, xs), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scaled", [lambda w: 0.5 * w, lambda w: w * 0.5, lambda w: w / 2, lambda w: -w])
@@ -240,11 +216,11 @@ def test_a_scaled_matrix_is_still_an_outer_product(scaled):
 
     w, x = jnp.ones((4, 5)) / 3, jnp.arange(8.0).reshape(2, 4)
     assert explain(loss_fn, w, x).rows[0].rule == "outer"
-    np.testing.assert_allclose(per_example_grad_norms(loss_fn)(w, x), loop(loss_fn, w, x), rtol=1e-5)
+    np.testing.assert_allclose(per_example_grad_norms(loss_fn)(w, x), loop_norms(loss_fn, w, x), rtol=1e-5)
 
 
 def test_squared_and_per_leaf_norms_add_up():
-    loss_fn, params, *batch = problem("convnet", 4)
+    loss_fn, params, *batch = model_problem("convnet", 4)
     norms = per_example_grad_norms(loss_fn)(params, *batch)
     squares = per_example_grad_norms(loss_fn, squared=True)(params, *batch)
     leaves = per_example_grad_norms(loss_fn, per_leaf=True)(params, *batch)
@@ -265,7 +241,8 @@ def test_argnums_name_the_parameters_wherever_they_stand():
 
     both = per_example_grad_norms(loss_fn, argnums=(1, 2), per_leaf=True)(x, w, v)
     expected = [
-        loop(lambda p, x, i=i: loss_fn(x, *[p if j == i else (w, v)[j] for j in (0, 1)]), (w, v)[i], x) for i in (0, 1)
+        loop_norms(lambda p, x, i=i: loss_fn(x, *[p if j == i else (w, v)[j] for j in (0, 1)]), (w, v)[i], x)
+        for i in (0, 1)
     ]
     np.testing.assert_allclose(both[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(both[1], expected[1], rtol=1e-5)
@@ -278,7 +255,7 @@ def test_argnums_name_the_parameters_wherever_they_stand():
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_aux_comes_with_the_batch_in_front(microbatch_size):
-    loss_fn, params, images, labels = problem("mlp", 5)
+    loss_fn, params, images, labels = model_problem("mlp", 5)
 
     def with_aux(params, image, label):
         return loss_fn(params, image, label), {"label": label, "brightness": jnp.mean(image, axis=(0, 1))}
@@ -294,7 +271,7 @@ def test_aux_comes_with_the_batch_in_front(microbatch_size):
 
 @pytest.mark.parametrize("microbatch_size", [1, 3, 7])
 def test_microbatches_give_the_same_gradient(microbatch_size):
-    loss_fn, params, *batch = problem("convnet", 7)
+    loss_fn, params, *batch = model_problem("convnet", 7)
     importance_weights = np.linspace(0.1, 3, 7, dtype=np.float32)
     whole = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
     parts = value_grad_and_norms(loss_fn, microbatch_size=microbatch_size)(params, importance_weights, *batch)
@@ -302,14 +279,14 @@ def test_microbatches_give_the_same_gradient(microbatch_size):
 
 
 def test_a_key_for_each_example_drops_out_the_same_units():
-    loss_fn, params, images, labels = problem("mlp", 4)
+    loss_fn, params, images, labels = model_problem("mlp", 4)
     keys = jax.random.split(jax.random.key(0), 4)
 
     def noisy(params, image, label, key):
         return loss_fn(params, image * jax.random.bernoulli(key, 0.5, image.shape), label)
 
     norms = per_example_grad_norms(noisy)(params, images, labels, keys)
-    np.testing.assert_allclose(norms, loop(noisy, params, images, labels, keys), rtol=1e-5)
+    np.testing.assert_allclose(norms, loop_norms(noisy, params, images, labels, keys), rtol=1e-5)
 
 
 def test_a_gradient_that_is_no_number_is_not_taken_for_zero():
@@ -320,8 +297,8 @@ def test_a_gradient_that_is_no_number_is_not_taken_for_zero():
 
 
 def test_a_bfloat16_network_is_measured_in_float32():
-    loss_fn, params, images, labels = problem("transformer", 3)
-    expected = loop(loss_fn, params, images, labels)
+    loss_fn, params, images, labels = model_problem("transformer", 3)
+    expected = loop_norms(loss_fn, params, images, labels)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     _, gradient, norms = value_grad_and_norms(loss_fn)(half, jnp.ones(3), images.astype(jnp.bfloat16), labels)
     assert norms.dtype == jnp.float32 and all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradient))
@@ -407,9 +384,9 @@ def test_argnums_out_of_range_are_refused(argnums):
 
 
 def test_stands_inside_other_transformations():
-    loss_fn, params, images, labels = problem("convnet", 6)
+    loss_fn, params, images, labels = model_problem("convnet", 6)
     norms_fn = per_example_grad_norms(loss_fn)
-    expected = loop(loss_fn, params, images, labels)
+    expected = loop_norms(loss_fn, params, images, labels)
     shards = images.reshape(2, 3, *images.shape[1:]), labels.reshape(2, 3)
     for mapped in (jax.vmap, jax.pmap):
         norms = mapped(norms_fn, in_axes=(None, 0, 0))(params, *shards)
@@ -466,6 +443,6 @@ def test_explain_names_the_rule_of_every_leaf():
 
 
 def test_explain_computes_nothing():
-    loss_fn, params, images, labels = problem("mlp", 2)
+    loss_fn, params, images, labels = model_problem("mlp", 2)
     shapes = jax.eval_shape(lambda: (params, images, labels))
     assert {row.rule for row in explain(loss_fn, *shapes).rows} == {"outer", "formed"}

@@ -11,7 +11,7 @@ import pytest
 from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.scoring.workers import WorkerPool
 from tests import victims
-from tests.gradnorm.norms_test import loop, problem
+from tests.gradnorm.helpers import loop_norms, model_problem
 from tests.scoring.helpers import two_rounds, two_rounds_of_a_process
 
 
@@ -34,11 +34,11 @@ def sweep(pool, params, num_examples):
 @pytest.mark.parametrize("num_examples", [12, 11, 10])
 def test_conv_scores_from_three_devices_equal_a_loop(num_examples):
     # An MLP would hide it: a convolution over a sharded batch under jit is wrong on all shards but the first.
-    loss_fn, params, images, labels = problem("convnet", num_examples)
+    loss_fn, params, images, labels = model_problem("convnet", num_examples)
     params = jax.device_put(params, jax.devices()[0])
     pool = make_pool(per_example_grad_norms(loss_fn), (images, labels), workers=3, chunk_size=2)
     scores, times = sweep(pool, params, num_examples)
-    np.testing.assert_allclose(scores, loop(loss_fn, params, images, labels), rtol=1e-5)
+    np.testing.assert_allclose(scores, loop_norms(loss_fn, params, images, labels), rtol=1e-5)
     assert times.min() >= 1
 
 
