@@ -1,6 +1,6 @@
-"""Device roles: the first are learners, the rest workers; where none is left, the learners are workers too.
+"""Device roles: the first devices are learners, the rest workers; where none is left, the learners are workers too.
 
-Of several processes each has as many of both.
+With several processes, each has the same number of both.
 """
 
 import contextlib
@@ -18,9 +18,13 @@ from issgd_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """learners: the devices that compute gradients. workers: those that score, at least one. Both of all processes, in
-    their order. together: whether learners share every minibatch, and each has its own copy of the learner's arrays; or
-    each has its own minibatch, and the first alone has those arrays.
+    """Roles of the devices of all processes, in their order.
+
+    Attributes:
+      learners: devices that compute gradients.
+      workers: devices that score, at least one.
+      together: whether learners share every minibatch, and each has its own copy of the learner's arrays; or each has
+        its own minibatch, and the first alone has those arrays.
     """
 
     learners: tuple[jax.Device, ...]
@@ -29,7 +33,7 @@ class Roles:
 
     @property
     def learner(self) -> jax.Device:
-        """The first learner of this process: what one device does alone is done there."""
+        """The first learner of this process, which does what one device does alone."""
         return next(device for device in self.learners if device.process_index == jax.process_index())
 
     @property
@@ -39,7 +43,7 @@ class Roles:
 
     @property
     def placement(self) -> jax.Device | NamedSharding:
-        """Where the learners' arrays lie: whole on each of them."""
+        """Placement of the learners' arrays: whole on each of them."""
         return NamedSharding(self.mesh, PartitionSpec()) if self.mesh else self.learner
 
 
@@ -48,17 +52,22 @@ def assign_roles(
 ) -> Roles:
     """Splits the devices into the first as learners and the next `num_workers` (None: all) as workers.
 
-    Both numbers are of all processes together, and each takes its part from its own devices. host_platform_count: 0
-    takes the devices that JAX finds by default; k > 0 simulates k devices on each process's CPU, which must be settled
-    before JAX runs anything. Where all devices are learners, they are the workers too. together: see `Roles`; learners
-    that have each their own minibatch share the devices there are.
+    Where all devices are learners, they are the workers too.
 
-    Raises: InputError if there are fewer devices than asked for, or the processes would differ.
+    Args:
+      num_learners: of all processes together; each process takes its part from its own devices.
+      num_workers: the same; None: all that are left.
+      host_platform_count: 0: the devices that JAX finds by default; k > 0: k devices simulated on each process's CPU,
+        which must be set before JAX runs anything.
+      together: see `Roles`; learners with a minibatch each share the devices there are.
+
+    Raises:
+      InputError: there are fewer devices, or the processes would differ.
     """
-    of_processes = _devices(host_platform_count)
-    count, size = len(of_processes), len(of_processes[0])
-    if any(len(devices) != size for devices in of_processes):
-        sizes = ", ".join(str(len(devices)) for devices in of_processes)
+    by_process = _devices(host_platform_count)
+    count, size = len(by_process), len(by_process[0])
+    if any(len(devices) != size for devices in by_process):
+        sizes = ", ".join(str(len(devices)) for devices in by_process)
         raise InputError(f"the processes have {sizes} devices: all must have as many (see CUDA_VISIBLE_DEVICES)")
     if not together:
         num_learners = min(num_learners, size)
@@ -69,8 +78,8 @@ def assign_roles(
             f"--config.devices.learners, or set --config.devices.host_platform_count={-(-num_learners // count)}"
         )
     _check_multiple("learners", num_learners, count)
-    learners = [device for devices in of_processes for device in devices[: num_learners // count]]
-    left = [devices[num_learners // count :] or devices for devices in of_processes]
+    learners = [device for devices in by_process for device in devices[: num_learners // count]]
+    left = [devices[num_learners // count :] or devices for devices in by_process]
     available = count * len(left[0])
     if num_workers is None:
         num_workers = available
@@ -95,7 +104,17 @@ def _check_multiple(name: str, number: int, num_processes: int) -> None:
 
 
 def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
-    """`jax.device_put`, whole on every device of the placement; where it spans processes, each puts its own, equal."""
+    """Puts arrays whole on every device of a placement, as `jax.device_put`.
+
+    Args:
+      arrays: pytree; where the placement spans processes, equal in all of them, and each puts its own copy.
+      placement: a device, or a replicated sharding.
+      **options: of `jax.device_put`.
+
+    Example:
+      >>> put(np.float32(2), jax.devices()[0]).tolist()
+      2.0
+    """
     if not isinstance(placement, NamedSharding) or placement.is_fully_addressable:
         return jax.device_put(arrays, placement, **options)
     here = [device for device in placement.mesh.devices.flat if device.process_index == jax.process_index()]
@@ -109,7 +128,11 @@ def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
 
 
 def one_copy(arrays: Any) -> Any:
-    """Of arrays that lie whole on each of several devices, those on this process's first; nothing is copied."""
+    """Returns this process's first copy of each replicated array; nothing is copied.
+
+    Args:
+      arrays: pytree; leaves that are not replicated are returned as they are.
+    """
 
     def one(x):
         return x.addressable_data(0) if isinstance(x, jax.Array) and x.is_fully_replicated else x
@@ -118,9 +141,14 @@ def one_copy(arrays: Any) -> Any:
 
 
 def scoring_devices(num_devices: int | None = None, host_platform_count: int = 0) -> tuple[jax.Device, ...]:
-    """The first `num_devices` (None: all) of a machine that only scores. host_platform_count: see `assign_roles`.
+    """Returns the devices of a machine that only scores.
 
-    Raises: InputError if there are fewer devices than asked for.
+    Args:
+      num_devices: the first so many; None: all.
+      host_platform_count: see `assign_roles`.
+
+    Raises:
+      InputError: there are fewer devices.
     """
     (devices,) = _devices(host_platform_count)
     if num_devices is not None and not 1 <= num_devices <= len(devices):
@@ -132,14 +160,14 @@ def scoring_devices(num_devices: int | None = None, host_platform_count: int = 0
 
 
 def memory_bytes(device: jax.Device) -> float:
-    """What the device can hold at most; infinity where it does not tell."""
+    """Returns the memory of a device in bytes; infinity where it is unknown."""
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _devices(host_platform_count: int) -> list[list[jax.Device]]:
-    """Those of each process."""
+    """Returns the devices of each process."""
     if not host_platform_count:
         return [jax.local_devices(index) for index in range(jax.process_count())]
     with contextlib.suppress(RuntimeError):  # JAX has started: what it has is checked below
@@ -151,5 +179,5 @@ def _devices(host_platform_count: int) -> list[list[jax.Device]]:
             "device(s): start a new process, or call "
             f"jax.config.update('jax_num_cpu_devices', {host_platform_count}) first"
         )
-    of_processes = [jax.local_devices(index, backend="cpu") for index in range(jax.process_count("cpu"))]
-    return [devices[:host_platform_count] for devices in of_processes]
+    by_process = [jax.local_devices(index, backend="cpu") for index in range(jax.process_count("cpu"))]
+    return [devices[:host_platform_count] for devices in by_process]

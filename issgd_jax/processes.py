@@ -1,7 +1,7 @@
-"""The processes that one learner spans, through `jax.distributed`: all do the same steps, each on its own devices.
+"""Processes of one learner, through `jax.distributed`: all do the same steps, each on its own devices.
 
-A step that they do together fails in all of them when one is gone; where the hardware does not tell, JAX ends them
-after 100 s without its heartbeat.
+A step that they share fails in all of them when one is lost; where the hardware does not report it, JAX ends them after
+100 s without its heartbeat.
 """
 
 import contextlib
@@ -23,11 +23,15 @@ AUTO = "auto"
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of several; must come before JAX runs anything. Does nothing without a coordinator.
+    """Joins this process with the others; to be called before JAX runs anything.
 
-    coordinator: host:port of process 0; or "auto", on a cluster that JAX knows (Slurm, Open MPI, Cloud TPU, ...).
+    Args:
+      coordinator: host:port of process 0; "auto" on a cluster that JAX knows (Slurm, Open MPI, Cloud TPU, ...); None:
+        nothing is done.
+      num_processes, process_id: of all, and of this one; None with "auto".
 
-    Raises: InputError if JAX runs already, or the processes do not find each other.
+    Raises:
+      InputError: JAX runs already, or the processes do not find each other.
     """
     if coordinator is None:
         return
@@ -38,9 +42,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
                 f"{jax.process_index()} of {jax.process_count()} already: start a new process"
             )
         return
-    told = {} if coordinator == AUTO else {"coordinator_address": coordinator, "process_id": process_id}
+    place = {} if coordinator == AUTO else {"coordinator_address": coordinator, "process_id": process_id}
     try:
-        jax.distributed.initialize(num_processes=num_processes, **told)
+        jax.distributed.initialize(num_processes=num_processes, **place)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"distributed.coordinator is {coordinator}, but the processes cannot be joined there ({brief(error)}): "
@@ -49,66 +53,73 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which keeps what a run leaves behind; so is one that is alone."""
+    """Returns whether this is process 0, which alone writes files; so is a process that is alone."""
     return jax.process_index() == 0
 
 
-def from_first(told: Any, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
-    """What process 0 passes, in all processes, to the last bit.
+def from_first(values: Any, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """Returns, in all processes, the arguments of process 0, to the last bit.
 
-    told: whatever JSON can hold. All must call this; what the others pass is not looked at.
+    All processes must call this; the arguments of the others are ignored.
+
+    Args:
+      values: whatever JSON can hold.
+      arrays: {name: host array}.
     """
     if jax.process_count() == 1:
-        return told, arrays
+        return values, arrays
     layout = {name: (x.shape, x.dtype.name) for name, x in arrays.items()}
-    header = json.dumps([told, layout]).encode()
+    header = json.dumps([values, layout]).encode()
     size = int(broadcast_one_to_all(np.int32(len(header))))
-    told, layout = json.loads(_bytes_of_first(header, size))
-    found = {}
+    values, layout = json.loads(_broadcast_bytes(header, size))
+    received = {}
     for name, (shape, dtype) in layout.items():
         size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
-        content = _bytes_of_first(arrays[name].tobytes() if is_first() else b"", size)
-        found[name] = np.frombuffer(content, jnp.dtype(dtype)).reshape(shape)
-    return told, found
+        content = _broadcast_bytes(arrays[name].tobytes() if is_first() else b"", size)
+        received[name] = np.frombuffer(content, jnp.dtype(dtype)).reshape(shape)
+    return values, received
 
 
-def _bytes_of_first(content: bytes, size: int) -> bytes:
-    """As bytes: a sum, which the broadcast is, would make 0 of -0."""
+def _broadcast_bytes(content: bytes, size: int) -> bytes:
+    """Broadcasts bytes of process 0: the broadcast is a sum, which would turn a float -0 into 0."""
     return broadcast_one_to_all(np.frombuffer(content if is_first() else bytes(size), np.uint8)).tobytes()
 
 
 def agreement(mesh: Mesh | None) -> Callable[[int], int]:
-    """Returns `number -> number`: the largest that any process passed one call before, 0 at first; the same in all.
+    """Returns `number -> number`: the largest that any process passed in the call before, the same in all; 0 at first.
 
-    All must call it equally often. It never waits for what was not needed a step before. mesh: of the learner devices.
-    Alone, the number itself.
+    All processes must call it equally often. It waits for nothing but the call before. For a process that is alone it
+    returns the number itself.
+
+    Args:
+      mesh: of the learner devices.
     """
     if jax.process_count() == 1:
         return lambda number: number
-    of_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    before = None
+    previous = None
 
     def agree(number: int) -> int:
-        nonlocal before
-        mine = [jax.device_put(np.full(1, number, np.int32), device) for device in of_each.addressable_devices]
-        asked_for = jax.make_array_from_single_device_arrays((mesh.size,), of_each, mine)
-        found, before = before, largest(asked_for)
-        return 0 if found is None else int(jax.device_get(found))
+        nonlocal previous
+        numbers = [jax.device_put(np.full(1, number, np.int32), device) for device in one_each.addressable_devices]
+        gathered = jax.make_array_from_single_device_arrays((mesh.size,), one_each, numbers)
+        result, previous = previous, largest(gathered)
+        return 0 if result is None else int(jax.device_get(result))
 
     return agree
 
 
 @contextlib.contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Turns what JAX raises when another process is gone into ProcessLostError, which says what to do."""
+    """Turns JAX's errors of a lost process into ProcessLostError, which says what to do."""
     try:
         yield
     except Exception as error:
         if jax.process_count() > 1 and (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
             raise ProcessLostError(
-                f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely as another is gone "
-                f"({brief(error)}): end all, and the same commands go on from the newest checkpoint"
+                f"process {jax.process_index()} of {jax.process_count()} cannot continue, most likely as another is "
+                f"lost ({brief(error)}): end all, and the same commands resume from the newest checkpoint"
             ) from error
         raise
 

@@ -1,4 +1,4 @@
-"""What produced a result: versions of packages and the commit of the code. Imports no jax."""
+"""Provenance of a result: versions of packages and the commit of the code. Imports no jax."""
 
 import importlib.metadata
 import pathlib

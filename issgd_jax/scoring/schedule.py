@@ -1,6 +1,7 @@
-"""When rounds of scoring start, and when their scores may enter the store.
+"""Schedules: when rounds of scoring start, and when their scores may enter the store.
 
-is_reproducible: whether a run is a function of its seed alone, whatever the speed of its machines.
+A schedule has `is_reproducible` (whether a run is a function of its seed alone, whatever the speed of its machines),
+`rounds_to_start` and `may_enter`.
 """
 
 import dataclasses
@@ -38,9 +39,13 @@ def chunk_starts(chunk_size: int, num_items: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Round:
-    """One broadcast of parameters and what the workers made of it; the arrays may still be in the making.
+    """One broadcast of parameters and the scores of one chunk from every worker; the arrays may not be ready yet.
 
-    step: learner step of the parameters. indices, scores: [workers, chunk]. num_examples: how many are scored.
+    Attributes:
+      step: learner step of the parameters.
+      indices: i32[workers, chunk]; those outside [0, N) are padding.
+      scores: f32[workers, chunk].
+      num_examples: how many are scored.
     """
 
     step: int
@@ -49,32 +54,53 @@ class Round:
     num_examples: int
 
     def is_ready(self) -> bool:
-        """True once the scores can be read without waiting."""
+        """Returns whether the scores can be read without waiting."""
         return self.scores.is_ready()
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Barriers kept: every example is scored with the current parameters before every step."""
+    """The paper's barriers: every example is scored with the current parameters before every step.
 
-    sweep: int  # rounds that score every example once
+    Attributes:
+      sweep: rounds that score every example once.
+
+    Example:
+      >>> Exact(sweep=3).rounds_to_start(step=7, num_in_flight=0)
+      3
+    """
+
+    sweep: int
     is_reproducible = True
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
+        """Returns how many rounds start before this step."""
         del step, num_in_flight
         return self.sweep
 
     def may_enter(self, round_: Round, step: int) -> bool:
+        """Returns whether the scores of a round may enter before this step."""
         del round_, step
         return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Relaxed:
-    """A round every `steps_per_round` learner steps; its scores enter exactly `score_delay` steps after its parameters.
+    """A round every so many learner steps, whose scores enter at a fixed step.
 
     The staleness is part of the schedule, not of the machine's speed: the same seed gives the same run, bit for bit.
     Where workers need longer than the delay, the learner waits.
+
+    Attributes:
+      steps_per_round: steps from one round to the next.
+      score_delay: steps from the parameters of a round to the entry of its scores.
+
+    Example:
+      >>> schedule = Relaxed(steps_per_round=4, score_delay=6)
+      >>> [schedule.rounds_to_start(step, num_in_flight=0) for step in range(5)]
+      [1, 0, 0, 0, 1]
+      >>> schedule.delay, schedule.num_entered(step=10)
+      ((1, 2), 2)
     """
 
     steps_per_round: int
@@ -82,10 +108,12 @@ class Relaxed:
     is_reproducible = True
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
+        """Returns how many rounds start before this step."""
         del num_in_flight
         return int(step % self.steps_per_round == 0)
 
     def may_enter(self, round_: Round, step: int) -> bool:
+        """Returns whether the scores of a round may enter before this step."""
         return step >= round_.step + self.score_delay
 
     @property
@@ -100,18 +128,25 @@ class Relaxed:
 
 @dataclasses.dataclass(frozen=True)
 class FreeRunning:
-    """Nobody waits: scores enter when they are ready, and workers always have something to go on with.
+    """Scores enter when they are ready, and workers always have a next round.
 
-    rounds_ahead: how many rounds in flight that takes; it changes with the workers there are.
+    Attributes:
+      rounds_ahead: returns how many rounds in flight keep all workers busy; it may change with the workers.
+
+    Example:
+      >>> FreeRunning(lambda: 2).rounds_to_start(step=7, num_in_flight=1)
+      1
     """
 
     rounds_ahead: Callable[[], int]
     is_reproducible = False
 
     def rounds_to_start(self, step: int, num_in_flight: int) -> int:
+        """Returns how many rounds start before this step."""
         del step
         return max(0, self.rounds_ahead() - num_in_flight)
 
     def may_enter(self, round_: Round, step: int) -> bool:
+        """Returns whether the scores of a round may enter before this step."""
         del step
         return round_.is_ready()

@@ -111,7 +111,7 @@ def test_a_signal_to_one_stops_both_and_a_death_ends_the_other(tmp_path):
     assert pair.end(timeout=60) == [1, -signal.SIGKILL]
     told = pair.logs[0].read_text()
     assert f"resumes from the checkpoint of step {stopped_at:,}" in told
-    assert "error: process 0 of 2 cannot go on, most likely as another is gone" in told and "Traceback" not in told
+    assert "error: process 0 of 2 cannot continue, most likely as another is lost" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize("differ", [None, {"learner__learning_rate": 0.1}], ids=["killed", "another config"])
