@@ -1,4 +1,4 @@
-"""What the cluster costs the learner, and what it carries.
+"""Measures what the cluster costs the learner, and its throughput.
 
     python -m experiments.benchmarks.cluster [--only=round,overlap,database,scaling,network]
 

@@ -1,4 +1,4 @@
-"""What a pool of workers costs and carries, without a learner that trains. See `experiments.benchmarks.cluster`."""
+"""Measures cost and throughput of a pool of workers, without a learner that trains. See `experiments.benchmarks.cluster`."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, each figure from constants that other benchmarks have measured.
+"""Computes the tables of docs/scaling.md from constants that other benchmarks have measured.
 
     python -m experiments.benchmarks.extrapolate
 
@@ -19,7 +19,7 @@ _UNITS = {
     "cycle at 10^6": "s",
     "cycle, more a decade": "s",
     "bytes an example": "B",
-    "bytes an example while the table is made": "B more",
+    "bytes an example while the table is rebuilt": "B more",
     "seconds an example of the table": "s",
     "scores in a second": "",
     "bytes out a second": "B",
@@ -29,7 +29,7 @@ _UNITS = {
 
 
 def constants() -> dict[str, float]:
-    """What the tables rest on, in seconds and bytes."""
+    """Returns the constants of the tables, in seconds and bytes."""
     sampler, cluster, gradnorm = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("sampler", "cluster", "gradnorm")
     )
@@ -44,7 +44,7 @@ def constants() -> dict[str, float]:
         "cycle at 10^6": mean_y + slope * (6 - mean_x),
         "cycle, more a decade": slope,
         "bytes an example": cycles[10**8]["store_and_table_bytes_an_example"],
-        "bytes an example while the table is made": cycles[10**8]["store_bytes_an_example"],
+        "bytes an example while the table is rebuilt": cycles[10**8]["store_bytes_an_example"],
         "seconds an example of the table": database["seconds to rebuild the table"] / database["examples"],
         "scores in a second": database["scores a second into store and table"],
         "bytes out a second": 1e9 * database["gigabytes a second to all workers"],
@@ -81,14 +81,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def of_examples(found: dict[str, float]) -> str:
-    """By N: memory, draw, renewal."""
+    """Returns the table by N: memory, draw, rebuild."""
     rows = []
     for n in EXAMPLES:
-        held, beside = found["bytes an example"] * n, found["bytes an example while the table is made"] * n
+        held, beside = found["bytes an example"] * n, found["bytes an example while the table is rebuilt"] * n
         draw = found["cycle at 10^6"] + found["cycle, more a decade"] * (math.log10(n) - 6)
-        renewal = found["seconds an example of the table"] * n
-        rows.append([_count(n), _bytes(held), _bytes(beside), _seconds(draw), _seconds(renewal)])
-    head = ["N", "store and table", "besides, while the table is made", "1,024 written, 256 drawn", "table made anew"]
+        rebuild = found["seconds an example of the table"] * n
+        rows.append([_count(n), _bytes(held), _bytes(beside), _seconds(draw), _seconds(rebuild)])
+    head = ["N", "store and table", "more, while the table is rebuilt", "1,024 written, 256 drawn", "table rebuilt"]
     return _table(head, rows)
 
 

@@ -88,11 +88,11 @@ def pass_on() -> None:
         rest = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
         readable, _, _ = select.select([*ends, sys.stdin], [], [], rest)
         if sys.stdin in readable:
-            told = sys.stdin.readline().strip()
-            if not told:
+            command = sys.stdin.readline().strip()
+            if not command:
                 return
-            is_cut = told == "cut" if told in ("cut", "mend") else is_cut
-            delay = delay if told in ("cut", "mend") else float(told)
+            is_cut = command == "cut" if command in ("cut", "mend") else is_cut
+            delay = delay if command in ("cut", "mend") else float(command)
         for source, target in (ends, ends[::-1]):
             for _ in range(_MOST if source in readable else 0):
                 try:

@@ -170,7 +170,7 @@ class Learner:
 
         Args:
           examples: pytrees with leading axis N on the learner's device.
-          uniform: whether this step's draw ignores the scores; refreshes go on.
+          uniform: whether this step's draw ignores the scores; refreshes continue.
         """
         sampler_state, drawn = sampler.draw(sampler_state, uniform_draw=uniform)
         gradient = self.gradient(state.params, state.step, drawn, examples)

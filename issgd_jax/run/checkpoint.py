@@ -121,7 +121,7 @@ class Checkpoints:
         self._remove_partial()
 
     def is_due(self, step: int) -> bool:
-        """Whether the state at the beginning of this step is to be saved."""
+        """Returns whether the state at the beginning of this step is to be saved."""
         return step > 0 and step % self._every_steps == 0
 
     def save(self, snapshot: Readable, *, test_error: float | None = None) -> None:

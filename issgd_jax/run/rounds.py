@@ -12,7 +12,7 @@ from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
 from issgd_jax.scoring.schedule import Round
 
-# Rounds lost in a row, after which training goes on without workers.
+# Rounds lost in a row, after which training continues without workers.
 MAX_FAILED_ROUNDS = 3
 
 

@@ -125,7 +125,7 @@ def changes(saved: dict, config: dict) -> dict[str, tuple]:
 
 
 def _flat(config: dict) -> dict:
-    """As JSON has it; a config of an earlier version gets the defaults of fields that are newer than it."""
+    """Flattens a config as JSON has it; an earlier version gets the defaults of newer fields."""
     return json.loads(json.dumps(flatten(default()) | flatten(config)))
 
 
