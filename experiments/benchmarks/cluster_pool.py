@@ -1,4 +1,4 @@
-"""Measures cost and throughput of a pool of workers, without a learner that trains. See `experiments.benchmarks.cluster`."""
+"""Measures cost and throughput of a pool of workers alone. See `experiments.benchmarks.cluster`."""
 
 import collections
 import contextlib
