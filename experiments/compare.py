@@ -26,6 +26,7 @@ from issgd_jax.run.training import train
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
 _UNIFORM_RATE = flags.DEFINE_float("uniform_rate", None, "Learning rate of uniform sampling; none: the config's.")
+flags.adopt_module_key_flags(main_lib)  # so that --help lists every field
 IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
 
 Histories = dict[str, list[list[dict]]]

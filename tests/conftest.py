@@ -1,4 +1,4 @@
-"""Four simulated CPU devices in every test process; programs compiled once are shared by all tests and processes."""
+"""Four simulated CPU devices in every test process; programs compiled quickly, once, shared by all processes."""
 
 import os
 import random
@@ -7,10 +7,18 @@ import signal
 import jax
 import pytest
 
+from tests.helpers import soak
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("ISSGD_SOAK_SEED", str(random.randrange(2**31)))
+# Tests compile for minutes and compute for seconds: without most optimizations, and with the older of XLA's two
+# generators of CPU code, that takes half the time. `make soak` compiles as users do.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+if soak(True, False):
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ |= QUICK  # also for the programs, notebooks and workers that tests start
 
 
 def pytest_report_header():
@@ -22,8 +30,9 @@ def pytest_report_header():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
+    """Keeps compiled programs in one folder, which all processes of this run read."""
     shared = tmp_path_factory.getbasetemp().parent / "compiled"  # under xdist, the parent is common to all processes
     options = {"jax_compilation_cache_dir": str(shared), "jax_persistent_cache_min_compile_time_secs": 0.0}
     for option, value in options.items():
         jax.config.update(option, value)
-        os.environ[option.upper()] = str(value)  # for the programs, notebooks and workers that tests start
+        os.environ[option.upper()] = str(value)

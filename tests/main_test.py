@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import array_record.python.array_record_data_source  # noqa: F401  defines flags; `flagsaver` would remove them again
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -162,8 +163,9 @@ def test_a_process_of_its_own_ends_a_mistake_with_one_line_and_status_1(tmp_path
     assert done.stderr == "error: config has no field 'data.nam': did you mean data.name?\n"
 
 
-def test_help_lists_every_field_with_its_default_and_its_documentation():
-    done = run_process("--help")
+@pytest.mark.parametrize("module", ["issgd_jax.main", "experiments.compare"])
+def test_help_lists_every_field_with_its_default_and_its_documentation(module):
+    done = run_process("--help", module=module)
     shown = " ".join(done.stdout.split())
     assert not done.stderr
     for field in config_lib.FIELDS:

@@ -51,6 +51,13 @@ def train(workdir, begun, overrides):
     training.train(config(**overrides), workdir)
 
 
+def start_command(arguments, log, port=0):
+    """Starts the program with these arguments; `port` is where the processes of one run meet. Returns the process."""
+    process = server().Process(target=command, args=(arguments, log, port))
+    process.start()
+    return process
+
+
 def command(arguments, log, port):
     """The program with these arguments, its output in a file; beside that the history that it returns."""
     os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"

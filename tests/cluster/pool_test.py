@@ -27,10 +27,10 @@ from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.run import loop, metrics, wiring
 from issgd_jax.task.losses import example_loss
 from issgd_jax.task.models import MODELS
-from tests.helpers import arrays_of, check_same, scores, smoke, without_time
+from tests.helpers import arrays_of, check_same, scores, smoke, soak, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
-WORKERS = 3
+WORKERS = soak(2, 3)
 # Ray has its workers give way to all else; here they are what is tested, beside other tests on as many cores.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
@@ -169,30 +169,33 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
 
 def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, tmp_path, monkeypatch):
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
-    config = small(steps=100, eval_every=20, checkpoint__every_steps=50)
+    config, plan = (
+        small(steps=60, eval_every=20, checkpoint__every_steps=30),
+        soak({11: 1, 30: 2}, {11: 1, 24: 2, 40: 3}),
+    )
     undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
     killers, build, others = [], wiring.build, workers()
 
     def build_with_killer(prepared):
         parts = build(prepared)
-        killers.append(Killer(parts.train_step, {11: 1, 30: 2, 62: 3}, others))
+        killers.append(Killer(parts.train_step, plan, others))
         return dataclasses.replace(parts, train_step=killers[0])
 
     monkeypatch.setattr(wiring, "build", build_with_killer)
     disturbed = issgd_jax.train(config, tmp_path / "disturbed")
-    assert len(set(killers[0].killed)) == 6
+    assert len(set(killers[0].killed)) == sum(plan.values())
     assert without_time(disturbed) == without_time(undisturbed)
     np.testing.assert_array_equal(scores(tmp_path / "disturbed"), scores(tmp_path / "undisturbed"))
-    check_same(tmp_path / "disturbed", 100, arrays_of(tmp_path / "undisturbed", 100))
+    check_same(tmp_path / "disturbed", 60, arrays_of(tmp_path / "undisturbed", 60))
 
 
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
     """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
-    others = workers()
+    others, plan = workers(), soak({40: 2}, {40: 1, 80: 2, 120: 3})
     prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running"))
     with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
         parts = wiring.build(prepared)
-        killer = Killer(parts.train_step, {40: 1, 80: 2, 120: 3}, others)
+        killer = Killer(parts.train_step, plan, others)
         entered, last = [], {}
 
         def train_step(state, sampler_state, sampler, examples, *, uniform):
@@ -204,20 +207,21 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
                 entered.append(int(scored_at.max()))
                 last["params"] = jax.device_get(state.params)
             status = pool.status()
-            if len(killer.killed) == 6 and all(worker["alive"] for worker in status["workers"]):
+            restarts = sum(worker["restarts"] for worker in status["workers"])
+            if restarts == sum(plan.values()) and all(worker["alive"] for worker in status["workers"]):
                 last.setdefault("back", (status["leases_done"], len(entered)))
             if "back" in last and status["leases_done"] > last["back"][0] + 5 * WORKERS:
                 raise StopIteration
             return state, sampler_state, found
 
-        plan = loop.Plan(10**6, 10**6, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
+        steps = loop.Plan(10**6, 10**6, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
         checked = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
         with pytest.raises(StopIteration):
-            loop.run(checked, plan, writer)
+            loop.run(checked, steps, writer)
         status = pool.status()
     dead, back = entered.index(entered[-1]), last["back"][1]
-    assert sum(worker["restarts"] for worker in status["workers"]) == 6
-    assert back - 120 > 40 and dead > back  # steps without anybody, and scores after that
+    assert sum(worker["restarts"] for worker in status["workers"]) == sum(plan.values())
+    assert back - max(plan) > 40 and dead > back  # steps without anybody, and scores after that
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last["params"]))
     assert status["leases_done"] + status["leases_running"] + status["leases_waiting"] == pool._next_lease
 

@@ -156,15 +156,17 @@ def test_unbiased_through_refreshes_and_rebuilds(proposal, draw):
     step, sampler = Learner(quadratic_loss, optimizer).compile(), Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal, draw)
     loss = np.mean(jax.vmap(quadratic_loss, (None, 0, 0))(params, *examples))
 
+    def one_step(states, _):
+        *states, metrics = step(*states, sampler, examples)
+        return tuple(states), metrics.loss
+
+    def four_steps_and_a_rebuild(states, _):
+        (state, sampler_state), losses = jax.lax.scan(one_step, states, length=4)
+        return (state, sampler.rebuild(sampler_state)), losses
+
     def run(first):
-        state, sampler_state, losses = TrainState.init(params, optimizer), sampler.init(2), []
-        sampler_state = sampler_state._replace(num_draws=first)
-        for i in range(12):
-            state, sampler_state, metrics = step(state, sampler_state, sampler, examples)
-            losses.append(metrics.loss)
-            if i % 4 == 3:
-                sampler_state = sampler.rebuild(sampler_state)
-        return jnp.stack(losses)
+        states = TrainState.init(params, optimizer), sampler.init(2)._replace(num_draws=first)
+        return jax.lax.scan(four_steps_and_a_rebuild, states, length=3)[1].ravel()
 
     losses = np.asarray(jax.jit(jax.vmap(run))(1000 * jnp.arange(3000, dtype=jnp.int32)), np.float64)
     assert losses[:, 0].std() > 0 and losses[:, -1].std() > 0

@@ -5,8 +5,6 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -22,7 +20,7 @@ from tests.helpers import arrays_of, check_same, read_events, scores, soak, soak
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Tests that run side by side, and kills in each.
-CHAINS, KILLS = soak((1, 12), (4, 25))
+CHAINS, KILLS = soak((1, 6), (4, 25))
 
 
 @pytest.fixture(scope="module")
@@ -79,55 +77,57 @@ def test_killed_at_random_moments_and_resumed_bit_by_bit(chain, reference, tmp_p
 
 
 def program(workdir, *arguments):
-    command = [sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py:smoke"]
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    """Starts the program of `make run`'s config at smoke size. Returns the process and the path of its output."""
+    log = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}.log")
+    config = ROOT / "experiments" / "configs" / "digits.py:smoke"
+    return victims.start_command([f"--config={config}", f"--workdir={workdir}", *arguments], log), log
 
 
-def wait_for(path, process):
-    for _ in range(1200):
-        if path.exists() or process.poll() is not None:
-            return
+def wait_for_rows(workdir, number, process, log):
+    """Waits until so many rows of metrics are written: from the first on the run is in its loop."""
+    metrics_file = workdir / "metrics.jsonl"
+    while not (metrics_file.exists() and metrics_file.read_text().count("\n") >= number):
+        assert process.is_alive(), log.read_text()
         time.sleep(0.05)
-    raise TimeoutError(path)
+
+
+def wait_for_end(process, timeout=120):
+    process.join(timeout)
+    assert process.exitcode is not None, "still runs"
+    return process.exitcode
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, tmp_path):
-    arguments = ("--config.steps=1000000", "--config.checkpoint.every_steps=1000000", "--config.eval_every=1000000")
-    process = program(tmp_path, *arguments)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, told
-    (step,) = steps_of(tmp_path)
-    assert f"stopped by {number.name} at step {step:,}; the same command resumes from the checkpoint" in told
-    assert "Traceback" not in told and step > 0
-    again = program(tmp_path, *arguments[1:], f"--config.steps={step + 10}")
-    _, told = again.communicate(timeout=120)
-    assert again.returncode == 0 and f"resumes from the checkpoint of step {step:,} of {step + 10:,}" in told, told
+    workdir = tmp_path / "run"
+    arguments = ("--config.steps=1000000", "--config.checkpoint.every_steps=1000000", "--config.eval_every=100")
+    process, log = program(workdir, *arguments)
+    wait_for_rows(workdir, 2, process, log)
+    os.kill(process.pid, number)
+    assert wait_for_end(process) == 128 + number, log.read_text()
+    step = steps_of(workdir)[-1]
+    assert f"stopped by {number.name} at step {step:,}; the same command resumes from the checkpoint" in log.read_text()
+    assert "Traceback" not in log.read_text() and step > 0
+    again, log = program(workdir, *arguments[1:], f"--config.steps={step + 10}")
+    assert wait_for_end(again) == 0, log.read_text()
+    assert f"resumes from the checkpoint of step {step:,} of {step + 10:,}" in log.read_text()
 
 
 def test_two_programs_on_one_folder(tmp_path):
     """The lock dies with its owner, also by kill -9."""
-    first = program(tmp_path, "--config.steps=1000000")
-    wait_for(tmp_path / "metrics.jsonl", first)
-    second = program(tmp_path)
-    _, told = second.communicate(timeout=120)
-    assert second.returncode == 1 and f"is in use by process {first.pid} on " in told and "Traceback" not in told
-    with pytest.raises(InputError, match=f"is in use by process {first.pid}"), locked(tmp_path):
+    workdir = tmp_path / "run"
+    first, log = program(workdir, "--config.steps=1000000")
+    wait_for_rows(workdir, 1, first, log)
+    second, log = program(workdir)
+    assert wait_for_end(second) == 1
+    assert f"is in use by process {first.pid} on " in log.read_text() and "Traceback" not in log.read_text()
+    with pytest.raises(InputError, match=f"is in use by process {first.pid}"), locked(workdir):
         pass
-    assert first.poll() is None
+    assert first.is_alive()
     first.kill()
-    first.communicate()
-    third = program(tmp_path, "--overwrite")
-    _, told = third.communicate(timeout=120)
-    assert third.returncode == 0, told
+    first.join()
+    third, log = program(workdir, "--overwrite", "--config.steps=10")
+    assert wait_for_end(third) == 0, log.read_text()
 
 
 def test_the_heartbeat_tells_the_last_finished_step(tmp_path):

@@ -15,7 +15,7 @@ import issgd_jax
 from issgd_jax import InputError, devices
 from issgd_jax.run.workdir import flatten
 from tests import victims
-from tests.helpers import arrays_of, check_close, check_same, rewind, scores, small, smoke, steps_of, without_time
+from tests.helpers import arrays_of, check_close, check_same, rewind, scores, small, smoke, soak, steps_of, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Shards of unequal size, and rounds in flight at every checkpoint.
@@ -45,9 +45,7 @@ class Pair:
             flags = [f"--config.{name}={value}" for name, value in flatten(config).items() if value is not None]
             file = ROOT / "experiments" / "configs" / "digits.py"
             arguments = [f"--config={file}", f"--workdir={workdir}", *flags]
-            process = victims.server().Process(target=victims.command, args=(arguments, log, port))
-            process.start()
-            self.processes.append(process)
+            self.processes.append(victims.start_command(arguments, log, port))
 
     def end(self, timeout=90):
         """Exit statuses."""
@@ -68,7 +66,7 @@ class Pair:
         raise TimeoutError(workdir)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"workers__enabled": False}], ids=["workers", "refresh alone"])
+@pytest.mark.parametrize("overrides", soak([{}], [{}, {"workers__enabled": False}]), ids=str)
 def test_two_processes_are_one_with_two_learners_and_go_on_bit_by_bit(overrides, tmp_path):
     """Red if a replica misses a score or the other's share, or goes on from anything but what the first has."""
     workdir = tmp_path / "two"
