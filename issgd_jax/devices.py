@@ -5,11 +5,13 @@ With several processes, each has the same number of both.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -104,10 +106,11 @@ def _check_multiple(name: str, number: int, num_processes: int) -> None:
 
 
 def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
-    """Puts arrays whole on every device of a placement, as `jax.device_put`.
+    """Puts arrays whole on every device of a placement; what is on devices does not pass through the host.
 
     Args:
-      arrays: pytree; where the placement spans processes, equal in all of them, and each puts its own copy.
+      arrays: pytree; where the placement spans processes, equal in all of them, and each puts its own copy. Arrays
+        sharded over several devices are sharded along their first axis.
       placement: a device, or a replicated sharding.
       **options: of `jax.device_put`.
 
@@ -115,6 +118,7 @@ def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
       >>> put(np.float32(2), jax.devices()[0]).tolist()
       2.0
     """
+    arrays = jax.tree.map(functools.partial(_joined, device=_first_device(placement)), arrays)
     if not isinstance(placement, NamedSharding) or placement.is_fully_addressable:
         return jax.device_put(arrays, placement, **options)
     here = [device for device in placement.mesh.devices.flat if device.process_index == jax.process_index()]
@@ -125,6 +129,24 @@ def put(arrays: Any, placement: jax.Device | Sharding, **options) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, placement, parts)
 
     return jax.tree.map(joined, local)
+
+
+def _first_device(placement: jax.Device | Sharding) -> jax.Device:
+    """Returns the first device of a placement that is this process's."""
+    return placement if isinstance(placement, jax.Device) else min(placement.addressable_devices, key=lambda d: d.id)
+
+
+def _joined(x: Any, device: jax.Device) -> Any:
+    """Returns a sharded array whole on one device: from JAX 0.12 on, `jax.device_put` would do it through the host."""
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return x
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return _concatenated(*jax.device_put([shard.data for shard in shards], device))
+
+
+@jax.jit
+def _concatenated(*parts: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts)
 
 
 def one_copy(arrays: Any) -> Any:

@@ -137,3 +137,17 @@ def test_two_learners_go_on_bit_by_bit_and_another_number_is_refused(tmp_path):
     check_same(tmp_path, 24, last)
     with pytest.raises(InputError, match="devices.learners was 2, now 1"):
         issgd_jax.train(small(steps=24, **two | {"devices__learners": 1}), tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_workers_computed_reaches_the_learners_without_the_host(count):
+    """Red if shards come in another order, or `device_put` takes the way through the host, as from JAX 0.12 on."""
+    sharded = jax.pmap(jnp.sin, devices=jax.devices()[4 - count :])(
+        np.arange(30.0, dtype=np.float32).reshape(count, -1)
+    )
+    jax.block_until_ready(sharded)
+    for placement in (jax.devices()[0], NamedSharding(mesh_of(2), PartitionSpec())):
+        with jax.transfer_guard("disallow"):
+            whole = jax.block_until_ready(devices.put({"scores": sharded}, placement)["scores"])
+        np.testing.assert_array_equal(whole, np.asarray(sharded))
+        assert whole.is_fully_replicated and whole.devices() <= set(jax.devices()[:2])

@@ -47,9 +47,12 @@ class Explanation(NamedTuple):
 
     Attributes:
       rows: One row for each leaf.
+      notes: Equations that this version of JAX writes in another way than is known here: gradients that pass through
+        them are formed.
     """
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "rule", "T", "I", "J", "K", "flops", "vs formed", "bytes", "vs formed")
@@ -59,7 +62,8 @@ class Explanation(NamedTuple):
             "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
             for line in table
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        notes = [f"{note}: gradients that pass through it are formed" for note in self.notes]
+        return "\n".join([*(line.rstrip() for line in lines), *notes])
 
     @property
     def total(self) -> Row:
@@ -99,7 +103,8 @@ def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0
     loss = trace_loss(loss_fn, args, argnums, has_aux)
     _, _, gradients = jax.eval_shape(loss.factored_gradients, loss.params, loss.batch)
     named = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(loss.params_tree, list(range(len(gradients)))))
-    return Explanation(tuple(_row(jax.tree_util.keystr(path) or "params", gradients[i]) for path, i in named))
+    rows = tuple(_row(jax.tree_util.keystr(path) or "params", gradients[i]) for path, i in named)
+    return Explanation(rows, tuple(sorted(loss.analysis.unknown)))
 
 
 def _row(name: str, batched) -> Row:

@@ -8,6 +8,7 @@ from jax.extend.core import JaxprEqn, Literal
 
 from issgd_jax.gradnorm import algebra, sources
 from issgd_jax.gradnorm.factors import Gradient
+from issgd_jax.gradnorm.jaxprs import read
 from issgd_jax.gradnorm.sources import Size
 
 # Sizes of the terms of a gradient, known before anything runs; None if the gradient can only be an array.
@@ -143,8 +144,9 @@ def _as_reshape(eqn: JaxprEqn, x: Gradient) -> Gradient:
 
 def _keeps_order(eqn: JaxprEqn) -> bool:
     """Returns whether a broadcast, sum or reshape preserves all elements and their order."""
-    broadcast = eqn.params.get("broadcast_dimensions", ())
-    keeps_axes = eqn.params.get("dimensions") is None or eqn.primitive.name != "reshape"
+    params = read(eqn)
+    broadcast = getattr(params, "broadcast_dimensions", ())
+    keeps_axes = getattr(params, "dimensions", None) is None
     same_size = eqn.invars[0].aval.size == eqn.outvars[0].aval.size
     return same_size and list(broadcast) == sorted(broadcast) and keeps_axes
 
@@ -164,7 +166,7 @@ RULES: dict[str, Rule] = {
     "dynamic_update_slice": IntoTable(sources.update_size, sources.update_make),
     "add_any": Sum(),
     "add": Sum(),
-    "transpose": Linear(lambda eqn, x: algebra.transpose(x, eqn.params["permutation"])),
+    "transpose": Linear(lambda eqn, x: algebra.transpose(x, read(eqn).permutation)),
     "reshape": Linear(_as_reshape, _keeps_order),
     "squeeze": Linear(_as_reshape),
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),

@@ -14,6 +14,7 @@ from jax.extend.core import JaxprEqn
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term, Windows
+from issgd_jax.gradnorm.jaxprs import read
 
 # Largest sum of a convolution kernel's lengths for which image windows are extracted.
 MAX_OFFSETS = 64
@@ -39,7 +40,7 @@ class Size(NamedTuple):
 
 def dot_size(eqn: JaxprEqn) -> Size | None:
     """Sizes for a product of two tensors."""
-    (contracted, _), (shared, _) = eqn.params["dimension_numbers"]
+    (contracted, _), (shared, _) = read(eqn).dimension_numbers
     lhs, rhs = (v.aval for v in eqn.invars)
     shared_size = math.prod(lhs.shape[axis] for axis in shared)
     uses = math.prod(lhs.shape[axis] for axis in contracted)
@@ -51,7 +52,7 @@ def dot_size(eqn: JaxprEqn) -> Size | None:
 
 def dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     """Gradient from a product of two tensors: contracted axes are uses, batch axes are shared."""
-    (lhs_contracted, rhs_contracted), (lhs_shared, rhs_shared) = eqn.params["dimension_numbers"]
+    (lhs_contracted, rhs_contracted), (lhs_shared, rhs_shared) = read(eqn).dimension_numbers
     left, right = [None] * lhs.ndim, [None] * rhs.ndim
     for use, (axis, other) in enumerate(zip(lhs_contracted, rhs_contracted)):
         left[axis] = right[other] = -1 - use
@@ -62,23 +63,23 @@ def dot_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     left = tuple(next(free) if label is None else label for label in left)
     right = tuple(next(free) if label is None else label for label in right)
     out = eqn.outvars[0].aval
-    return Factored((Term(Dense(lhs, left), Dense(rhs, right), eqn.params["precision"]),), out.shape, sides, out.dtype)
+    return Factored((Term(Dense(lhs, left), Dense(rhs, right), read(eqn).precision),), out.shape, sides, out.dtype)
 
 
 def conv_size(eqn: JaxprEqn) -> Size | None:
     """Sizes for a convolution."""
     lhs, rhs = (v.aval for v in eqn.invars)
-    numbers, groups = eqn.params["dimension_numbers"], _groups(eqn)
+    numbers, groups = read(eqn).dimension_numbers, _groups(eqn)
     features, contracted, *spatial = (rhs.shape[axis] for axis in numbers.rhs_spec)
     offsets = [eqn.outvars[0].aval.shape[axis] for axis in numbers.out_spec[2:]]
-    images = lhs.shape[numbers.lhs_spec[0]] // eqn.params["batch_group_count"]
+    images = lhs.shape[numbers.lhs_spec[0]] // read(eqn).batch_group_count
     size = Size(groups, contracted * math.prod(spatial), math.prod(offsets) * images, features // groups)
     # Each offset is a separate slice. Many offsets mean the gradient of an image, or of a very long kernel.
     return size if min(size[:4]) > 0 and 0 < sum(offsets) <= MAX_OFFSETS else None
 
 
 def _groups(eqn: JaxprEqn) -> int:
-    return eqn.params["batch_group_count"] * eqn.params["feature_group_count"]
+    return read(eqn).batch_group_count * read(eqn).feature_group_count
 
 
 def conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
@@ -87,7 +88,8 @@ def conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     In a backward pass b indexes input channels, f output channels, s offsets of the kernel, t positions of the gradient
     with respect to the output, and c examples (here one).
     """
-    numbers, params, groups, out = eqn.params["dimension_numbers"], eqn.params, _groups(eqn), eqn.outvars[0].aval
+    params, groups, out = read(eqn), _groups(eqn), eqn.outvars[0].aval
+    numbers = params.dimension_numbers
     feature_axis, grouped = numbers.out_spec[1], groups > 1
     # With groups, the feature axis of the output is split into groups and features; `axis_of` counts both.
     axis_of = [axis + (grouped and axis > feature_axis) for axis in numbers.out_spec]
@@ -96,20 +98,20 @@ def conv_make(eqn: JaxprEqn, lhs, rhs) -> Factored:
     image = dict(zip(numbers.lhs_spec, [[axis_of[0]], [uses[0]], *([position] for position in positions)]))
     window = dict(zip(numbers.rhs_spec, [[feature_axis], *([use] for use in uses)]))
     if grouped:
-        split = numbers.lhs_spec[0 if params["batch_group_count"] > 1 else 1]
+        split = numbers.lhs_spec[0 if params.batch_group_count > 1 else 1]
         image[split] = [feature_axis, *image[split]]
         window[numbers.rhs_spec[0]] = [feature_axis, feature_axis + 1]
 
     windows = Windows(
         kernel=tuple(out.shape[axis] for axis in numbers.out_spec[2:]),
         steps=tuple(rhs.shape[axis] for axis in numbers.rhs_spec[2:]),
-        kernel_stride=tuple(params["window_strides"]),
-        step_stride=tuple(params["rhs_dilation"]),
-        padding=tuple(params["padding"]),
-        dilation=tuple(params["lhs_dilation"]),
+        kernel_stride=tuple(params.window_strides),
+        step_stride=tuple(params.rhs_dilation),
+        padding=tuple(params.padding),
+        dilation=tuple(params.lhs_dilation),
     )
     left = Patches(_grouped(lhs, image, groups), windows, tuple(axis_of[2:]), axis_of[0], uses[1:])
-    term = Term(left, _grouped(rhs, window, groups), params["precision"])
+    term = Term(left, _grouped(rhs, window, groups), params.precision)
     leading, features, trailing = out.shape[:feature_axis], out.shape[feature_axis], out.shape[feature_axis + 1 :]
     middle, sides = ((groups, features // groups), "kr") if grouped else ((features,), "r")
     sides = "l" * len(leading) + sides + "l" * len(trailing)
@@ -129,7 +131,7 @@ def _grouped(x, labels: dict[int, list], groups: int) -> Dense:
 def scatter_size(eqn: JaxprEqn) -> Size | None:
     """Sizes for whole rows that are added to a table at given indices."""
     table, indices, updates = (v.aval for v in eqn.invars)
-    numbers = eqn.params["dimension_numbers"]
+    numbers = read(eqn).dimension_numbers
     looked_up = numbers.inserted_window_dims
     whole = [updates.shape[axis] for axis in numbers.update_window_dims]
     rest = [length for axis, length in enumerate(table.shape) if axis not in looked_up]
@@ -142,7 +144,7 @@ def scatter_size(eqn: JaxprEqn) -> Size | None:
 
 def scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
     """Gradient of a table to which rows are added; indices out of range are clipped or dropped as in JAX."""
-    numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    numbers, shape = read(eqn).dimension_numbers, eqn.invars[0].aval.shape
     looked_up = numbers.inserted_window_dims
     uses = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
     rest = [updates.shape[axis] for axis in numbers.update_window_dims]
@@ -151,7 +153,7 @@ def scatter_make(eqn: JaxprEqn, table: Gradient, indices, updates) -> Gradient:
     index = _at_least_int32(indices).reshape(-1, indices.shape[-1])
     columns, sizes = [index[:, axis] for axis in order], [shape[axis] for axis in looked_up]
     clipped = tuple(jnp.clip(column, 0, size - 1) for column, size in zip(columns, sizes))
-    if eqn.params["mode"] != lax.GatherScatterMode.CLIP:  # all other modes drop indices out of range
+    if read(eqn).mode != lax.GatherScatterMode.CLIP:  # all other modes drop indices out of range
         inside = [column == inner for column, inner in zip(columns, clipped)]
         in_range = jnp.all(jnp.stack(inside), axis=0)
         right = jnp.where(in_range.reshape(-1, *(1 for _ in rest)), right, 0)

@@ -17,6 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 
 from issgd_jax.gradnorm import algebra, rules
 from issgd_jax.gradnorm.factors import Factored
+from issgd_jax.gradnorm.jaxprs import UnknownEquationError, read
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
 
 # Factors of all iterations of a scan are stored if they take at most this many times the memory of their gradient.
@@ -30,17 +31,25 @@ class Analysis:
       jaxpr: The jaxpr, without constants.
       sizes: Sizes of the terms of each variable that can be factored.
       inner: For the index of each equation that has a rule, the analyses of the jaxprs inside it.
+      unknown: Why equations that have a rule are evaluated unchanged, those in inner jaxprs included.
     """
 
     def __init__(self, jaxpr: Jaxpr, in_sizes: list[Sizes] | None = None):
         self.jaxpr = jaxpr
         self.sizes: dict[Var, Sizes] = {}
         self.inner: dict[int, list[Analysis]] = {}
+        self.unknown: set[str] = set()
         self._plans: dict = {}
         self._note(jaxpr.invars, in_sizes or [None] * len(jaxpr.invars))
         for index, eqn in enumerate(jaxpr.eqns):
             if rule := RULES.get(eqn.primitive.name):
+                try:
+                    read(eqn)
+                except UnknownEquationError as error:
+                    self.unknown.add(str(error))
+                    continue
                 sizes, self.inner[index] = rule.sizes(eqn, [self.of(atom) for atom in eqn.invars])
+                self.unknown.update(*(analysis.unknown for analysis in self.inner[index]))
                 self._note(eqn.outvars, sizes)
 
     def of(self, atom) -> Sizes:
@@ -110,11 +119,8 @@ def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
 class Call(Rule):
     """Call of a jaxpr: jit, closed_call, remat2 (jax.checkpoint)."""
 
-    def __init__(self, parameter: str):
-        self._parameter = parameter
-
     def sizes(self, eqn, operands):
-        within = _analyse(eqn.params[self._parameter], operands)
+        within = _analyse(read(eqn).jaxpr, operands)
         return [within.of(atom) for atom in within.jaxpr.outvars], [within]
 
     def wants(self, eqn, outs, inner):
@@ -122,37 +128,40 @@ class Call(Rule):
         return wants[-len(eqn.invars) :]
 
     def apply(self, eqn, outs, operands, inner):
-        prevent_cse = eqn.params.get("differentiated") and eqn.params["prevent_cse"]
+        params = read(eqn)
+        prevent_cse = getattr(params, "differentiated", False) and params.prevent_cse
         if any(prevent_cse) if isinstance(prevent_cse, tuple) else prevent_cse:
             # XLA must not merge what jax.checkpoint recomputes with the first computation.
             operands = lax.optimization_barrier(operands)
-        return evaluate(inner[0], tuple(outs), [*_consts(eqn.params[self._parameter]), *operands])
+        return evaluate(inner[0], tuple(outs), [*_consts(params.jaxpr), *operands])
 
 
 class Scan(Rule):
     """Scan; a gradient accumulated in the carry becomes outputs, the factors of each iteration."""
 
     def sizes(self, eqn, operands):
-        consts, carry, length = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
-        body = _open(eqn.params["jaxpr"])
+        params = read(eqn)
+        consts, carry, length = params.num_consts, params.num_carry, params.length
+        body = _open(params.jaxpr)
         inside, init = body.invars[-len(operands) :], operands[consts : consts + carry]
         summed = [init[j] is not None and _accumulates(body, inside[consts + j], body.outvars[j]) for j in range(carry)]
         in_sizes = [None] * consts + [() if s else None for s in summed] + [None] * (len(operands) - consts - carry)
-        within = _analyse(eqn.params["jaxpr"], in_sizes)
+        within = _analyse(params.jaxpr, in_sizes)
         sizes = [within.of(atom) for atom in body.outvars]
         sums = [_repeated(sizes[j], "uses", length) if summed[j] else None for j in range(carry)]
         sums = [None if added is None else start + added for start, added in zip(init, sums)]
         return sums + [_repeated(stacked, "shared", length) for stacked in sizes[carry:]], [within]
 
     def wants(self, eqn, outs, inner):
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = read(eqn).num_consts, read(eqn).num_carry
         _, wants = inner[0].plan(_in_body(eqn, outs))
         wants = [ARRAY if want else None for want in wants[-len(eqn.invars) :]]
         wants[consts : consts + carry] = [want or ARRAY for want in outs[:carry]]
         return wants
 
     def apply(self, eqn, outs, operands, inner):
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        params = read(eqn)
+        consts, carry = params.num_consts, params.num_carry
         init, xs = operands[consts : consts + carry], operands[consts + carry :]
         carries = [j for j in range(carry) if outs[j] != FACTORED]
         stacks = [j for j in range(len(outs)) if j not in carries]
@@ -162,7 +171,7 @@ class Scan(Rule):
             carried = [algebra.zero(var.aval.shape, var.aval.dtype) for var in eqn.outvars[:carry]]
             for j, value in zip(carries, state):
                 carried[j] = value
-            inputs = [*_consts(eqn.params["jaxpr"]), *operands[:consts], *carried, *xs]
+            inputs = [*_consts(params.jaxpr), *operands[:consts], *carried, *xs]
             results = evaluate(inner[0], _in_body(eqn, outs), inputs)
             leaves, structure = jax.tree.flatten([results[j] for j in stacks])
             # A factor that is an input of the scan is not stacked a second time.
@@ -170,7 +179,7 @@ class Scan(Rule):
             traced[:] = structure, sources
             return [results[j] for j in carries], [leaf for leaf, i in zip(leaves, sources) if i is None]
 
-        options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+        options = {"length": params.length, "reverse": params.reverse, "unroll": params.unroll}
         state, outputs = lax.scan(iteration, [init[j] for j in carries], xs, **options)
         structure, sources = traced
         outputs = iter(outputs)
@@ -186,13 +195,13 @@ class Scan(Rule):
             if j < carry:
                 results[j] = algebra.add(init[j], algebra.sum_leading(results[j]))
             elif outs[j] == FACTORED:
-                results[j] = algebra.stack_leading(results[j], eqn.params["length"])
+                results[j] = algebra.stack_leading(results[j], params.length)
         return [results[j] for j in range(len(outs))]
 
 
 def _in_body(eqn: JaxprEqn, outs: list[Want]) -> tuple[Want, ...]:
     """Returns the forms in which a scan's body outputs are needed: every carry, and the outputs that are used."""
-    carry = eqn.params["num_carry"]
+    carry = read(eqn).num_carry
     return (*(want or ARRAY for want in outs[:carry]), *outs[carry:])
 
 
@@ -224,7 +233,7 @@ class Cond(Rule):
     """Conditional; the gradient is the sum over all branches, with zero factors for those not taken."""
 
     def sizes(self, eqn, operands):
-        inner = [_analyse(branch, [None] * (len(operands) - 1)) for branch in eqn.params["branches"]]
+        inner = [_analyse(branch, [None] * (len(operands) - 1)) for branch in read(eqn).branches]
         outputs = zip(*([branch.of(atom) for atom in branch.jaxpr.outvars] for branch in inner))
         return [None if None in terms else tuple(itertools.chain(*terms)) for terms in outputs], inner
 
@@ -235,7 +244,7 @@ class Cond(Rule):
         index, *operands = operands
 
         def run(b, *operands):
-            return evaluate(inner[b], tuple(outs), [*_consts(eqn.params["branches"][b]), *operands])
+            return evaluate(inner[b], tuple(outs), [*_consts(read(eqn).branches[b]), *operands])
 
         shapes = [jax.eval_shape(functools.partial(run, b), *operands) for b in range(len(inner))]
 
@@ -273,9 +282,9 @@ def _consts(jaxpr: Jaxpr | ClosedJaxpr) -> list:
 
 # Equations without a rule are evaluated unchanged. Custom derivatives have none: tracing into one would discard it.
 RULES: dict[str, Rule] = rules.RULES | {
-    "jit": Call("jaxpr"),
-    "closed_call": Call("call_jaxpr"),
-    "remat2": Call("jaxpr"),
+    "jit": Call(),
+    "closed_call": Call(),
+    "remat2": Call(),
     "scan": Scan(),
     "cond": Cond(),
 }

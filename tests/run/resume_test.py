@@ -15,7 +15,6 @@ from issgd_jax.learning.learner import Learner
 from issgd_jax.run import checkpoint, wiring
 from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small, soak, steps_of, without_time
 
-
 RESUMED = {
     "delayed": {"schedule__score_delay": 9},  # three rounds in flight at every checkpoint
     "exact": {"schedule__name": "exact", "steps": 21},
