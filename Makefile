@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := constraints.txt
+# Python 3.11 gets the lowest versions that the project supports, a later one the newest that it was tested with.
+CONSTRAINTS := constraints/$(shell $(PYTHON) -c "import sys; print('lowest' if sys.version_info < (3, 12) else 'newest')").txt
+# Of each kind of run one; all of what reads the programs that JAX traces.
+REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/devices_test.py tests/run/versions_test.py \
+  tests/run/resume_test.py::test_a_run_that_goes_on_is_bit_equal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test soak lint install
+.PHONY: run test test-representative soak lint install
 .DELETE_ON_ERROR:
 
 run: install
@@ -14,6 +18,10 @@ run: install
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What depends most on the version of JAX: `make test-representative PYTHON=python3.13 VENV=.venv-newest`.
+test-representative: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(REPRESENTATIVE)
 
 # Every repetition and every case that `make test` has a fixed share of; with a new seed each time, which it prints.
 soak: $(VENV)/.installed-test
