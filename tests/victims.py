@@ -11,7 +11,7 @@ import jax
 from issgd_jax.run import loop, training
 from tests.helpers import smoke
 
-_PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.event_file_writer"]
+_PRELOADED = ["tests.victims", "orbax.checkpoint", "sklearn.datasets", "tensorboardX.record_writer"]
 
 
 def config(**overrides):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import socket
 import time
 import warnings
 
@@ -160,11 +161,14 @@ class _Events:
             self.close()
 
     def _open(self) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import RecordWriter
 
         for old in self._workdir.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = EventsWriter(str(self._workdir / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._writer = RecordWriter(str(self._workdir / name))
+        self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         for row in read_metrics(self._workdir / METRICS_FILE):
             self._write(row)
 
@@ -177,7 +181,8 @@ class _Events:
             for name, value in row.items()
             if name != "step" and value is not None
         ]
-        self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        self._writer.write(event.SerializeToString())
 
     def close(self) -> None:
         writer, self._writer = self._writer, None
