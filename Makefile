@@ -1,5 +1,6 @@
 # `make run` trains and compares, `make test` tests, `make soak` tests for hours. Each installs what it needs, once.
 PYTHON ?= python3
+NEWEST ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 # Python 3.11 gets the lowest versions that the project supports, a later one the newest that it was tested with.
@@ -10,7 +11,7 @@ REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/devices_test
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-representative soak lint install
+.PHONY: run test test-newest soak representative soak-here lint install
 .DELETE_ON_ERROR:
 
 run: install
@@ -19,12 +20,20 @@ run: install
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# What depends most on the version of JAX: `make test-representative PYTHON=python3.13 VENV=.venv-newest`.
-test-representative: $(VENV)/.installed-test
+# What depends most on the version of JAX, with the newest versions: a virtual environment of its own.
+test-newest:
+	$(MAKE) representative PYTHON=$(NEWEST) VENV=.venv-newest
+
+# Every repetition and every case that `make test` has a fixed share of, on the lowest and the newest versions; with a
+# new seed each time, which it prints.
+soak:
+	$(MAKE) soak-here
+	$(MAKE) soak-here PYTHON=$(NEWEST) VENV=.venv-newest
+
+representative: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(REPRESENTATIVE)
 
-# Every repetition and every case that `make test` has a fixed share of; with a new seed each time, which it prints.
-soak: $(VENV)/.installed-test
+soak-here: $(VENV)/.installed-test
 	ISSGD_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=3600 -o faulthandler_timeout=3000
 
 lint: $(VENV)/.installed-test

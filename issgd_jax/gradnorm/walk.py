@@ -153,7 +153,8 @@ class Scan(Rule):
         return sums + [_repeated(stacked, "shared", length) for stacked in sizes[carry:]], [within]
 
     def wants(self, eqn, outs, inner):
-        consts, carry = read(eqn).num_consts, read(eqn).num_carry
+        params = read(eqn)
+        consts, carry = params.num_consts, params.num_carry
         _, wants = inner[0].plan(_in_body(eqn, outs))
         wants = [ARRAY if want else None for want in wants[-len(eqn.invars) :]]
         wants[consts : consts + carry] = [want or ARRAY for want in outs[:carry]]
