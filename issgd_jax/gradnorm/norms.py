@@ -62,8 +62,7 @@ def per_example_grad_norms(
         products would lose precision. Under `vmap` both branches are computed.
       - The function works under `jit`, `pmap`, `vmap` and `grad`. The derivative of a norm at 0 is defined as 0.
 
-    BatchNorm in training mode couples the examples of a batch, so that one example has no gradient of its own. Use its
-    running averages, LayerNorm or GroupNorm.
+    BatchNorm in training mode has no gradient of one example: use its running averages, LayerNorm or GroupNorm.
 
     Source: Goodfellow 2015 (arXiv:1510.01799) for dense layers used once; Li et al. 2022 (arXiv:2110.05679) for others.
 
