@@ -1,7 +1,7 @@
 """What gradient norms read of an equation: its parameters, in every supported version of JAX.
 
 Parameters of equations are not a public interface of JAX and change between versions. All are read here, by name and
-meaning; seen on JAX 0.10.2, 0.11.0 and 0.12.0. Where a version has others, `read` raises `UnknownEquationError`: the
+meaning; seen on JAX 0.10.2, 0.11.2 and 0.12.0. Where a version has others, `read` raises `UnknownEquationError`: the
 equation then has no rule, gradients that pass through it are formed, which is slower and exact, and `explain` says so.
 """
 
