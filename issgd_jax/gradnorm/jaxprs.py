@@ -34,8 +34,9 @@ class UnknownEquationError(Exception):
 
 
 def read(eqn: JaxprEqn) -> SimpleNamespace:
-    """Returns the parameters of an equation that its rule reads, as attributes; of a scan also the numbers of its
-    operands that are constants and carry, `num_consts` and `num_carry`.
+    """Returns the parameters of an equation that its rule reads, as attributes.
+
+    Of a scan also `num_consts` and `num_carry`, the numbers of operands that are constants and carry.
 
     Raises:
       UnknownEquationError: the equation has no parameter of such a name.

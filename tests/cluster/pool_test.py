@@ -169,10 +169,8 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
 
 def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, tmp_path, monkeypatch):
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
-    config, plan = (
-        small(steps=60, eval_every=20, checkpoint__every_steps=30),
-        soak({11: 1, 30: 2}, {11: 1, 24: 2, 40: 3}),
-    )
+    config = small(steps=60, eval_every=20, checkpoint__every_steps=30)
+    plan = soak({11: 1, 30: 2}, {11: 1, 24: 2, 40: 3})
     undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
     killers, build, others = [], wiring.build, workers()
 

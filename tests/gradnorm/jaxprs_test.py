@@ -34,7 +34,8 @@ def arguments():
     return params, jnp.float32(rng.normal(size=(3, 5, 5, 2))), jnp.int32(rng.integers(0, 6, (3, 4)))
 
 
-@pytest.mark.parametrize("primitive", jaxprs.PARAMETERS)
+# The loss has no closed_call, which JAX makes of few functions of its own.
+@pytest.mark.parametrize("primitive", [name for name in jaxprs.PARAMETERS if name != "closed_call"])
 def test_an_equation_with_other_parameters_is_formed_exactly_and_told(primitive, monkeypatch):
     """Red if a rule reads what is not there, or the rest is computed as if the equation were known."""
     params, *batch = arguments()
@@ -43,12 +44,8 @@ def test_an_equation_with_other_parameters_is_formed_exactly_and_told(primitive,
         per_example_grad_norms(loss_fn)(params, *batch), loop_norms(loss_fn, params, *batch), rtol=1e-4
     )
     explanation = explain(loss_fn, params, *batch)
-    assert any(f"of_a_later_jax in {primitive}, but" in note for note in explanation.notes) == met(primitive)
+    assert any(f"of_a_later_jax in {primitive}, but" in note for note in explanation.notes)
     assert all(note in str(explanation) for note in explanation.notes)
-
-
-def met(primitive):
-    return primitive != "closed_call"
 
 
 def test_here_every_equation_is_known():
