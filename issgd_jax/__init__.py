@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from issgd_jax.errors import ProcessLostError as ProcessLostError
     from issgd_jax.errors import StoppedError as StoppedError
     from issgd_jax.gradnorm import explain as explain
+    from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
     from issgd_jax.run.training import train as train
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "train": "run.training",
     "load": "task.data",
     "Dataset": "task.data",
+    "per_example": "gradnorm",
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
     "explain": "gradnorm",

@@ -1,13 +1,16 @@
 """Explanation of how the norm of each parameter's gradient is computed, and what that saves."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from issgd_jax.gradnorm import cost
+from issgd_jax.gradnorm.caching import remember
 from issgd_jax.gradnorm.factors import Factored
-from issgd_jax.gradnorm.tracing import trace_loss
+from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 
 
 class Row(NamedTuple):
@@ -72,7 +75,13 @@ class Explanation(NamedTuple):
         return Row("all", (), "", None, None, None, None, *sums)
 
 
-def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Explanation:
+def explain(
+    loss_fn: Callable[..., Any],
+    *args,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    keyed: bool = False,
+) -> Explanation:
     """Explains how `per_example_grad_norms(loss_fn)(params, *batch)` computes each leaf's norm, and at what cost.
 
     Traces the loss; nothing is compiled or computed.
@@ -82,6 +91,7 @@ def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0
       *args: `params, *batch`, as arrays or `jax.ShapeDtypeStruct`.
       argnums: Positions of the parameters, see `per_example_grad_norms`.
       has_aux: Whether loss_fn returns `(loss, aux)`.
+      keyed: Whether loss_fn takes a random key, `key=`, see `per_example_grad_norms`.
 
     Returns:
       A table with one row for each parameter leaf, to be printed.
@@ -100,7 +110,18 @@ def explain(loss_fn: Callable[..., Any], *args, argnums: int | Sequence[int] = 0
       ['w']      8×4    outer   1  8  4  1     24       19 %      0        0 %
       all                                      32       24 %     16       11 %
     """
-    loss = trace_loss(loss_fn, args, argnums, has_aux)
+    leaves, tree = jax.tree.flatten(args)
+    shapes = tuple(
+        jax.ShapeDtypeStruct(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x)) for x in leaves
+    )
+    argnums = argnums if isinstance(argnums, numbers.Integral) else tuple(argnums)
+    return _explain(loss_fn, tree, shapes, argnums, has_aux, keyed)
+
+
+@remember
+def _explain(loss_fn, tree, shapes, argnums, has_aux: bool, keyed: bool) -> Explanation:
+    args, key = jax.tree.unflatten(tree, shapes), jax.random.key(0) if keyed else None
+    loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
     _, _, gradients = jax.eval_shape(loss.factored_gradients, loss.params, loss.batch)
     named = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(loss.params_tree, list(range(len(gradients)))))
     rows = tuple(_row(jax.tree_util.keystr(path) or "params", gradients[i]) for path, i in named)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram
+from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
-from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss
+from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
@@ -30,6 +31,7 @@ def per_example_grad_norms(
     squared: bool = False,
     per_leaf: bool = False,
     microbatch_size: int | None = None,
+    keyed: bool = False,
 ) -> Callable[..., Any]:
     """Transforms the loss of one example into a function that returns per-example gradient norms.
 
@@ -37,7 +39,7 @@ def per_example_grad_norms(
 
     Args:
       loss_fn: `(params, *example) -> f[]`, the loss of ONE example, with any pytree of floating-point parameters.
-        Random keys are a batch argument, one for each example.
+        See `per_example` for the loss of a batch.
       argnums: Positions of the parameters among the arguments of loss_fn, as in `jax.grad`. All other arguments are
         batch arguments.
       has_aux: Whether loss_fn returns `(loss, aux)`.
@@ -45,15 +47,18 @@ def per_example_grad_norms(
       per_leaf: Whether to return one norm per parameter leaf, as a pytree of f32[B] like the parameters.
       microbatch_size: Largest number of examples whose activations are held in memory together. By default all of
         them, unless the gradients that no rule covers would take more than 64 MiB.
+      keyed: Whether loss_fn takes a random key, `loss_fn(params, *example, key=key)`, as dropout does. The returned
+        function then takes `key=`, one key, and splits it into one for each example.
 
     Returns:
-      A function `(params, *batch) -> f32[B]`, the Euclidean norm of each example's gradient. Batch arguments are
-      pytrees whose leaves share the leading axis B. With has_aux it returns `(norms, aux)`, aux with a leading axis B.
+      A compiled function `(params, *batch) -> f32[B]`, the same one for the same loss and options: the Euclidean norm
+      of each example's gradient. Batch arguments are pytrees whose leaves share the leading axis B. With has_aux it
+      returns `(norms, aux)`, aux with a leading axis B.
 
     Raises:
       ValueError: microbatch_size is not a whole number >= 1. When called: the batch is empty, its leaves differ in B,
-        argnums is out of range, or loss_fn does not return a scalar.
-      TypeError: When called: a parameter is not floating-point.
+        argnums is out of range, loss_fn does not return a scalar, or key is not one key.
+      TypeError: When called: a parameter is not floating-point, or a key is missing or not expected.
 
     Guarantees:
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
@@ -71,17 +76,20 @@ def per_example_grad_norms(
       >>> norms(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
       [5.0, 1.0]
     """
-    _check_microbatch_size(microbatch_size)
+    return _norms(loss_fn, *_options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
 
-    def norms(*args):
-        loss = trace_loss(loss_fn, args, argnums, has_aux)
+
+@cached
+def _norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
+    def norms(*args, key=None):
+        loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         (_, aux, squares), _ = _in_microbatches(
             lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or _default_size(loss)
         )
         result = _finish(squares, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
 
-    return jax.jit(norms)
+    return norms
 
 
 def value_grad_and_norms(
@@ -92,19 +100,20 @@ def value_grad_and_norms(
     squared: bool = False,
     per_leaf: bool = False,
     microbatch_size: int | None = None,
+    keyed: bool = False,
 ) -> Callable[..., Any]:
     """Transforms the loss of one example into a function that returns losses, gradient and norms of a minibatch.
 
     One forward and one backward pass compute all three.
 
     Args:
-      loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size: See `per_example_grad_norms`.
+      loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed: See `per_example_grad_norms`.
 
     Returns:
-      A function `(params, importance_weights, *batch) -> (losses, gradient, norms)`. The importance weights f32[B] are
-      the second argument whatever argnums is. losses f32[B] and norms f32[B] are those of each example without its
-      importance weight. gradient is that of `mean(importance_weights * losses)`, like the parameters. With has_aux the
-      first result is `(losses, aux)`.
+      A compiled function `(params, importance_weights, *batch) -> (losses, gradient, norms)`; with keyed, it also takes
+      `key=`. The importance weights f32[B] are the second argument whatever argnums is. losses f32[B] and norms f32[B]
+      are those of each example without its importance weight. gradient is that of `mean(importance_weights * losses)`,
+      like the parameters. With has_aux the first result is `(losses, aux)`.
 
     Raises:
       ValueError: When called: importance_weights does not have shape [B]. Otherwise as `per_example_grad_norms`.
@@ -119,11 +128,23 @@ def value_grad_and_norms(
       >>> losses, gradient, norms = grad_fn(jnp.ones(2), importance_weights, x)
       >>> losses.tolist(), gradient.tolist(), norms.tolist()
       ([7.0, 1.0], [0.75, 2.0], [5.0, 1.0])
-    """
-    _check_microbatch_size(microbatch_size)
 
-    def value_grad_and_norms(params, importance_weights, *batch):
-        loss = trace_loss(loss_fn, (params, *batch), argnums, has_aux)
+      With a random key for each example, here for noise on the parameters:
+
+      >>> def noisy_loss(params, x, key):
+      ...     return jnp.sum((params + jax.random.normal(key, params.shape)) * x)
+      >>> grad_fn = value_grad_and_norms(noisy_loss, keyed=True)
+      >>> losses, _, norms = grad_fn(jnp.ones(2), importance_weights, x, key=jax.random.key(0))
+      >>> len(set(losses.tolist())), norms.tolist()
+      (2, [5.0, 1.0])
+    """
+    return _value_grad_and_norms(loss_fn, *_options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
+
+
+@cached
+def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
+    def value_grad_and_norms(params, importance_weights, *batch, key=None):
+        loss = trace_loss(*with_keys(loss_fn, (params, *batch), argnums, key, keyed), has_aux)
         importance_weights = jnp.asarray(importance_weights)
         if importance_weights.shape != (loss.batch_size,):
             raise ValueError(
@@ -143,7 +164,7 @@ def value_grad_and_norms(
             _finish(squares, loss, squared, per_leaf),
         )
 
-    return jax.jit(value_grad_and_norms)
+    return value_grad_and_norms
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
@@ -247,6 +268,9 @@ def _formed_bytes() -> int:
     return CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
 
 
-def _check_microbatch_size(microbatch_size: int | None) -> None:
+def _options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed) -> tuple:
+    """Returns the options in a form that can be hashed."""
     if microbatch_size is not None and not (isinstance(microbatch_size, numbers.Integral) and microbatch_size >= 1):
         raise ValueError(f"microbatch_size must be >= 1, and a whole number, got {microbatch_size!r}")
+    argnums = argnums if isinstance(argnums, numbers.Integral) else tuple(argnums)
+    return argnums, has_aux, squared, per_leaf, microbatch_size, keyed

@@ -73,11 +73,7 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     Raises:
       ValueError, TypeError: As listed in `per_example_grad_norms`.
     """
-    positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
-    in_range = all(-len(args) <= i < len(args) for i in positions)
-    if not positions or not in_range or len({i % len(args) for i in positions}) < len(positions):
-        raise ValueError(f"argnums must name some of the {len(args)} arguments of loss_fn, each once, got {argnums}")
-    positions = tuple(int(i) % len(args) for i in positions)
+    positions = _positions(argnums, len(args))
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
     params = [args[i] for i in positions]
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
@@ -87,7 +83,7 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
 
     def value_and_grad(params, example):
         arguments = dict(zip(positions, params)) | example
-        (loss, aux), gradient = jax.value_and_grad(_with_aux(loss_fn, has_aux), argnums, has_aux=True)(
+        (loss, aux), gradient = jax.value_and_grad(_with_aux(loss_fn, has_aux, positions), argnums, has_aux=True)(
             *(arguments[i] for i in range(len(args)))
         )
         return loss, gradient, aux
@@ -104,11 +100,57 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     )
 
 
-def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
+def with_keys(
+    loss_fn: Callable, args: tuple, argnums: int | Sequence[int], key: jax.Array | None, keyed: bool
+) -> tuple:
+    """Returns (loss_fn, args, argnums); for a keyed loss, args end with a key for each example.
+
+    Args:
+      loss_fn, args, argnums: As in `trace_loss`; a keyed loss is `(params, *example, key=key)`.
+      key: One random key; None if the loss is not keyed.
+      keyed: Whether the loss is.
+
+    Raises:
+      TypeError: A key is missing, or not expected.
+      ValueError: key is not one key.
+    """
+    if keyed != (key is not None):
+        wrong = "key= is missing: pass one random key, as" if keyed else "key= is given: pass keyed=True if"
+        raise TypeError(f"{wrong} loss_fn takes a key")
+    if not keyed:
+        return loss_fn, args, argnums
+    is_typed = jnp.issubdtype(_dtype(key), jax.dtypes.prng_key)
+    if jnp.ndim(key) != (0 if is_typed else 1):
+        raise ValueError(f"key must be one random key, which is split into one for each example, got {jnp.shape(key)}")
+    positions = _positions(argnums, len(args))
+    batch = [arg for i, arg in enumerate(args) if i not in positions]
+    # Other shapes are refused by trace_loss.
+    size = next((jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), 1)
+    argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
+    return (lambda *args: loss_fn(*args[:-1], key=args[-1])), (*args, jax.random.split(key, size)), argnums
+
+
+def _positions(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
+    """Returns the positions of the parameters, >= 0."""
+    positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
+    in_range = all(-num_args <= i < num_args for i in positions)
+    if not positions or not in_range or len({i % num_args for i in positions}) < len(positions):
+        raise ValueError(f"argnums must name some of the {num_args} arguments of loss_fn, each once, got {argnums}")
+    return tuple(int(i) % num_args for i in positions)
+
+
+def _with_aux(loss_fn: Callable, has_aux: bool, positions: tuple[int, ...]) -> Callable:
     """Returns a loss that always has an aux, None if loss_fn has none, and checks that it is a scalar."""
 
     def checked(*args):
-        result = loss_fn(*args)
+        try:
+            result = loss_fn(*args)
+        except Exception as error:
+            error.add_note(
+                f"loss_fn was called with ONE example, {_shapes(args, positions)}: if it takes a batch, wrap it, "
+                "issgd_jax.per_example(loss_fn)"
+            )
+            raise
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(f"loss_fn must return (loss, aux) with has_aux, got {type(result).__name__}")
         loss, aux = result if has_aux else (result, None)
@@ -116,10 +158,16 @@ def _with_aux(loss_fn: Callable, has_aux: bool) -> Callable:
         if not leaf or jnp.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
             got = f"shape {jnp.shape(loss)} and dtype {_dtype(loss)}" if leaf else f"a {type(loss).__name__}"
             hint = "; set has_aux=True if it is (loss, aux)" if isinstance(loss, tuple) and not has_aux else ""
+            hint = "; if it takes a batch, wrap it: issgd_jax.per_example(loss_fn)" if leaf and jnp.ndim(loss) else hint
             raise ValueError(f"loss_fn must return one floating-point scalar for one example, got {got}{hint}")
         return loss, aux
 
     return checked
+
+
+def _shapes(args: tuple, positions: tuple[int, ...]) -> str:
+    """Returns the shapes of the arguments that are not parameters."""
+    return ", ".join(str(jax.tree.map(jnp.shape, arg)) for i, arg in enumerate(args) if i not in positions)
 
 
 def _check_params(params: list, positions: tuple[int, ...]) -> None:

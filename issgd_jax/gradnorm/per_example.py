@@ -1,0 +1,63 @@
+"""Losses of a batch as losses of one example."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from issgd_jax.gradnorm.caching import remember
+
+
+def per_example(batch_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns the loss of a batch into the loss of ONE example, for all functions here that take such a loss.
+
+    Args:
+      batch_loss: `(params, *batch) -> f[] or f[B]`, the mean loss of a batch or its losses, or `(loss, aux)` with
+        either; keywords, such as a random key, are passed on.
+
+    Returns:
+      `(params, *example) -> f[]`, which calls batch_loss with a batch of one; aux keeps its leading axis of one.
+
+    Raises:
+      ValueError: When called: batch_loss returns neither one loss nor one for each example.
+
+    Statistics over a batch, as of BatchNorm in training mode, are those of one example: use running averages.
+
+    Example:
+      >>> def batch_loss(params, x, y):
+      ...     return jnp.mean((x @ params - y) ** 2)
+      >>> loss_fn = per_example(batch_loss)
+      >>> float(loss_fn(jnp.ones(2), jnp.array([1.0, 2.0]), jnp.float32(1.0)))
+      4.0
+    """
+    return _per_example(batch_loss)
+
+
+@remember
+def _per_example(batch_loss: Callable) -> Callable:
+    @functools.wraps(batch_loss)
+    def loss_fn(params, *example, **keywords):
+        batch = jax.tree.map(
+            lambda x: lax.expand_dims(x, (0,)) if hasattr(x, "dtype") else jnp.asarray(x)[None], example
+        )
+        try:
+            result = batch_loss(params, *batch, **keywords)
+        except Exception as error:
+            error.add_note(
+                f"batch_loss was called with a batch of one example, {jax.tree.map(jnp.shape, batch)}: if it is the "
+                "loss of one example, use it without issgd_jax.per_example"
+            )
+            raise
+        loss, *aux = result if isinstance(result, tuple) else (result,)
+        if jnp.shape(loss) not in ((), (1,)):
+            raise ValueError(
+                "batch_loss must return the mean loss of a batch, or one loss for each example, got shape "
+                f"{jnp.shape(loss)} for a batch of one"
+            )
+        loss = jnp.reshape(loss, ())
+        return (loss, *aux) if aux else loss
+
+    return loss_fn
