@@ -155,7 +155,7 @@ class Learner:
             moments = variance.minibatch_moments(gradient.norms, importance_weights, norm)
         sampler_state = sampler.update(
             sampler_state,
-            Draw(order_after(indices, moments) if self.refresh else indices, importance_weights),
+            Draw(order_after(indices, moments) if self.refresh else indices, importance_weights, sampler.num_examples),
             gradient.norms if self.refresh else None,
             scores=gradient.scores,
             scored_at=gradient.step,

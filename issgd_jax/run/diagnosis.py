@@ -77,4 +77,5 @@ def _nonfinite_message(quantity: str, step: int, last_row: dict | None, hint: st
 
 
 def _to_lists(minibatch) -> dict[str, list]:
-    return {name: x.tolist() for name, x in jax.device_get(minibatch)._asdict().items()}
+    names = "indices", "importance_weights", "losses"
+    return {name: x.tolist() for name, x in zip(names, jax.device_get(tuple(minibatch)))}

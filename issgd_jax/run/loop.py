@@ -173,7 +173,7 @@ class _Training:
         state, parts = self._state, self._parts
         sampler_state = state.sampler_state
         if not state.payoff_state.active:
-            sampler_state = sampler_state._replace(table=self._uniform_table)
+            sampler_state = sampler_state.with_table(self._uniform_table)
         step = put(np.int32(state.step), parts.placement)
         measured = parts.measure(*one_copy((state.train_state.params, sampler_state, step)))
         if not math.isfinite(measured["train/loss"]) and not self._plan.skip_nonfinite:

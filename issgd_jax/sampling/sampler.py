@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
@@ -16,53 +17,86 @@ from issgd_jax.sampling.table import Draw, Table
 
 DRAWS = (*table_lib.METHODS, *uniform.EPOCHS)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
+# Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
+REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
+# Updates after which the moments of a minibatch count for a third.
+MOMENTS_WINDOW = 100
 
 
 class SamplerState(NamedTuple):
     """State of a `Sampler`: one pytree of arrays, to be saved and restored with the caller's own.
 
     Attributes:
-      store: the last score of every example and the step of the parameters that gave it.
+      score: f32[N], see `ScoreStore`.
+      scored_at: i32[N], see `ScoreStore`.
       proposal_state: what the proposal has learned from scores.
       basis: what the proposal knows of all examples together, as of the last rebuild.
-      table: what is drawn from.
+      sums: f32[M], see `Table`; None for a uniform table.
+      population: f32[], see `Table`.
       rejected: scores that were NaN, infinite or negative.
+      moments: f32[2], running means of the mean square of an example's gradient with uniform draws and with those made.
       key: u32[...], random key data of this run's draws.
       num_draws: i32[], draws made; the number of the next one.
       step: i32[], updates done.
     """
 
-    store: ScoreStore
+    score: jax.Array
+    scored_at: jax.Array
     proposal_state: Any
     basis: Any
-    table: Table
+    sums: jax.Array | None
+    population: jax.Array
     rejected: Rejected
+    moments: jax.Array
     key: jax.Array
     num_draws: jax.Array
     step: jax.Array
+
+    @property
+    def store(self) -> ScoreStore:
+        """The last score of every example and the step of the parameters that gave it."""
+        return ScoreStore(self.score, self.scored_at)
+
+    @property
+    def table(self) -> Table:
+        """What is drawn from."""
+        return Table(self.sums, self.population, self.score.shape[0])
+
+    def with_store(self, store: ScoreStore) -> "SamplerState":
+        """Returns the state with other scores."""
+        return self._replace(score=store.score, scored_at=store.scored_at)
+
+    def with_table(self, table: Table) -> "SamplerState":
+        """Returns the state that draws from another table."""
+        return self._replace(sums=table.sums, population=table.population)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Sampler:
     """Draws minibatches in proportion to scores, and learns from the scores of what was drawn.
 
+    Its methods work inside `jit` and outside, where each is compiled once.
+
     Args:
       num_examples: N, in [1, 2^30].
       batch_size: B, examples in a minibatch, >= 1.
       proposal: from scores to the unnormalised probabilities that are drawn from. A pytree: its numbers may change
-        between calls without compiling again.
+        between calls without compiling again. `Uniform()` is plain SGD with the same code.
       draw: a method of `table.draw`; or, with `Uniform()` alone, "shuffled" (epochs in random order) or
         "random_subset" (epochs over a random third of the examples, see `uniform.shuffled`). Attribute `draw_method`.
+      rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
+        new ones arrive; 0: only when the caller calls `rebuild`. None: 32, or N / (16 B) where that is more.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
         whatever the scores are (paper, Corollary 1), but for a proposal whose docstring says that it is biased.
       - The draw of number k is a function of the seed, of k and of the table alone. `draw` may run ahead of `update`:
         a draw from an older table is as unbiased.
-      - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing and are counted.
+      - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
-      ValueError: num_examples, batch_size or draw is out of range, or draw does not go with the proposal.
+      ValueError: num_examples, batch_size, draw or rebuild_every is out of range, or draw does not go with the
+        proposal.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,8 +114,17 @@ class Sampler:
     batch_size: int
     proposal: Any
     draw_method: str
+    rebuild_every: int
 
-    def __init__(self, num_examples: int, batch_size: int, proposal: Any = _DEFAULT_PROPOSAL, draw: str = "systematic"):
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        proposal: Any = _DEFAULT_PROPOSAL,
+        draw: str = "systematic",
+        *,
+        rebuild_every: int | None = None,
+    ):
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
             raise ValueError(f"num_examples must be between 1 and {table_lib.MAX_EXAMPLES}, got {num_examples}")
         if draw not in DRAWS:
@@ -91,25 +134,27 @@ class Sampler:
         most = uniform.largest_minibatch(num_examples, draw)
         if batch_size < 1 or batch_size > most:
             raise ValueError(f"batch_size must be between 1 and {most:,} with draw {draw!r}, got {batch_size}")
-        values = {"num_examples": num_examples, "batch_size": batch_size, "proposal": proposal, "draw_method": draw}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        if rebuild_every is None:
+            rebuild_every = max(REBUILD_EVERY, num_examples // (EXAMPLES_REBUILT_A_DRAW * batch_size))
+        if rebuild_every < 0:
+            raise ValueError(f"rebuild_every must be >= 0, got {rebuild_every}: 0 leaves it to the caller")
+        values = (num_examples, batch_size, proposal, draw, rebuild_every)
+        for field, value in zip(dataclasses.fields(self), values):
+            object.__setattr__(self, field.name, value)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
         """Returns the state before the first draw: nothing scored, every example equally likely.
 
         Args:
           seed: of all draws; an int or i32[].
+
+        Raises:
+          InputError: the device has too little memory.
         """
-        store, proposal_state, step = ScoreStore.init(self.num_examples), self.proposal.init(), jnp.int32(0)
-        basis = self.proposal.basis(proposal_state, store, step)
-        table = self.proposal.table(basis, store, step)
-        key = jax.random.key_data(jax.random.key(seed))
-        # Not `step` twice: a buffer cannot be donated twice.
-        return SamplerState(store, proposal_state, basis, table, Rejected.none(), key, jnp.int32(0), step)
+        return _init(self, jax.random.key_data(jax.random.key(seed)))
 
     def draw(self, state: SamplerState, *, uniform_draw: bool = False) -> tuple[SamplerState, Draw]:
-        """Draws the next minibatch.
+        """Draws the next minibatch; O(B log N).
 
         Args:
           state: not donated.
@@ -117,19 +162,19 @@ class Sampler:
 
         Returns:
           The state with one more draw counted, and the draw: indices i32[B], importance_weights f32[B].
-        """
-        drawn = self.draw_number(state, state.num_draws, uniform_draw=uniform_draw)
-        return state._replace(num_draws=state.num_draws + 1), drawn
 
-    def draw_number(self, state: SamplerState, number: jax.Array, *, uniform_draw: bool = False) -> Draw:
-        """Returns the draw of number `number` i32[] from the present table; counts nothing."""
-        key = jax.random.wrap_key_data(state.key)
-        if self.draw_method in uniform.EPOCHS:
-            subset = self.draw_method == "random_subset"
-            indices = uniform.shuffled(key, number, self.num_examples, self.batch_size, subset=subset)
-            return Draw(indices, jnp.ones(self.batch_size, jnp.float32))
-        table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
-        return table_lib.draw(jax.random.fold_in(key, number), table, self.batch_size, self.draw_method)
+        Raises:
+          TypeError: state is not the state of a sampler.
+          ValueError: state is of another number of examples.
+        """
+        self._check_state(state)
+        num_draws, drawn = self._draw(state, state.num_draws, uniform_draw)
+        return state._replace(num_draws=num_draws), drawn
+
+    def draw_number(self, state: SamplerState, number: int | jax.Array, *, uniform_draw: bool = False) -> Draw:
+        """Returns the draw of number `number`, an int or i32[], from the present table; counts nothing."""
+        self._check_state(state)
+        return self._draw(state, number, uniform_draw)[1]
 
     def update(
         self,
@@ -138,57 +183,123 @@ class Sampler:
         norms: jax.Array | None,
         *,
         scores: jax.Array | None = None,
-        scored_at: jax.Array | None = None,
+        scored_at: int | jax.Array | None = None,
     ) -> SamplerState:
         """Ingests the gradient norms of a minibatch, from its own backward pass, and counts one step; O(B log N).
 
         The proposal learns from the norms, the store keeps the scores, and the table gets their probabilities at once.
+        Every `rebuild_every` updates the whole table is rebuilt.
 
         Args:
-          state: as returned by `draw`.
-          drawn: the minibatch; its importance weights undo its preference for large scores.
-          norms: f32[B], the gradient norms of its examples; None: nothing was measured, and only the step is counted.
-          scores: f32[B], where scores are not gradient norms; None: the norms.
+          state: as returned by `draw`; donated.
+          drawn: the minibatch, of this or an earlier draw; its importance weights undo its preference for large scores.
+            Use `ingest` for examples that were not drawn here.
+          norms: f[B], the gradient norms of its examples, without importance weights; None: nothing was measured, and
+            only the step is counted.
+          scores: f[B], where scores are not gradient norms; None: the norms.
           scored_at: i32[], step of the parameters of the norms; None: the present one.
+
+        Raises:
+          TypeError: state or drawn is something else.
+          ValueError: norms or scores have another shape than the draw, the draw has no importance weights, or state or
+            draw is of another number of examples.
         """
-        step = state.step + 1
-        if norms is None:
-            return state._replace(step=step)
-        scored_at = state.step if scored_at is None else scored_at
-        indices = order_after(drawn.indices, drawn.importance_weights)
-        scores = norms if scores is None else scores
-        state = self._write(state, indices, scores, norms, drawn.importance_weights, scored_at)
-        v = self.proposal.v(state.basis, *state.store.at(indices), step)
-        return state._replace(table=state.table.write(indices, v), step=step)
+        self._check_state(state)
+        norms, scores = self._check_minibatch(drawn, norms, scores)
+        return _update(self, state, drawn, norms, scores, scored_at)
 
     def ingest(
         self,
         state: SamplerState,
         indices: jax.Array,
         scores: jax.Array,
-        scored_at: jax.Array,
+        scored_at: int | jax.Array,
         *,
         are_norms: bool = True,
         rebuild: bool = True,
     ) -> SamplerState:
-        """Ingests scores that were computed elsewhere, such as a round of the workers; compiled.
+        """Ingests scores that were computed elsewhere, such as a round of the workers.
 
         Args:
           state: donated.
-          indices: i32[...], of examples; those outside [0, N) are padding.
-          scores: f32[...], of the same shape.
+          indices: i[...], of examples; those outside [0, N) are padding.
+          scores: f[...], of the same shape.
           scored_at: i32[], step of the parameters that gave them.
           are_norms: whether scores are gradient norms; the proposal learns from no others.
           rebuild: whether the whole table is rebuilt, O(N); else only these examples change, O(m log N).
+
+        Raises:
+          TypeError: state is not the state of a sampler, or indices are not whole numbers.
+          ValueError: indices and scores differ in shape, or state is of another number of examples.
         """
+        self._check_state(state)
+        if not isinstance(indices, jax.Array):  # 64-bit indices must not wrap into [0, N)
+            indices = np.clip(np.asarray(indices), -1, self.num_examples)
+        scores = scores if isinstance(scores, jax.Array) else np.asarray(scores)
+        if not jnp.issubdtype(indices.dtype, jnp.integer) or jnp.shape(indices) != jnp.shape(scores):
+            described = f"{indices.dtype}{jnp.shape(indices)} and shape {jnp.shape(scores)}"
+            kind = TypeError if jnp.shape(indices) == jnp.shape(scores) else ValueError
+            raise kind(f"need whole-number indices and scores of one shape, got {described}")
         return _ingest(self, state, indices, scores, scored_at, are_norms, rebuild)
 
     def rebuild(self, state: SamplerState) -> SamplerState:
-        """Recomputes the probabilities of all examples from what is known now; O(N), compiled. The state is donated.
-
-        Scores age whether or not new ones arrive: call it about as often as once in a sweep of 1 % of the steps.
-        """
+        """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
+        self._check_state(state)
         return _rebuild(self, state)
+
+    def append(self, state: SamplerState, num_examples: int) -> tuple["Sampler", SamplerState]:
+        """Returns sampler and state with more examples, never scored, after the present ones; the state is donated.
+
+        Args:
+          state: of this sampler, perhaps restored.
+          num_examples: how many more, >= 0.
+
+        Raises:
+          TypeError, ValueError: as `update`; or num_examples < 0.
+
+        Example:
+          >>> sampler = Sampler(num_examples=100, batch_size=4)
+          >>> sampler, state = sampler.append(sampler.init(seed=0), 20)
+          >>> sampler.num_examples, len(state.store)
+          (120, 120)
+        """
+        self._check_state(state)
+        state = state.with_store(state.store.append(num_examples))._replace(sums=None)
+        options = self.batch_size, self.proposal, self.draw_method
+        sampler = Sampler(self.num_examples + num_examples, *options, rebuild_every=self.rebuild_every)
+        return sampler, _rebuild(sampler, state)
+
+    def metrics(self, state: SamplerState) -> dict[str, float]:
+        """Returns what the sampler knows of its own work; O(N).
+
+        Returns:
+          Numbers; inside `jit`, arrays f[]:
+          - gain: mean square of an example's gradient with uniform draws over that with the draws made, from the norms
+            of the last hundred or so minibatches; above 1, a lower bound of the gain in the gradient's variance.
+          - equivalent_batch: gain * B, the size of a uniform minibatch of that second moment.
+          - staleness_mean, staleness_max: age of the scores, in steps.
+          - scored_fraction: share of the examples that have a score.
+          - effective_sample_size: Kish's, of a minibatch; see `table.effective_sample_size`.
+          - rejected: scores that were NaN, infinite or negative.
+
+        Raises:
+          TypeError, ValueError: as `draw`.
+
+        Example:
+          >>> sampler = Sampler(num_examples=100, batch_size=4)
+          >>> sampler.metrics(sampler.init(seed=0))["effective_sample_size"]
+          4.0
+        """
+        self._check_state(state)
+        measured = _metrics(self, state)
+        if any(isinstance(value, jax.core.Tracer) for value in measured.values()):
+            return measured
+        return {name: value.item() for name, value in jax.device_get(measured).items()}
+
+    def _draw(self, state: SamplerState, number: int | jax.Array, uniform_draw: bool) -> tuple[jax.Array, Draw]:
+        """Returns the number after this one, and the draw of this one."""
+        table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
+        return _draw(self, state.key, number, table)
 
     def _write(self, state: SamplerState, indices, scores, norms, importance_weights, scored_at) -> SamplerState:
         """Lets the proposal learn from gradient norms, if known, while the store has the old scores; then stores."""
@@ -199,18 +310,57 @@ class Sampler:
             )
             indices = order_after(indices, proposal_state)
         store, rejected = store.write(indices, scores, scored_at)
-        return state._replace(store=store, proposal_state=proposal_state, rejected=state.rejected.merge(rejected))
+        state = state.with_store(store)
+        return state._replace(proposal_state=proposal_state, rejected=state.rejected.merge(rejected))
 
     def _rebuilt(self, state: SamplerState) -> SamplerState:
         basis = self.proposal.basis(state.proposal_state, state.store, state.step)
-        return state._replace(basis=basis, table=self.proposal.table(basis, state.store, state.step))
+        return state._replace(basis=basis).with_table(self.proposal.table(basis, state.store, state.step))
+
+    def _check_state(self, state: SamplerState) -> None:
+        if not isinstance(state, SamplerState):
+            raise TypeError(
+                f"state must be a SamplerState, got {type(state).__name__}: it comes from `init`, which is also the "
+                "template to restore one by"
+            )
+        if len(state.store) != self.num_examples:
+            raise ValueError(
+                f"the state is of {len(state.store):,} examples, the sampler of {self.num_examples:,}: use the sampler "
+                "that made it, or its `append`"
+            )
+
+    def _check_minibatch(self, drawn: Draw, norms, scores) -> list[jax.Array | None]:
+        """Returns norms and scores as f32[B]."""
+        if not isinstance(drawn, Draw):
+            raise TypeError(f"drawn must be a Draw, got {type(drawn).__name__}: pass what `draw` returned")
+        if drawn.num_examples not in (None, self.num_examples):
+            raise ValueError(
+                f"the draw is of {drawn.num_examples:,} examples, the sampler of {self.num_examples:,}: pass a draw of "
+                "this sampler"
+            )
+        if drawn.importance_weights is None:
+            raise ValueError(
+                "the draw has no importance weights: for examples that this sampler did not draw, use "
+                "ingest(state, indices, norms, scored_at=state.step)"
+            )
+        arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
+        for name, array in arrays.items():
+            if array is not None and jnp.shape(array) != drawn.indices.shape:
+                raise ValueError(
+                    f"{name} must have the shape of the draw, {drawn.indices.shape}, one for each of its examples, got "
+                    f"{jnp.shape(array)}"
+                )
+        return [None if array is None else jnp.asarray(array, jnp.float32) for array in (norms, scores)]
 
 
 # Not `register_dataclass`: the argument `draw` cannot also be a field, as the method has that name.
 jax.tree_util.register_pytree_node(
     Sampler,
-    lambda sampler: ((sampler.proposal,), (sampler.num_examples, sampler.batch_size, sampler.draw_method)),
-    lambda static, values: Sampler(static[0], static[1], values[0], static[2]),
+    lambda sampler: (
+        (sampler.proposal,),
+        (sampler.num_examples, sampler.batch_size, sampler.draw_method, sampler.rebuild_every),
+    ),
+    lambda static, values: Sampler(static[0], static[1], values[0], static[2], rebuild_every=static[3]),
 )
 
 
@@ -224,18 +374,83 @@ def order_after(indices: jax.Array, read: Any) -> jax.Array:
     return jnp.where(num_nan > sum(x.size for x in leaves), NO_EXAMPLE, indices)  # never more than all
 
 
+# Inlined, these are part of the caller's program, as if they had not been compiled on their own.
+@functools.partial(jax.jit, inline=True)
+def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
+    store, proposal_state, step = ScoreStore.init(sampler.num_examples), sampler.proposal.init(), jnp.int32(0)
+    basis = sampler.proposal.basis(proposal_state, store, step)
+    table = sampler.proposal.table(basis, store, step)
+    return SamplerState(
+        store.score, store.scored_at, proposal_state, basis, table.sums, table.population,
+        rejected=Rejected.none(), moments=jnp.zeros(2), key=key, num_draws=jnp.int32(0), step=step,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, inline=True)
+def _draw(sampler: Sampler, key: jax.Array, number: jax.Array, table: Table) -> tuple[jax.Array, Draw]:
+    key, (num_examples, batch_size) = jax.random.wrap_key_data(key), (sampler.num_examples, sampler.batch_size)
+    if sampler.draw_method in uniform.EPOCHS:
+        subset = sampler.draw_method == "random_subset"
+        indices = uniform.shuffled(key, number, num_examples, batch_size, subset=subset)
+        return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), num_examples)
+    return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, sampler.draw_method)
+
+
+@functools.partial(jax.jit, donate_argnames="state", inline=True)
+def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, scored_at) -> SamplerState:
+    step = state.step + 1
+    if norms is None:
+        return state._replace(step=step)
+    scored_at = state.step if scored_at is None else scored_at
+    indices = order_after(drawn.indices, drawn.importance_weights)
+    scores = norms if scores is None else scores
+    state = sampler._write(state, indices, scores, norms, drawn.importance_weights, scored_at)
+    v = sampler.proposal.v(state.basis, *state.store.at(indices), step)
+    moments = _updated_moments(state.moments, norms, drawn.importance_weights)
+    state = state.with_table(state.table.write(indices, v))._replace(step=step, moments=moments)
+    if not sampler.rebuild_every:
+        return state
+    is_due = step % sampler.rebuild_every == 0
+    return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
+
+
+def _updated_moments(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) -> jax.Array:
+    """Returns running means f32[2] of `w norm^2` and `w^2 norm^2`; those of the first minibatch as they are."""
+    valid = jnp.isfinite(norms) & (norms >= 0) & (norms < 1e18)
+    squares = jnp.where(valid, importance_weights * jnp.where(valid, norms, 0) ** 2, 0)
+    new = jnp.stack([jnp.mean(squares), jnp.mean(importance_weights * squares)])
+    return jnp.where(moments[1] > 0, moments + (new - moments) / MOMENTS_WINDOW, new)
+
+
 # The old table is not read, but stays an argument: the new one takes over its memory.
 @functools.partial(jax.jit, donate_argnames="state", keep_unused=True, static_argnames=("are_norms", "rebuild"))
 def _ingest(sampler: Sampler, state: SamplerState, indices, scores, scored_at, are_norms: bool, rebuild: bool):
-    indices, scores = indices.reshape(-1), scores.reshape(-1)
+    indices, scores = jnp.asarray(indices, jnp.int32).reshape(-1), jnp.asarray(scores, jnp.float32).reshape(-1)
     state = sampler._write(state, indices, scores, scores if are_norms else None, 1.0, scored_at)
     if rebuild:
         return sampler._rebuilt(state)
     inside = jnp.clip(indices, 0, sampler.num_examples - 1)
     v = sampler.proposal.v(state.basis, *state.store.at(inside), state.step)
-    return state._replace(table=state.table.write(indices, v))
+    return state.with_table(state.table.write(indices, v))
 
 
 @functools.partial(jax.jit, donate_argnames="state", keep_unused=True)
 def _rebuild(sampler: Sampler, state: SamplerState) -> SamplerState:
     return sampler._rebuilt(state)
+
+
+@functools.partial(jax.jit, inline=True)
+def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
+    store, (uniform_square, drawn_square) = state.store, state.moments
+    staleness = jnp.where(store.scored, store.staleness(state.step), 0)
+    num_scored = jnp.sum(store.scored)
+    gain = jnp.where(drawn_square > 0, uniform_square / drawn_square, 1)
+    return {
+        "gain": gain,
+        "equivalent_batch": gain * sampler.batch_size,
+        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
+        "staleness_max": jnp.max(staleness),
+        "scored_fraction": num_scored / len(store),
+        "effective_sample_size": table_lib.effective_sample_size(state.table, sampler.batch_size),
+        "rejected": state.rejected.count,
+    }

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from issgd_jax.sampling import sum_tree, uniform
 
@@ -14,13 +15,16 @@ MAX_EXAMPLES = 2**30
 METHODS = ("systematic", "independent", "without_replacement")
 
 
-class Draw(NamedTuple):
-    """Minibatch.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Minibatch. A pytree, which also unpacks into its two arrays.
 
     Attributes:
       indices: i32[B], of its examples.
       importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * losses` is an unbiased estimate of
         the mean loss.
+      num_examples: N, of the table that was drawn from; None: unknown.
 
     Example:
       >>> indices, importance_weights = draw(jax.random.key(0), uniform_table(100), batch_size=2)
@@ -30,6 +34,11 @@ class Draw(NamedTuple):
 
     indices: jax.Array
     importance_weights: jax.Array
+    num_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        yield self.indices
+        yield self.importance_weights
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +77,7 @@ class Table:
 
         Args:
           indices: i32[m]; those outside [0, N) are ignored. Where one occurs twice, its v must be the same both times.
-          v: f32[m], finite and >= 0.
+          v: f32[m]; where it is NaN, infinite or negative, the example keeps its v.
 
         Guarantees:
           - The table equals, to the last bit, the one that `build_table` gives for the changed v: sums are recomputed
@@ -83,6 +92,7 @@ class Table:
         """
         if self.sums is None:
             return self
+        indices = jnp.where(jnp.isfinite(v) & (v >= 0), indices, -1)
         sums = sum_tree.write(
             self.sums, indices, v, num_leaves=self.num_examples, keep_zeros=self.population < self.num_examples
         )
@@ -99,27 +109,43 @@ def uniform_table(num_examples: int) -> Table:
     return Table(sums=None, population=jnp.float32(num_examples), num_examples=num_examples)
 
 
-@jax.jit
 def build_table(v: jax.Array, population: jax.Array | None = None) -> Table:
-    """Builds the table of unnormalised probabilities; O(N).
+    """Builds the table of unnormalised probabilities; O(N), compiled.
 
     Args:
-      v: f32[N], finite and >= 0. If all are 0, the table is that of v = 1.
+      v: f[N], finite and >= 0. If all are 0, the table is that of v = 1.
       population: number of examples that the mean of v is taken over; None: N.
 
     Raises:
-      ValueError: N < 1 or N > 2^30.
+      ValueError: N < 1 or N > 2^30, or a v is NaN, infinite or negative. Inside `jit`, where values cannot raise, such
+        a v makes every importance weight NaN.
 
     Example:
       >>> table = build_table(jnp.array([1.0, 2.0, 3.0]))
       >>> table.num_examples, float(table.total), float(table.mean_v)
       (3, 6.0, 2.0)
     """
+    if jnp.ndim(v) != 1 or not 1 <= v.shape[0] <= MAX_EXAMPLES:
+        raise ValueError(f"v must have shape [N], with N between 1 and {MAX_EXAMPLES}, got {jnp.shape(v)}")
+    if not isinstance(v, jax.core.Tracer):
+        _check_v(np.asarray(v))
+    return _build_table(v, population)
+
+
+def _check_v(v: np.ndarray) -> None:
+    bad = np.flatnonzero(~(np.isfinite(v) & (v >= 0)))
+    if len(bad):
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        raise ValueError(f"v must be finite and >= 0, got {v[bad[0]]} of example {bad[0]}{more}")
+
+
+@functools.partial(jax.jit, inline=True)
+def _build_table(v: jax.Array, population: jax.Array | None) -> Table:
     num_examples = v.shape[0]
-    if not 1 <= num_examples <= MAX_EXAMPLES:
-        raise ValueError(f"a table holds between 1 and {MAX_EXAMPLES} examples, got {num_examples}: split the data")
     all_zero = ~jnp.any(v > 0)
-    sums = sum_tree.build(jnp.where(all_zero, 1, v).astype(jnp.float32))
+    is_valid = jnp.all(jnp.isfinite(v) & (v >= 0))
+    v = jnp.where(is_valid, jnp.where(all_zero, 1, v), jnp.nan)
+    sums = sum_tree.build(v.astype(jnp.float32))
     population = num_examples if population is None else jnp.where(all_zero, num_examples, population)
     return Table(sums, jnp.asarray(population, jnp.float32), num_examples)
 
@@ -168,6 +194,7 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
       - A uniform table gives importance weights of exactly 1.
 
     Raises:
+      TypeError: table is something else, such as a `ScoreStore`.
       ValueError: batch_size < 1, method is unknown, or batch_size > N without replacement.
 
     Example:
@@ -176,6 +203,8 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
       >>> sorted(zip(drawn.indices.tolist(), drawn.importance_weights.tolist()))[:3]  # a share of 3/4: three of four
       [(0, 0.3333333432674408), (0, 0.3333333432674408), (0, 0.3333333432674408)]
     """
+    if not isinstance(table, Table):
+        raise TypeError(f"table must be a Table, got {type(table).__name__}: make one with build_table(v)")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if method not in METHODS:
@@ -187,12 +216,12 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
         )
     if table.sums is None:
         indices = uniform.draw(key, table.num_examples, batch_size, method)
-        return Draw(indices, jnp.ones(batch_size, jnp.float32))
+        return Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
     if method == "without_replacement":
         return _draw_without_replacement(key, table, batch_size)
     count = batch_size if method == "systematic" else None
     indices, v = sum_tree.draw(key, table.sums, num_leaves=table.num_examples, batch_size=batch_size, count=count)
-    return Draw(indices, table.mean_v / v)
+    return Draw(indices, table.mean_v / v, table.num_examples)
 
 
 def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> Draw:
@@ -234,4 +263,5 @@ def _draw_without_replacement(key: jax.Array, table: Table, batch_size: int) -> 
     indices = jnp.where(is_certain, certain, jnp.where(v > 0, indices, 0))
     count = (batch_size - num_certain).astype(jnp.float32)
     inverse_probability = jnp.where(v > 0, total / (count * jnp.where(v > 0, v, 1)), 0)
-    return Draw(indices, jnp.where(is_certain, 1, inverse_probability) * batch_size / table.population)
+    importance_weights = jnp.where(is_certain, 1, inverse_probability) * batch_size / table.population
+    return Draw(indices, importance_weights, table.num_examples)

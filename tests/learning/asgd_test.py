@@ -43,7 +43,7 @@ def make(number, *, optimizer, max_delay=None, devices=None, loss_fn=quadratic_l
 
 def calibrated():
     """A sampler that learns, and its first state."""
-    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, Mixture(Calibrated()))
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, Mixture(Calibrated()), rebuild_every=0)
     return sampler, sampler.init(SEED)
 
 

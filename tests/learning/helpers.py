@@ -30,4 +30,4 @@ def per_example(params, examples):
 def drawing_from(table, batch_size=BATCH_SIZE, seed=0):
     """A sampler and its state that draws from `table`, its store empty."""
     sampler = Sampler(NUM_EXAMPLES, batch_size, Uniform())
-    return sampler, sampler.init(seed)._replace(table=table)
+    return sampler, sampler.init(seed).with_table(table)

@@ -196,7 +196,7 @@ def test_scores_that_are_no_numbers_never_enter_by_refresh():
 def test_a_step_copies_neither_store_nor_table(proposal, draw):
     """Where XLA does not know that all reading comes before the writing, it copies the arrays: O(N) a step."""
     num_examples, params = 573_000, {"w": jnp.zeros(3), "b": jnp.float32(0)}
-    sampler = Sampler(num_examples, 128, proposal, draw)
+    sampler = Sampler(num_examples, 128, proposal, draw, rebuild_every=0)
     optimizer, examples = optax.sgd(0.1), (jnp.ones((num_examples, 3)), jnp.ones(num_examples))
     step, state = Learner(quadratic_loss, optimizer).compile(), TrainState.init(params, optimizer)
     memory = step.lower(state, sampler.init(0), sampler, examples).compile().memory_analysis()

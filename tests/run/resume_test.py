@@ -122,7 +122,7 @@ def test_other_data_is_refused_by_its_size(tmp_path):
     record = json.loads((tmp_path / "config.json").read_text())
     record["config"]["data"]["train_split"] = "train[:1300]"
     (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"step 8 has float32\(1200,\) where this run has sampler_state.store.score"):
+    with pytest.raises(InputError, match=r"step 8 has float32\(1200,\) where this run has sampler_state.score"):
         issgd_jax.train(small(steps=8, data__train_split="train[:1300]"), tmp_path)
 
 
