@@ -45,7 +45,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV): a minute or two, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
