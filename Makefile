@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 run: install
-	@$(BIN)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits --overwrite --seeds=3 --uniform_rate=0.02
+	@$(BIN)/issgd-jax compare --workdir=runs/digits --overwrite --seeds=3 --uniform_rate=0.02
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

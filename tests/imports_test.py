@@ -11,12 +11,12 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
-    "errors", "extras", "console", "files", "provenance", "config", "plots", "processes", "devices",
-    "gradnorm", "sampling", "scoring", "cluster", "task", "learning", "run", "main",
+    "errors", "extras", "console", "files", "provenance", "config", "history", "plots", "processes", "devices",
+    "gradnorm", "sampling", "scoring", "cluster", "task", "learning", "run", "main", "compare", "__main__",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
-    "config": ("schema", "checks", "columns", "page", "__main__"),
+    "config": ("schema", "checks", "columns", "page", "digits", "__main__"),
     "sampling": (
         "kernels", "double_float", "sum_tree", "uniform", "table", "store", "proposal", "calibrated", "sampler",
     ),
@@ -24,8 +24,8 @@ ORDER_IN = {
     "task": ("data", "models", "losses", "problem"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "workdir", "metrics", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure", "rounds",
-        "loop", "wiring", "training",
+        "workdir", "metrics", "status", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure",
+        "rounds", "loop", "wiring", "training",
     ),
 }  # fmt: skip
 # Rooms below that still must not be imported.
@@ -36,7 +36,7 @@ FORBIDDEN = {
     "cluster": {"config", "sampling", "gradnorm", "plots"},
     "learning": {"config", "scoring", "cluster", "task", "plots"},
 }
-ONLY_IMPORTER = {"flax": {"task"}, "ml_collections": {"config", "main", "task", "run"}}
+ONLY_IMPORTER = {"flax": {"task"}, "ml_collections": {"config", "main", "compare", "task", "run"}}
 
 
 def imports(path):

@@ -62,15 +62,28 @@ def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            owner = file.read().strip() or "another program"
+            program = file.read().strip() or "another program"
             raise InputError(
-                f"{workdir} is in use by {owner}: wait until that ends, or choose another --workdir"
+                f"{workdir} is in use by {program}: wait until that ends, or choose another --workdir"
             ) from None
         with contextlib.suppress(OSError):  # the owner is only for the message; a full disk must not matter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield workdir
+
+
+def owner(workdir: pathlib.Path) -> str | None:
+    """Returns the program that has the folder locked; None if none has."""
+    try:
+        with open(workdir / _LOCK_FILE) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the moment until the file is closed
+            except BlockingIOError:
+                return file.read().strip() or "another program"
+    except OSError:
+        return None
+    return None
 
 
 def holds_run(workdir: str | pathlib.Path) -> bool:
