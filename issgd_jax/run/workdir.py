@@ -125,7 +125,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and (_last_step(workdir) == saved.get("steps") or not _saves(saved)):
+    if not _ever_saved(workdir) and (last_step(workdir) == saved.get("steps") or not _saves(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 
@@ -150,7 +150,8 @@ def _saves(config: dict) -> bool:
     return config.get("checkpoint", {}).get("every_steps", 0) > 0
 
 
-def _last_step(workdir: pathlib.Path) -> int | None:
+def last_step(workdir: pathlib.Path) -> int | None:
+    """Returns the step of the last row of metrics; None if there is none, or it is cut off."""
     try:
         return json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
