@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 run: install
-	@$(BIN)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits --overwrite --seeds=3 --uniform_rate=0.02
+	@$(BIN)/issgd-jax compare --workdir=runs/digits --overwrite --seeds=3 --uniform_rate=0.02
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -45,7 +45,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV): a minute or two, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from issgd_jax.task.data import Dataset as Dataset
     from issgd_jax.task.data import load as load
 
+    __version__: str
+
 # Where each name is defined; a test holds this to the imports above.
 _MODULE_OF = {
     "train": "run.training",
@@ -73,15 +75,26 @@ _MODULE_OF = {
 }
 _MODULES = ("config", "gradnorm", "plots", "sampling")
 __all__ = [*_MODULE_OF, *_MODULES]  # noqa: PLE0604
+# Libraries of the extra `train` that the core does without, by what needs one.
+_LIBRARY_OF = {"train": "flax", "load": "sklearn", "config": "ml_collections", "plots": "matplotlib"}
 
 
-def __getattr__(name):
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"issgd_jax.{_MODULE_OF[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"issgd_jax.{name}")
-    raise AttributeError(f"module 'issgd_jax' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker that saw it would accept any name
+
+    def __getattr__(name):
+        if name == "__version__":
+            from importlib import metadata
+
+            return metadata.version("issgd-jax")
+        if name not in __all__:
+            raise AttributeError(f"module 'issgd_jax' has no attribute {name!r}")
+        if name in _LIBRARY_OF:
+            from issgd_jax.extras import check_train
+
+            check_train(f"issgd_jax.{name}", _LIBRARY_OF[name])
+        module = importlib.import_module(f"issgd_jax.{_MODULE_OF.get(name, name)}")
+        return module if name in _MODULES else getattr(module, name)
 
 
 def __dir__():
-    return __all__
+    return [*__all__, "__version__"]

@@ -1,6 +1,8 @@
-"""Trains one experiment: python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits.
+"""Trains one experiment, or resumes a run that was stopped.
 
-The same command resumes a run that was stopped.
+    issgd-jax train --workdir=runs/digits [--config=FILE.py] [--config.FIELD=VALUE ...]
+
+`python -m issgd_jax.main` is the same program.
 """
 
 import difflib
@@ -8,22 +10,23 @@ import pathlib
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
+from issgd_jax.config import digits
 from issgd_jax.config.page import help_text
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, ProcessLostError, StoppedError
 
 _USER_ERRORS = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"Experiment file. Its fields, with their defaults:\n{help_text()}", lock_config=True
+    "config", None, "Experiment file; FILE.py:smoke is a run of seconds. Without it: digits.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the run in workdir; without it, that run is resumed.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -38,16 +41,22 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
     logging.set_verbosity(logging.WARNING)  # at INFO, JAX logs the backends that are missing
-    if not _WORKDIR.value:
-        raise InputError("--workdir is empty: name a folder for the run")
+    folder = workdir()
     from issgd_jax.run.training import train  # loads JAX and flax: only after the flags are checked
 
     try:
-        train(_CONFIG.value, _WORKDIR.value, overwrite=_OVERWRITE.value)
+        train(_CONFIG.value, folder, overwrite=_OVERWRITE.value)
     except Exception as error:
         if _CONFIG.value.distributed.coordinator and not isinstance(error, StoppedError):
             _leave(error)
         raise
+
+
+def workdir() -> pathlib.Path:
+    """Returns the folder of the flag --workdir; raises InputError if it is missing."""
+    if not _WORKDIR.value:
+        raise InputError("--workdir is empty: name a folder for the run, as in --workdir=runs/digits")
+    return pathlib.Path(_WORKDIR.value)
 
 
 def _leave(error: Exception) -> None:
@@ -61,12 +70,16 @@ def _leave(error: Exception) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; checks the `--config` arguments first, to name the nearest file or field.
 
+    Without `--config=FILE.py`, the experiment is digits.
+
     Returns:
       Arguments that are not flags.
 
     Raises:
       InputError: a flag, a file or a field does not exist, or a value has another type.
     """
+    if not any(re.match(r"--?config(=|$)", argument) for argument in argv[1:]):
+        argv = [argv[0], f"--config={digits.__file__}", *argv[1:]]
     for argument in argv[1:]:
         if match := re.match(r"--?config=([^:]*)", argument):
             _check_file(pathlib.Path(match[1]))
@@ -90,6 +103,9 @@ def run(program: Callable[[list[str]], None] = main) -> None:
 
     Errors that the user can correct are printed as one line; all others keep their traceback.
     """
+    if {"--help", "-help", "-h"} & {*sys.argv[1:]}:
+        print(_help(sys.modules[program.__module__]))
+        sys.exit()
     try:
         app.run(program, flags_parser=parse_flags)
     except _USER_ERRORS as error:
@@ -97,6 +113,12 @@ def run(program: Callable[[list[str]], None] = main) -> None:
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + error.signal)  # a shell's status for an end by signal
+
+
+def _help(module: types.ModuleType) -> str:
+    """Returns what a program does, its flags, and the fields of its config."""
+    own = [f"--{flag.name}: {flag.help}" for flag in flags.FLAGS.get_key_flags_for_module(module)]
+    return "\n".join([module.__doc__, "Flags", *own, "", "Fields of the experiment, with their defaults", help_text()])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from issgd_jax.history import seconds_per_step
+
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _NOISE = (
@@ -13,6 +15,7 @@ _NOISE = (
     ("actual", "of the draws made", "-"),
     ("ideal", "the least possible", "--"),
 )
+_NOISE_LABEL = r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example"
 
 Rows = list[dict]
 
@@ -53,40 +56,56 @@ def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
     noise.set(
         title=f"Noise of the gradient, {label}",
         yscale="log",
-        ylabel=r"$\sqrt{\mathrm{Tr}\,\Sigma}$ of one example",
+        ylabel=_NOISE_LABEL,
         xlabel="learner steps",
     )
-    for axis in figure.axes:
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
+    _decorate(figure)
     return figure
 
 
-def seconds_per_step(histories: list[Rows]) -> float:
-    """Returns the seconds of a step, without compilation and measurements; NaN with fewer than two rows.
+def runs_figure(runs: dict[str, Rows]) -> Figure:
+    """Draws loss, error and the noise of the gradient of runs, over steps and over seconds.
 
     Args:
-      histories: rows of metrics of each seed; the median over all intervals between rows leaves out those in which
-        something is compiled.
+      runs: {label: rows of metrics}; what a run has not measured is left out.
+
+    Raises:
+      ValueError: there is no run, or one without rows.
 
     Example:
-      >>> rows = [{"step": 0, "step_seconds": 0.0}, {"step": 10, "step_seconds": 9.0}]
-      >>> rows += [{"step": 20 + 10 * i, "step_seconds": 9.5 + 0.5 * i} for i in range(3)]
-      >>> seconds_per_step([rows])
-      0.05
+      >>> row = {"step": 0, "train/loss": 2.3, "test/error": 0.9, "variance/actual": 1.0}
+      >>> [axis.get_title() for axis in runs_figure({"a": [row]}).axes[:3]]
+      ['Training loss', 'Test error', 'Noise of the gradient']
     """
-    seconds = [
-        (after.get("step_seconds", 0) - before.get("step_seconds", 0)) / (after["step"] - before["step"])
-        for rows in histories
-        for before, after in itertools.pairwise(rows)
-    ]
-    return statistics.median(seconds) if seconds else float("nan")
+    if not runs or not all(runs.values()):
+        raise ValueError(f"every run needs at least one row of metrics, got runs {list(runs)}")
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="col")
+    for colour, (label, rows) in zip(itertools.cycle(_COLOURS), runs.items()):
+        for line, scale in zip(axes, (1.0, seconds_per_step([rows]))):
+            for axis, name in zip(line, ("train/loss", "test/error", "variance/actual")):
+                _plot(axis, [rows], name, scale=scale, color=colour, label=label)
+    for line, unit in zip(axes, ("learner steps", "seconds of training, without compilation")):
+        loss, error, noise = line
+        loss.set(title="Training loss", yscale="log", ylabel="cross-entropy (nats), whole split", xlabel=unit)
+        error.set(title="Test error", ylabel="fraction misclassified", xlabel=unit)
+        noise.set(title="Noise of the gradient", yscale="log", ylabel=_NOISE_LABEL, xlabel=unit)
+    error.set_ylim(0, _error_limit({label: [rows] for label, rows in runs.items()}))
+    _decorate(figure)
+    return figure
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
     """Writes the figure as PNG."""
     figure.savefig(path, dpi=120)
+
+
+def _decorate(figure: Figure) -> None:
+    for axis in figure.axes:
+        axis.grid(alpha=0.25)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
 
 
 def _plot(axis, histories: list[Rows], name: str, *, scale: float = 1.0, **style) -> None:

@@ -5,9 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 
-import issgd_jax.main  # noqa: F401, defines the flags
 from issgd_jax import InputError, train
 from issgd_jax import config as config_lib
 from issgd_jax.config import columns, page, schema
@@ -24,7 +22,7 @@ def test_the_page_is_that_of_the_code():
 def test_help_page_and_default_have_every_field_once():
     names = [field.name for field in schema.FIELDS]
     assert sorted(names) == list(config_lib.flatten(config_lib.default())) and len(set(names)) == len(names)
-    shown = flags.FLAGS["config"].help
+    shown = page.help_text()
     for field in schema.FIELDS:
         assert shown.count(f"\n--config.{field.name}=") == 1
         assert page.markdown().count(f"\n| `{field.name}` |") == 1

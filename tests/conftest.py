@@ -37,3 +37,18 @@ def compiled_programs(tmp_path_factory):
     for option, value in options.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
+
+
+@pytest.fixture
+def compilations():
+    """The programs that are compiled, or read from the cache of compiled programs, while a test runs."""
+    events = []
+
+    def listen(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def declared():
     """Returns the requirements that `make test` installs."""
     extras = PROJECT["optional-dependencies"]
-    texts = [*PROJECT["dependencies"], *extras["cluster"], *extras["test"]]
+    texts = [*PROJECT["dependencies"], *extras["train"], *extras["cluster"], *extras["test"]]
     return [Requirement(text) for text in texts if not text.startswith(PROJECT["name"])]
 
 

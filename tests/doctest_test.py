@@ -13,7 +13,7 @@ MODULES = sorted(
     module.name for module in pkgutil.walk_packages(issgd_jax.__path__, "issgd_jax.") if "__main__" not in module.name
 )
 # Modules whose import defines the flags of a program.
-PROGRAMS = {"issgd_jax.main"}
+PROGRAMS = {"issgd_jax.main", "issgd_jax.compare"}
 
 
 def examples_of(module):

@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import compare
+from issgd_jax import compare
 from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
 from tests.helpers import SVHN, soak
@@ -146,7 +146,6 @@ def test_a_mistake_is_one_readable_error_and_no_traceback(arguments, message, tm
     [
         ([config("digitz"), "--workdir=x"], "does not exist: did you mean experiments/configs/digits.py?"),
         ([config("digits")], "workdir"),
-        (["--workdir=x"], "config"),
         ([config("digits", ":smok"), "--workdir=x"], "unknown config option 'smok': the only one is smoke"),
         ([config("digits", ":smoke"), "--workdir=/proc/x/run"], "cannot be written"),
         ([config("digits", ":smoke"), "--workdir="], "--workdir is empty"),
@@ -163,14 +162,23 @@ def test_a_process_of_its_own_ends_a_mistake_with_one_line_and_status_1(tmp_path
     assert done.stderr == "error: config has no field 'data.nam': did you mean data.name?\n"
 
 
-@pytest.mark.parametrize("module", ["issgd_jax.main", "experiments.compare"])
-def test_help_lists_every_field_with_its_default_and_its_documentation(module):
-    done = run_process("--help", module=module)
-    shown = " ".join(done.stdout.split())
-    assert not done.stderr
+def test_without_a_config_the_experiment_is_digits_and_its_fields_can_be_overridden(tmp_path, run):
+    arguments = ["steps=2", "eval_every=2", "proposal.name=uniform", "log.progress=False"]
+    done = run(f"--workdir={tmp_path / 'run'}", *(f"--config.{argument}" for argument in arguments))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (saved["data"]["name"], saved["learner"]["batch_size"], saved["steps"]) == ("digits", 16, 2)
+
+
+@pytest.mark.parametrize("program", [main_lib.main, compare.main], ids=["train", "compare"])
+def test_help_lists_every_flag_and_every_field_with_its_default_and_its_documentation(program, run):
+    done = run("--help", program=program)
+    assert done.returncode == 0 and not done.stderr
+    for name in ("config", "workdir", "overwrite", *(("seeds", "uniform_rate") if program is compare.main else ())):
+        assert f"\n--{name}: " in done.stdout
     for field in config_lib.FIELDS:
         default = "None" if field.is_optional else field.default
-        assert f"--config.{field.name}={default}: {field.doc}" in shown
+        assert f"\n--config.{field.name}={default}: {field.doc}\n" in done.stdout + "\n"
 
 
 def test_both_arms_side_by_side(tmp_path, run):

@@ -1,31 +1,5 @@
-"""Handwritten digits, embedded in scikit-learn: the method in seconds, with nothing to download.
+"""Handwritten digits, the experiment that commands train without --config: see `issgd_jax.config.digits`."""
 
-    python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits --uniform_rate=0.02
-    python -m issgd_jax.main --config=experiments/configs/digits.py --workdir=runs/digits-importance
+from issgd_jax.config.digits import get_config
 
-Cost: the comparison 45 s on two CPU cores, most of it compilation; a run of 1,000 steps 1.5 s.
-
-Result (--seeds=3, medians, each arm at its own best rate of the study, 0.05 and 0.02): uniform's final training loss
-of 0.0014 is reached after 358 of its 1,000 steps; after all of them the loss is 0.0004, the variance gain 7. With both
-arms at 0.02 the noise decides less, and uniform sampling ends lower: 0.0018 / 0.0014 (seed 0).
-"""
-
-from issgd_jax import config as config_lib
-
-
-def get_config(options: str = ""):
-    config = config_lib.default()
-    config.steps = 1000
-    config.eval_every = 25
-
-    config.model.mlp.hidden_sizes = (128, 128)
-    # A small minibatch at a high rate: the noise of the gradient decides how fast the loss falls.
-    config.learner.batch_size = 16
-    config.learner.learning_rate = 0.05
-
-    # One learner and three workers, simulated; a sweep over the 1,437 examples takes 4 rounds, 40 steps.
-    config.devices.host_platform_count = 4
-    config.workers.chunk_size = 120
-    config.schedule.steps_per_round = 10
-    config.schedule.score_delay = 10
-    return config_lib.with_options(config, options)
+__all__ = ["get_config"]

@@ -1,7 +1,7 @@
 """Fashion-MNIST, permutation-invariant: 784-256x4-10, all 60,000 training images.
 
-    python -m issgd_jax.main --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist
-    python -m experiments.compare --config=experiments/configs/fashion_mnist.py --workdir=runs/both (both arms)
+    issgd-jax train --config=experiments/configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    issgd-jax compare --config=experiments/configs/fashion_mnist.py --workdir=runs/both (both arms)
 
 Data: `fashion_mnist` of TFDS (see the error of a first run for the command that gets it; --config.data.dir=FOLDER).
 

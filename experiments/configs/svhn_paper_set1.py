@@ -1,6 +1,6 @@
 """The paper's experiment, set 1: permutation-invariant SVHN, learning rate 0.01, smoothing constant +10.
 
-    python -m issgd_jax.main --config=experiments/configs/svhn_paper_set1.py --workdir=runs/svhn_set1
+    issgd-jax train --config=experiments/configs/svhn_paper_set1.py --workdir=runs/svhn_set1
 
 The SGD arm of the pair: --config.proposal.name=uniform. Every value is the paper's (Alain et al. 2015, section 5, and
 the authors' code) unless its comment says otherwise.

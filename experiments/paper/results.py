@@ -198,29 +198,6 @@ def _num_spikes(rows: list[dict]) -> int:
     return sum(bool(window) and x > SPIKE * statistics.median(window) for x, window in zip(losses, windows))
 
 
-def steps_to(loss: float, step: Sequence[int], losses: Sequence[float | None]) -> float:
-    """Returns the steps until the training loss is first as low as `loss`; inf if never.
-
-    Args:
-      loss: the target.
-      step: of the measurements.
-      losses: of the measurements, interpolated log-linearly; None after divergence.
-
-    Example:
-      >>> steps_to(0.1, [0, 10, 20], [1.0, 1.0, 0.01])
-      15.0
-    """
-    previous = None
-    for now, x in zip(step, losses):
-        if x is not None and x <= loss:
-            if previous is None or x <= 0:
-                return float(now)
-            last, y = previous
-            return last + (now - last) * math.log(y / loss) / math.log(y / x) if y > x else float(now)
-        previous = None if x is None else (now, x)
-    return math.inf
-
-
 def loss_at(steps: float, step: Sequence[int], losses: Sequence[float | None]) -> float:
     """Returns the training loss after `steps` steps; inf if training diverged by then.
 

@@ -14,6 +14,7 @@ from absl import flags
 from experiments.paper import command, cost, results
 from issgd_jax.config import nearest
 from issgd_jax.errors import InputError
+from issgd_jax.history import steps_to
 
 _BASELINE = flags.DEFINE_string(
     "baseline", None, "Arm that all are compared with; none: each with its own baseline.", flag_values=command.FLAGS
@@ -55,9 +56,7 @@ def make_rows(record: dict, costs: dict[str, float], baseline: str | None = None
 def _row(arm: dict, baseline: dict, step_cost: float | None, steps: int) -> dict[str, str]:
     target = _median(baseline["final"]["train/loss"])
     losses = [math.inf if x is None else x for x in arm["final"]["train/loss"]]
-    needed = statistics.median(
-        results.steps_to(target, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"]
-    )
+    needed = statistics.median(steps_to(target, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"])
     row = {
         "arm": arm["label"],
         "n": str(arm["n"]),

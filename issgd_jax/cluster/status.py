@@ -27,9 +27,7 @@ def read(workdir: str | pathlib.Path) -> str:
     try:
         status, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): pass --workdir of a run with workers on a cluster"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a run with workers on a cluster") from error
     return f"status of {age:,.1f} s ago\n{describe(status)}"
 
 

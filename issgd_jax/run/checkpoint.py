@@ -85,14 +85,31 @@ def read(folder: pathlib.Path) -> Checkpoint:
     Raises:
       DamagedError: a file differs from what was written.
     """
-    try:
+    state = verify(folder)
+    with _noticing_damage(folder):
+        return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
+
+
+def verify(folder: pathlib.Path) -> dict:
+    """Verifies every byte of a checkpoint, and returns its state without the arrays.
+
+    Raises:
+      DamagedError: a file differs from what was written.
+    """
+    with _noticing_damage(folder):
         expected = json.loads((folder / _FILES).read_text())
         checksums = {name: crc for name, crc in _checksums(folder) if name != _FILES}
         for name in sorted({*dict(expected), *checksums}):
             if expected.get(name) != checksums.get(name):
                 raise DamagedError(f"{folder / name} differs from what was written")
-        state = json.loads((folder / _STATE).read_text())
-        return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
+        return json.loads((folder / _STATE).read_text())
+
+
+@contextlib.contextmanager
+def _noticing_damage(folder: pathlib.Path) -> Iterator[None]:
+    """Turns any error into a DamagedError."""
+    try:
+        yield
     except DamagedError:
         raise
     except Exception as error:  # of the disk, of what should be JSON, or of another version of Orbax
@@ -119,6 +136,13 @@ class Checkpoints:
         self._writing: concurrent.futures.Future | None = None
         self.best_error = self._least_error()
         self._remove_partial()
+
+    def is_intact(self, step: int, obstacle: Callable[[dict], str | None]) -> bool:
+        """Returns whether there is a checkpoint of this step that `newest` would return; changes nothing."""
+        try:
+            return not obstacle(verify(self._path(step)))
+        except DamagedError:
+            return False
 
     def is_due(self, step: int) -> bool:
         """Returns whether the state at the beginning of this step is to be saved."""

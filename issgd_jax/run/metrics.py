@@ -47,6 +47,34 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
     return rows
 
 
+def read_run(workdir: str | pathlib.Path) -> list[dict]:
+    """Reads the rows of a run, finished or running: a last line that is incomplete is skipped.
+
+    Args:
+      workdir: folder of the run.
+
+    Raises:
+      InputError: the folder holds no run, or a run without a row.
+
+    Example:
+      >>> read_run("runs/none")
+      Traceback (most recent call last):
+      ...
+      issgd_jax.errors.InputError: runs/none holds no run (no metrics.jsonl): name the --workdir of one
+    """
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        inner = sorted(path.parent.glob(f"*/{METRICS_FILE}"))
+        hint = f"did you mean {inner[0].parent}?" if inner else "name the --workdir of one"
+        raise InputError(f"{workdir} holds no run (no {METRICS_FILE}): {hint}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = read_metrics(path)
+    if not rows:
+        raise InputError(f"{workdir} has no row of metrics yet: wait for the first measurement")
+    return rows
+
+
 def _row(line: str) -> dict | None:
     try:
         row = json.loads(line)

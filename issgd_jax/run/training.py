@@ -32,9 +32,10 @@ _PROCESS_FIELDS = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
 def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
     """Trains as the config says and returns the rows of metrics.jsonl.
 
-    A run of the same experiment in workdir is resumed from its newest checkpoint. Leaves metrics.jsonl, TensorBoard
-    events, config.json, checkpoints, heartbeat.json and, unless sampling is uniform, scores.npz. Where the learner
-    spans processes, process 0 alone reads and writes the workdir, and sends the others the checkpoint.
+    A run of the same experiment in workdir is resumed from its newest checkpoint; one that has done all its steps is
+    left as it is. Leaves metrics.jsonl, TensorBoard events, config.json, checkpoints, heartbeat.json and, unless
+    sampling is uniform, scores.npz. Where the learner spans processes, process 0 alone reads and writes the workdir,
+    and sends the others the checkpoint.
 
     Args:
       config: see `issgd_jax.config.default`.
@@ -62,12 +63,36 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
       >>> [row["step"] for row in rows]
       [0, 10, 20]
     """
+    if not overwrite and (rows := _finished(wiring.resolve(config), pathlib.Path(workdir))):
+        return rows
     with processes.noticing_loss():
         prepared = wiring.prepare(config)
         if processes.is_first():
             return _train_in(workdir, prepared, overwrite)
         with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:
             return _train(_without_files(prepared), pathlib.Path(folder), None)
+
+
+def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
+    """Returns the rows of a run that has done all its steps, and logs it; None if something is left to do.
+
+    Loads no data and compiles nothing. The processes of a distributed run must all take the same way: they resume.
+    """
+    if config.distributed.coordinator or workdir_lib.last_step(workdir) != config.steps:
+        return None
+    workdir_lib.check(workdir, config.to_dict(), overwrite=False)
+    with (
+        workdir_lib.locked(workdir),
+        Checkpoints(workdir / workdir_lib.CHECKPOINTS, **config.checkpoint) as checkpoints,
+    ):
+        if not checkpoints.is_intact(config.steps, functools.partial(_missing_rows, workdir)):
+            return None
+        if config_lib.samples_by_importance(config) and not (workdir / workdir_lib.SCORES_FILE).is_file():
+            return None
+        rows = metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
+    raised = "raise --config.steps to continue, or " if config.learner.lr_schedule == "constant" else ""
+    say(f"the run in {workdir} has done its {config.steps:,} steps: {raised}start again with --overwrite")
+    return rows
 
 
 def _without_files(prepared: wiring.Prepared) -> wiring.Prepared:

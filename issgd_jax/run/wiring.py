@@ -34,6 +34,15 @@ def make_parts(config: ConfigDict) -> Parts:
         return build(prepared)
 
 
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns the config as it is run and recorded; raises InputError if a value cannot work."""
+    config_lib.validate(config)
+    if config.proposal.when == "off":
+        config = config.copy_and_resolve_references()
+        config.proposal.name = "uniform"
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A run that has been checked, and of which nothing is compiled."""
@@ -53,10 +62,7 @@ def prepare(config: ConfigDict) -> Prepared:
     Raises:
       InputError: a value cannot work.
     """
-    config_lib.validate(config)
-    if config.proposal.when == "off":
-        config = config.copy_and_resolve_references()
-        config.proposal.name = "uniform"
+    config = resolve(config)
     processes.join(**config.distributed)
     is_asynchronous = config.learner.asynchronous > 1
     roles = devices.assign_roles(

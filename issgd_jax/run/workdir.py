@@ -62,15 +62,28 @@ def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            owner = file.read().strip() or "another program"
+            program = file.read().strip() or "another program"
             raise InputError(
-                f"{workdir} is in use by {owner}: wait until that ends, or choose another --workdir"
+                f"{workdir} is in use by {program}: wait until that ends, or choose another --workdir"
             ) from None
         with contextlib.suppress(OSError):  # the owner is only for the message; a full disk must not matter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield workdir
+
+
+def owner(workdir: pathlib.Path) -> str | None:
+    """Returns the program that has the folder locked; None if none has."""
+    try:
+        with open(workdir / _LOCK_FILE) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for the moment until the file is closed
+            except BlockingIOError:
+                return file.read().strip() or "another program"
+    except OSError:
+        return None
+    return None
 
 
 def holds_run(workdir: str | pathlib.Path) -> bool:
@@ -112,7 +125,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and (_last_step(workdir) == saved.get("steps") or not _saves(saved)):
+    if not _ever_saved(workdir) and (last_step(workdir) == saved.get("steps") or not _saves(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 
@@ -137,7 +150,8 @@ def _saves(config: dict) -> bool:
     return config.get("checkpoint", {}).get("every_steps", 0) > 0
 
 
-def _last_step(workdir: pathlib.Path) -> int | None:
+def last_step(workdir: pathlib.Path) -> int | None:
+    """Returns the step of the last row of metrics; None if there is none, or it is cut off."""
     try:
         return json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):

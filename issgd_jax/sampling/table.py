@@ -2,13 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from issgd_jax.sampling import sum_tree, uniform
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def _jit(**options) -> Callable[[Function], Function]:
+    """Returns the decorator `jax.jit` with the signature kept, which its own annotations hide from a type checker."""
+    return functools.partial(cast(Any, jax.jit), **options)
+
 
 # Indices of examples, nodes and padding are i32.
 MAX_EXAMPLES = 2**30
@@ -165,7 +174,7 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
     return batch_size / (table.mean_v * mean_inverse)
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "method"))
+@_jit(static_argnames=("batch_size", "method"))
 def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systematic") -> Draw:
     """Draws a minibatch in proportion to the table's v; O(B log N).
 

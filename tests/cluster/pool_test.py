@@ -131,9 +131,9 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     while not (tmp_path / "cluster.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    status_command = [sys.executable, "-m", "issgd_jax.cluster", "status", f"--workdir={tmp_path}"]
+    status_command = [sys.executable, "-m", "issgd_jax", "status", str(tmp_path)]
     status = subprocess.run(status_command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert status.returncode == 0 and "worker 0" in status.stdout and "leases:" in status.stdout, status
+    assert status.returncode == 0 and all(x in status.stdout for x in ("running, ", "worker 0", "leases:")), status
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told

@@ -129,11 +129,7 @@ def test_saved_results_are_loaded_as_they_were(tmp_path, monkeypatch):
     assert '"step": [ 0, 10, 20 ]' in text
 
 
-def test_steps_to_a_loss_are_log_linear_between_measurements():
-    assert results.steps_to(0.1, [0, 10, 20], [1.0, 1.0, 0.01]) == pytest.approx(15)
-    assert results.steps_to(1.0, [0, 10, 20], [1.0, 1.0, 0.01]) == 0
-    assert results.steps_to(0.001, [0, 10, 20], [1.0, 1.0, 0.01]) == math.inf
-    assert results.steps_to(0.1, [0, 10, 20], [1.0, None, 0.01]) == 20
+def test_losses_are_log_linear_between_measurements():
     assert results.loss_at(15, [0, 10, 20], [1.0, 1.0, 0.01]) == pytest.approx(0.1)
     assert results.loss_at(99, [0, 10, 20], [1.0, 1.0, 0.01]) == pytest.approx(0.01)
     assert results.loss_at(15, [0, 10, 20], [1.0, 1.0, None]) == math.inf

@@ -1,27 +1,11 @@
 """Values that cannot work are refused in words, before anything is compiled or written."""
 
-import jax
 import numpy as np
 import pytest
 
 import issgd_jax
 from issgd_jax import InputError
 from tests.helpers import smoke
-
-
-@pytest.fixture
-def compilations():
-    """The programs that are compiled, or read from the cache of compiled programs, while a test runs."""
-    events = []
-
-    def listen(name, duration, **_):
-        if name == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
-
-    jax.clear_caches()
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize(

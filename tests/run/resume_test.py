@@ -12,7 +12,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError, NonFiniteLossError
 from issgd_jax.learning.learner import Learner
-from issgd_jax.run import checkpoint, wiring
+from issgd_jax.run import checkpoint, wiring, workdir
 from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small, soak, steps_of, without_time
 
 RESUMED = {
@@ -59,6 +59,47 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path):
     assert seconds == sorted(seconds)  # the time before counts too
     with pytest.raises(InputError, match="steps is 20, but the run in workdir has done 40"):
         issgd_jax.train(small(steps=20, schedule__score_delay=9), tmp_path / "longer")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"proposal__when": "off"}, {"learner__lr_schedule": "cosine"}])
+def test_a_finished_run_says_so_and_changes_nothing(overrides, tmp_path, capsys, compilations):
+    """Red if it compiles, writes, or names a remedy that would be refused."""
+    config = small(steps=8, **overrides)
+    rows = issgd_jax.train(config, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    jax.clear_caches()
+    compilations.clear()
+    config.log.explain = True  # would need the data
+    assert issgd_jax.train(config, tmp_path) == rows and not compilations
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    out, err = capsys.readouterr()
+    constant = config.learner.lr_schedule == "constant"
+    remedy = "raise --config.steps to continue, or start again" if constant else "start again"
+    assert not out and err.count("\n") == 1
+    assert err.endswith(f"the run in {tmp_path} has done its 8 steps: {remedy} with --overwrite\n")
+    with pytest.raises(InputError, match="holds a run of another experiment"):
+        issgd_jax.train(small(steps=8, seed=1, **overrides), tmp_path)
+    with workdir.locked(tmp_path), pytest.raises(InputError, match="is in use by"):
+        issgd_jax.train(config, tmp_path)
+    history = issgd_jax.train(config, tmp_path, overwrite=True)
+    assert without_time(history) == without_time(rows) and "has done" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scores.npz", "metrics.jsonl", "checkpoint"])
+def test_a_run_whose_end_is_incomplete_is_not_finished(name, tmp_path, capsys):
+    """Red if a run that was killed while it wrote its last files is taken for a finished one."""
+    whole = issgd_jax.train(small(steps=8), tmp_path)
+    last, known = arrays_of(tmp_path, 8), scores(tmp_path)
+    if name == "scores.npz":
+        (tmp_path / name).unlink()
+    elif name == "metrics.jsonl":
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    else:
+        (path_of(tmp_path, 8) / "state.json").write_text("{}")
+    assert without_time(issgd_jax.train(small(steps=8), tmp_path)) == without_time(whole)
+    assert "has done" not in capsys.readouterr().err
+    check_same(tmp_path, 8, last)
+    np.testing.assert_array_equal(scores(tmp_path), known)
 
 
 def test_free_running_learners_go_on_with_what_was_in_flight(tmp_path):
@@ -123,7 +164,7 @@ def test_other_data_is_refused_by_its_size(tmp_path):
     record["config"]["data"]["train_split"] = "train[:1300]"
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=r"step 8 has float32\(1200,\) where this run has sampler_state.score"):
-        issgd_jax.train(small(steps=8, data__train_split="train[:1300]"), tmp_path)
+        issgd_jax.train(small(steps=9, data__train_split="train[:1300]"), tmp_path)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(tmp_path):

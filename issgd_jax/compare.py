@@ -1,6 +1,6 @@
-"""Trains an experiment with importance sampling and uniformly, over several seeds, and shows what the method gives.
+"""Trains with importance sampling and uniformly, over several seeds, and shows what the method gives.
 
-    python -m experiments.compare --config=experiments/configs/digits.py --workdir=runs/digits [--config.a.b=value ...]
+    issgd-jax compare --workdir=runs/digits [--config=FILE.py] [--config.FIELD=VALUE ...]
 
 Leaves a run for each arm and seed, `importance-0`, `uniform-0`, ..., and `summary.png` in workdir.
 """
@@ -16,17 +16,17 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments.paper.results import steps_to
 from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
 from issgd_jax import plots
 from issgd_jax.errors import InputError
+from issgd_jax.history import seconds_per_step, steps_to
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
 _UNIFORM_RATE = flags.DEFINE_float("uniform_rate", None, "Learning rate of uniform sampling; none: the config's.")
-flags.adopt_module_key_flags(main_lib)  # so that --help lists every field
+flags.adopt_module_key_flags(main_lib)  # so that --help lists them
 IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
 
 Histories = dict[str, list[list[dict]]]
@@ -109,7 +109,7 @@ def table(histories: Histories) -> str:
 
 def _column(runs: list[list[dict]], target: float) -> dict[str, str]:
     """Returns {label: text} of one arm."""
-    seconds = plots.seconds_per_step(runs)
+    seconds = seconds_per_step(runs)
     reached = statistics.median(
         steps_to(target, [row["step"] for row in rows], [row["train/loss"] for row in rows]) for rows in runs
     )
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
     logging.set_verbosity(logging.WARNING)
-    workdir = pathlib.Path(flags.FLAGS.workdir)
+    workdir = main_lib.workdir()
     histories = compare(
         flags.FLAGS.config,
         workdir,
@@ -139,7 +139,3 @@ def main(argv: list[str]) -> None:
     )
     print(f"\n{table(histories)}\n\npicture  {workdir / 'summary.png'}")
     print(f"runs     {workdir}/{{importance,uniform}}-*: metrics.jsonl, TensorBoard events, config.json")
-
-
-if __name__ == "__main__":
-    main_lib.run(main)

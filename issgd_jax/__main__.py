@@ -1,0 +1,96 @@
+"""Command line: `issgd-jax COMMAND ...`, also `python -m issgd_jax COMMAND ...`."""
+
+import argparse
+import difflib
+import pathlib
+import sys
+
+import issgd_jax
+from issgd_jax.errors import InputError
+from issgd_jax.extras import MissingExtraError, check_train
+
+_USAGE = """\
+usage: issgd-jax COMMAND [ARGUMENTS]
+
+commands:
+  train      train an experiment in a folder, or resume the run that is there
+  compare    train with importance sampling and without, and print both side by side
+  plot       draw loss, error and noise of runs, finished or running
+  status     print how far a run is, its last measurement, and its workers
+
+examples:
+  issgd-jax train --workdir=runs/digits
+  issgd-jax train --workdir=runs/mine --config=FILE.py --config.learner.learning_rate=0.02
+  issgd-jax plot runs/digits runs/mine
+
+`issgd-jax COMMAND --help` prints the arguments of a command, `issgd-jax --version` the version."""
+
+
+def main() -> None:
+    """Runs the command that the arguments name; errors that the user can correct are printed as one line."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(_USAGE)
+    elif command == "--version":
+        print(issgd_jax.__version__)
+    else:
+        try:
+            _run(command, arguments)
+        except (InputError, MissingExtraError) as error:
+            sys.exit(f"error: {error}")
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command not in _COMMANDS:
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_COMMANDS)}"
+        raise InputError(f"issgd-jax has no command {command!r}: {hint}")
+    check_train(f"issgd-jax {command}", "flax")
+    sys.argv = [f"issgd-jax {command}", *arguments]  # where the flags of a config are read from
+    _COMMANDS[command]()
+
+
+def _train() -> None:
+    from issgd_jax import main as program
+
+    program.run()
+
+
+def _compare() -> None:
+    from issgd_jax import compare
+    from issgd_jax import main as program
+
+    program.run(compare.main)
+
+
+def _plot() -> None:
+    """Writes a figure of the runs that the arguments name."""
+    from issgd_jax import plots
+    from issgd_jax.run.metrics import read_run
+
+    parser = argparse.ArgumentParser(sys.argv[0], description="Draws loss, error and noise over steps and seconds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or running")
+    parser.add_argument("--output", default="runs.png", help="picture to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    names = [pathlib.Path(run).resolve().name for run in arguments.runs]
+    labels = names if len({*names}) == len(names) else arguments.runs
+    figure = plots.runs_figure(dict(zip(labels, map(read_run, arguments.runs))))
+    try:
+        plots.save(figure, arguments.output)
+    except (OSError, ValueError) as error:  # of the disk; of an ending that is no format
+        raise InputError(f"--output={arguments.output} cannot be written: {error}") from error
+    print(arguments.output)
+
+
+def _status() -> None:
+    from issgd_jax.run import status
+
+    parser = argparse.ArgumentParser(sys.argv[0], description="Prints how far a run is, its measurements, its workers.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, finished or running")
+    print(status.read(parser.parse_args().run))
+
+
+_COMMANDS = {"train": _train, "compare": _compare, "plot": _plot, "status": _status}
+
+if __name__ == "__main__":
+    main()

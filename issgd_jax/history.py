@@ -1,0 +1,50 @@
+"""Statistics of a run's rows of metrics. Imports no jax."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def seconds_per_step(histories: list[list[dict]]) -> float:
+    """Returns the seconds of a step, without compilation and measurements; NaN with fewer than two rows.
+
+    Args:
+      histories: rows of metrics of each seed; the median over all intervals between rows leaves out those in which
+        something is compiled.
+
+    Example:
+      >>> rows = [{"step": 0, "step_seconds": 0.0}, {"step": 10, "step_seconds": 9.0}]
+      >>> rows += [{"step": 20 + 10 * i, "step_seconds": 9.5 + 0.5 * i} for i in range(3)]
+      >>> seconds_per_step([rows])
+      0.05
+    """
+    seconds = [
+        (after.get("step_seconds", 0) - before.get("step_seconds", 0)) / (after["step"] - before["step"])
+        for rows in histories
+        for before, after in itertools.pairwise(rows)
+    ]
+    return statistics.median(seconds) if seconds else float("nan")
+
+
+def steps_to(loss: float, step: Sequence[int], losses: Sequence[float | None]) -> float:
+    """Returns the steps until the training loss is first as low as `loss`; inf if never.
+
+    Args:
+      loss: the target.
+      step: of the measurements.
+      losses: of the measurements, interpolated log-linearly; None after divergence.
+
+    Example:
+      >>> steps_to(0.1, [0, 10, 20], [1.0, 1.0, 0.01])
+      15.0
+    """
+    previous = None
+    for now, x in zip(step, losses):
+        if x is not None and x <= loss:
+            if previous is None or x <= 0:
+                return float(now)
+            last, y = previous
+            return last + (now - last) * math.log(y / loss) / math.log(y / x) if y > x else float(now)
+        previous = None if x is None else (now, x)
+    return math.inf
