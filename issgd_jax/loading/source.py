@@ -1,7 +1,7 @@
 """Sources: the rows of data on the host, whatever holds them. Of the libraries that it reads it imports none."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ class Source:
         """Returns all N rows: JAX arrays and NumPy arrays themselves, everything else as NumPy arrays."""
         if self.arrays is None:
             return self.gather(np.arange(self.num_examples))
-        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x[:]), self.arrays)
+        return jax.tree.map(lambda x: x if isinstance(x, np.ndarray | jax.Array) else np.asarray(x[:]), self.arrays)
 
 
 def as_source(data: Any, collate: Callable[[list], Any] | None = None) -> Source:
@@ -50,7 +50,7 @@ def as_source(data: Any, collate: Callable[[list], Any] | None = None) -> Source
       collate: `list of examples -> batch`, for instance to pad them; None: leaves of equal shape are stacked.
 
     Guarantees:
-      - dtypes are those of the data.
+      - dtypes are those of the data; of a `datasets.Dataset` those that its format gives.
       - Arrays, columns and what has `__getitems__` are read with one call a batch, not one an example; arrays that are
         not in memory in increasing order and each row once.
 
@@ -66,7 +66,7 @@ def as_source(data: Any, collate: Callable[[list], Any] | None = None) -> Source
     """
     if isinstance(data, Source):
         return data
-    arrays = None if isinstance(data, list) else jax.tree.map(_as_arrays, data)
+    arrays = None if isinstance(data, list | Iterator) else jax.tree.map(_as_arrays, data)
     if _is_array(arrays) or (arrays is not None and not jax.tree_util.all_leaves([arrays])):
         return _source_of_arrays(arrays, collate)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
