@@ -2,22 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from issgd_jax.sampling import sum_tree, uniform
-
-Function = TypeVar("Function", bound=Callable)
-
-
-def _jit(**options) -> Callable[[Function], Function]:
-    """Returns the decorator `jax.jit` with the signature kept, which its own annotations hide from a type checker."""
-    return functools.partial(cast(Any, jax.jit), **options)
-
 
 # Indices of examples, nodes and padding are i32.
 MAX_EXAMPLES = 2**30
@@ -174,7 +165,6 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
     return batch_size / (table.mean_v * mean_inverse)
 
 
-@_jit(static_argnames=("batch_size", "method"))
 def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systematic") -> Draw:
     """Draws a minibatch in proportion to the table's v; O(B log N).
 
@@ -223,6 +213,11 @@ def draw(key: jax.Array, table: Table, batch_size: int, method: str = "systemati
             f"batch_size is {batch_size}, but there are {table.num_examples} examples to draw without replacement: "
             "lower it, or draw with replacement"
         )
+    return _draw(key, table, batch_size, method)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "method"))
+def _draw(key: jax.Array, table: Table, batch_size: int, method: str) -> Draw:
     if table.sums is None:
         indices = uniform.draw(key, table.num_examples, batch_size, method)
         return Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
