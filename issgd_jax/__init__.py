@@ -41,12 +41,14 @@ if TYPE_CHECKING:
     from issgd_jax.scoring.workers import WorkerPool as WorkerPool
     from issgd_jax.task.data import Dataset as Dataset
     from issgd_jax.task.data import load as load
+    from issgd_jax.task.problem import Problem as Problem
 
     __version__: str
 
 # Where each name is defined; a test holds this to the imports above.
 _MODULE_OF = {
     "train": "run.training",
+    "Problem": "task.problem",
     "load": "task.data",
     "Dataset": "task.data",
     "per_example": "gradnorm",
@@ -80,7 +82,7 @@ _MODULE_OF = {
 _MODULES = ("config", "gradnorm", "plots", "sampling")
 __all__ = [*_MODULE_OF, *_MODULES]  # noqa: PLE0604
 # Libraries of the extra `train` that the core does without, by what needs one.
-_LIBRARY_OF = {"train": "flax", "load": "sklearn", "config": "ml_collections", "plots": "matplotlib"}
+_LIBRARY_OF = {"train": "flax", "Problem": "flax", "load": "sklearn", "config": "ml_collections", "plots": "matplotlib"}
 
 
 if not TYPE_CHECKING:  # a type checker that saw it would accept any name

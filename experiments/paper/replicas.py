@@ -78,9 +78,7 @@ def train_replicas(
 
     mesh = Mesh(np.asarray(devices), ("device",))
     replicated, sharded = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("device"))
-    train_data, test_data = problem.train_data, problem.test_data
-    examples = jax.device_put((train_data.images, train_data.labels), replicated)
-    test_examples = jax.device_put((test_data.images, test_data.labels), replicated)
+    examples, test_examples = jax.device_put((problem.examples("train"), problem.examples("test")), replicated)
 
     # Where replicas do not divide evenly, copies of the last one fill the devices; their rows are discarded.
     per_device = -(-len(replicas) // len(devices))
@@ -93,7 +91,7 @@ def train_replicas(
         return jax.pmap(jax.vmap(function, axes), in_axes=axes, devices=devices, **options)
 
     start_round = on_all(program.start_round, 2, donate_argnums=0)
-    measure = on_all(program.measure, 3)
+    measure = on_all(program.measure, 2)
     advance = on_all(program.advance, 2, donate_argnums=0)
 
     def rows(step, measured):
@@ -105,23 +103,22 @@ def train_replicas(
     for step in range(0, config.steps, config.eval_every):
         round_ = jax.device_put(np.int32(step // config.schedule.steps_per_round), replicated)
         state = start_round(state, round_, examples)
-        measured = measure(state, round_, examples, test_examples)
+        measured = measure(state, examples, test_examples)
         state = advance(state, round_, examples)
         yield rows(step, measured)
-    round_ = jax.device_put(np.int32(config.steps // config.schedule.steps_per_round), replicated)
-    yield rows(config.steps, measure(state, round_, examples, test_examples))
+    yield rows(config.steps, measure(state, examples, test_examples))
 
 
 def replica_bytes(config: ConfigDict) -> int:
     """Estimates the memory of one replica: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
     problem = problem_lib.make_problem(config)
     params = jax.eval_shape(problem.init, jax.random.key(0))
-    image = problem.train_data.images[:1].size
+    image = problem.examples("train")[0][0].size
     batch = max(config.learner.batch_size, problem_lib.SCORING_MICROBATCH)
     num_params = sum(x.size for x in jax.tree.leaves(params))
     return 4 * (
         (5 + config.learner.asynchronous) * num_params
-        + 12 * len(problem.train_data)
+        + 12 * problem.source("train").num_examples
         + 8 * batch * (image + num_params // image)
     )
 
@@ -151,7 +148,7 @@ class _Program:
 
     def __init__(self, config: ConfigDict, problem: problem_lib.Problem):
         self._config, self._problem = config, problem
-        self._num_examples = len(problem.train_data)
+        self._num_examples = problem.source("train").num_examples
         self._schedule = schedule.Relaxed(config.schedule.steps_per_round, config.schedule.score_delay)
         self._has_scores = config_lib.samples_by_importance(config)
         self._has_workers = config.workers.enabled and self._has_scores
@@ -161,7 +158,7 @@ class _Program:
         self._gradient_delay = config.learner.asynchronous - 1
         self._sampler = wiring.make_sampler(config, self._num_examples)
         self._score_fn = problem_lib.make_score_fn(config, problem)
-        self._measure = make_measure(config, problem)
+        self._measure = make_measure(config, problem, self._sampler)
 
     def count(self, step: int) -> dict[str, int]:
         """Returns the counters of a row of metrics; no scores enter after the last step."""
@@ -192,10 +189,9 @@ class _Program:
         _, steps_late = self._schedule.delay
         return self._ingest(replica, round_) if self._has_workers and not steps_late else replica
 
-    def measure(self, replica: Replica, round_: jax.Array, examples, test_examples) -> dict[str, jax.Array]:
-        """Returns the metrics before the first step of a round."""
-        step = round_ * self._schedule.steps_per_round
-        return self._measure(replica.train_state.params, replica.sampler_state, step, examples, test_examples)
+    def measure(self, replica: Replica, examples, test_examples) -> dict[str, jax.Array]:
+        """Returns the metrics before the next step."""
+        return self._measure(replica.train_state.params, replica.sampler_state, examples, test_examples)
 
     def advance(self, replica: Replica, first_round: jax.Array, examples) -> Replica:
         """Trains up to the next measurement, from a round that has been started."""

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -96,6 +97,10 @@ FIELDS = (
     Field(
         "watchdog_seconds", 600.0, Limit("> 0 and <= 1e+9", lambda value: 0 < value <= 1e9),
         "Seconds without a finished step after which the stacks of all threads are logged.",
+    ),
+    Field(
+        "problem", str, Limit("module:function", lambda value: re.fullmatch(r"[\w.]+:\w+", value) is not None),
+        "module:function that returns the issgd_jax.Problem to train; None: data and model as named below.",
     ),
     Field("data.name", "digits", _NAME, "digits, or an image classification data set of TFDS."),
     Field("data.dir", str, _ANY, "Data folder of TFDS; None: its default."),

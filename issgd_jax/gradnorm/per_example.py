@@ -1,4 +1,4 @@
-"""Losses of a batch as losses of one example."""
+"""Losses of other forms as losses of one example: of a batch, and with a random key."""
 
 import functools
 from collections.abc import Callable
@@ -61,3 +61,14 @@ def _per_example(batch_loss: Callable) -> Callable:
         return (loss, *aux) if aux else loss
 
     return loss_fn
+
+
+@remember
+def positional_key(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `(params, *example, key)`, of a loss `(params, *example, key=key)`: keys become a batch argument."""
+
+    @functools.wraps(loss_fn)
+    def with_key(*args):
+        return loss_fn(*args[:-1], key=args[-1])
+
+    return with_key

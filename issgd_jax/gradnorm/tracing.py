@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.gradnorm.per_example import positional_key
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED
 from issgd_jax.gradnorm.walk import Analysis, evaluate
 
@@ -127,7 +128,7 @@ def with_keys(
     # Other shapes are refused by trace_loss.
     size = next((jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), 1)
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
-    return (lambda *args: loss_fn(*args[:-1], key=args[-1])), (*args, jax.random.split(key, size)), argnums
+    return positional_key(loss_fn), (*args, jax.random.split(key, size)), argnums
 
 
 def _positions(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:

@@ -13,17 +13,23 @@ from issgd_jax.learning import variance
 CHUNK_SIZE = 512
 
 
-def make_evaluate(outcome_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns `(params, examples) -> (loss f32[], error f32[])`, compiled: means over all examples of a split.
+def make_evaluate(functions: dict[str, Callable[..., jax.Array]]) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `(params, examples) -> {name: f32[]}`, compiled: means over all examples of a split.
 
     Args:
-      outcome_fn: `(params, *example) -> (loss f[], error f[])` of one example; examples are pytrees with leading axis
-        N.
+      functions: {name: `(params, *example) -> f[]`}, of one example; examples are pytrees with leading axis N.
+
+    Example:
+      >>> evaluate = make_evaluate({"sum": lambda params, x: params * jnp.sum(x)})
+      >>> {name: float(mean) for name, mean in evaluate(jnp.float32(2), (jnp.ones((5, 3)),)).items()}
+      {'sum': 6.0}
     """
 
     def evaluate(params, examples):
-        losses, errors = jax.lax.map(lambda example: outcome_fn(params, *example), examples, batch_size=CHUNK_SIZE)
-        return jnp.mean(losses), jnp.mean(errors)
+        def measure(example):
+            return {name: function(params, *example) for name, function in functions.items()}
+
+        return jax.tree.map(jnp.mean, jax.lax.map(measure, examples, batch_size=CHUNK_SIZE))
 
     return jax.jit(evaluate)
 

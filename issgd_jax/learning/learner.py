@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from issgd_jax.gradnorm import value_grad_and_norms
+from issgd_jax.gradnorm import positional_key, value_grad_and_norms
 from issgd_jax.learning import variance
 from issgd_jax.sampling import Draw, Sampler, SamplerState
 from issgd_jax.sampling.sampler import order_after
+
+# Number of the stream of keys of the losses; draws have the numbers below 2^31.
+_LOSS_STREAM = 2**32 - 1
 
 
 class TrainState(NamedTuple):
@@ -98,10 +101,12 @@ class Learner:
       optimizer: of optax.
       refresh: whether the norms of each minibatch, which its own backward pass gives, become its examples' scores.
       score_fn: `(params, *batch) -> f32[B]` where scores are not gradient norms; a refresh then costs that too, and the
-        norms still teach the proposal what scores mean. None: the gradient norms.
+        norms still teach the proposal what scores mean. None: the gradient norms. Of a loss that takes a key, keys
+        are the last batch argument.
       moments: whether metrics include moments of the gradient.
       skip_nonfinite: BIASED: a minibatch whose loss or gradient is not finite updates nothing.
       check_gradient: whether the gradient is checked too where nothing else needs its norm.
+      loss_seed: of the keys of the losses, one for each example and step; None: loss_fn takes no `key=`.
       mesh: of one axis, the devices that share every minibatch, whose size they divide; None: one device.
     """
 
@@ -112,6 +117,7 @@ class Learner:
     moments: bool = False
     skip_nonfinite: bool = False
     check_gradient: bool = False
+    loss_seed: int | None = None
     mesh: Mesh | None = None
 
     def gradient(self, params, step: jax.Array, drawn: Draw, examples) -> Gradient:
@@ -123,7 +129,8 @@ class Learner:
           examples: pytrees with leading axis N on the learner's device.
         """
         backward = _shared(self._backward, self.mesh.axis_names[0]) if self.mesh else self._backward
-        losses, gradient, norms, scores = backward(params, examples, *drawn)
+        keys = None if self.loss_seed is None else loss_keys(self.loss_seed, step, drawn.indices.size)
+        losses, gradient, norms, scores = backward(params, examples, *drawn, keys)
         finite = jnp.all(jnp.isfinite(losses))
         if self.refresh:
             finite &= jnp.all(jnp.isfinite(norms))
@@ -192,9 +199,11 @@ class Learner:
 
         return jax.jit(train_step, donate_argnames=("state", "sampler_state"), static_argnames="uniform")
 
-    def _backward(self, params, examples, indices, importance_weights):
-        batch = jax.tree.map(lambda x: x[indices], examples)
-        losses, gradient, norms = value_grad_and_norms(self.loss_fn)(params, importance_weights, *batch)
+    def _backward(self, params, examples, indices, importance_weights, keys):
+        batch, loss_fn = jax.tree.map(lambda x: x[indices], examples), self.loss_fn
+        if keys is not None:
+            batch, loss_fn = (*batch, keys), positional_key(loss_fn)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
         scores = self.score_fn(params, *batch) if self.refresh and self.score_fn else norms
         return losses, gradient, norms, scores
 
@@ -208,11 +217,23 @@ class Learner:
         return jax.tree.map(lambda x, y: jnp.where(gradient.finite, x, y), new, old)
 
 
+def loss_keys(seed: int, step: jax.Array, number: int) -> jax.Array:
+    """Returns keys of the losses of `number` examples at one step, independent of all draws.
+
+    Example:
+      >>> loss_keys(0, jnp.int32(3), 2).shape
+      (2,)
+    """
+    stream = jax.random.fold_in(jax.random.key(seed), jnp.uint32(_LOSS_STREAM))
+    return jax.random.split(jax.random.fold_in(stream, step), number)
+
+
 def _shared(backward: Callable, axis: str) -> Callable:
     """Returns `backward` of the whole minibatch, of which each device along the axis computes an equal part."""
 
-    def shared_backward(params, examples, indices, importance_weights):
-        part = [x.reshape(jax.lax.axis_size(axis), -1)[jax.lax.axis_index(axis)] for x in (indices, importance_weights)]
+    def shared_backward(params, examples, *minibatch):
+        num_devices, device = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+        part = jax.tree.map(lambda x: x.reshape(num_devices, -1)[device], minibatch)
         losses, gradient, *others = backward(params, examples, *part)
         losses, *others = jax.lax.all_gather((losses, *others), axis, tiled=True)
         return losses, jax.lax.pmean(gradient, axis), *others

@@ -174,8 +174,7 @@ class _Training:
         sampler_state = state.sampler_state
         if not state.payoff_state.active:
             sampler_state = sampler_state.with_table(self._uniform_table)
-        step = put(np.int32(state.step), parts.placement)
-        measured = parts.measure(*one_copy((state.train_state.params, sampler_state, step)))
+        measured = parts.measure(*one_copy((state.train_state.params, sampler_state)))
         if not math.isfinite(measured["train/loss"]) and not self._plan.skip_nonfinite:
             raise diagnosis.nonfinite_loss(state.step, self._writer.last, self._resume_hint())
         if self._plan.strict:
@@ -183,7 +182,7 @@ class _Training:
         row = self._counters() | measured | self._payoff_columns() | self._memory_columns()
         self._writer.write(row)
         self._plan.progress.measured(row)
-        return measured.get("test/error")
+        return measured.get("test/error", measured.get("test/loss"))
 
     def _counters(self) -> dict[str, float]:
         state = self._state

@@ -3,57 +3,65 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
+from issgd_jax.gradnorm import positional_key
 from issgd_jax.learning import evaluate
-from issgd_jax.sampling import SamplerState, effective_sample_size
-from issgd_jax.task.problem import Problem, gradient_norm, minibatch_size
+from issgd_jax.sampling import Sampler
+from issgd_jax.scoring.scores import GradientNorm, without_key
+from issgd_jax.task.problem import SCORING_MICROBATCH, Problem
 
 
-def make_measure(config: ConfigDict, problem: Problem) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `(params, sampler_state, step, train_examples, test_examples) -> {metric: f[]}`, compiled.
+def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `(params, sampler_state, train_examples, test_examples) -> {metric: f[]}`, compiled.
 
     Args:
       config: of the run; `monitor.examples` of the training examples, always the same, measure the variance.
-      problem: loss, outcome and data.
+      problem: its loss and metrics. A loss that takes a key gets the same one for an example at every measurement.
+      sampler: of the states; test_examples is None where there are none.
     """
-    num_examples = len(problem.train_data)
-    sample_size = min(config.monitor.examples, num_examples)
-    sample = np.sort(np.random.default_rng(0).permutation(num_examples)[:sample_size]).astype(np.int32)
-    evaluate_split = evaluate.make_evaluate(problem.outcome_fn)
-    measure_variance = evaluate.make_measure_variance(problem.loss_fn, gradient_norm(problem))
+    sample_size = min(config.monitor.examples, sampler.num_examples)
+    sample = np.sort(np.random.default_rng(0).permutation(sampler.num_examples)[:sample_size]).astype(np.int32)
+    loss_fn = positional_key(problem.loss_fn) if problem.keyed else problem.loss_fn
+    metrics = {name: without_key(metric) if problem.keyed else metric for name, metric in problem.metrics.items()}
+    evaluate_split = evaluate.make_evaluate({"loss": loss_fn} | metrics)
+    measure_variance = evaluate.make_measure_variance(loss_fn, GradientNorm(loss_fn, SCORING_MICROBATCH))
     has_scores = config_lib.samples_by_importance(config)
 
-    def measure(params, sampler_state, step, train_examples, test_examples):
-        train_loss, train_error = evaluate_split(params, train_examples)
-        test_loss, test_error = evaluate_split(params, test_examples)
-        roots = measure_variance(params, sampler_state.table, train_examples, sample)
+    def with_keys(examples):
+        size = jax.tree.leaves(examples)[0].shape[0]
+        return (*examples, jax.random.split(jax.random.key(0), size)) if problem.keyed else examples
+
+    def measure(params, sampler_state, train_examples, test_examples):
+        splits = {"train": with_keys(train_examples)}
+        if test_examples is not None:
+            splits["test"] = with_keys(test_examples)
+        means = {split: evaluate_split(params, examples) for split, examples in splits.items()}
+        roots = measure_variance(params, sampler_state.table, splits["train"], sample)
         measured = {
-            "train/loss": train_loss,
-            "train/error": train_error,
-            "test/loss": test_loss,
-            "test/error": test_error,
+            **{f"{split}/{name}": mean for split, of_split in means.items() for name, mean in of_split.items()},
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
             # A uniform minibatch of this size has the same variance.
-            "variance/equivalent_batch": minibatch_size(config) * roots.gain,
+            "variance/equivalent_batch": sampler.batch_size * roots.gain,
         }
         if not has_scores:
             return measured
-        described = _describe_scores(sampler_state, step, minibatch_size(config))
-        return measured | {f"scores/{name}": value for name, value in described.items()}
+        described = sampler.metrics(sampler_state)
+        # The variance above is exact, where the sampler can only estimate.
+        known = {name: value for name, value in described.items() if name not in ("gain", "equivalent_batch")}
+        return measured | {f"scores/{name}": value for name, value in known.items()}
 
     return jax.jit(measure)
 
 
 def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_examples) -> Callable[..., dict]:
-    """Returns `(params, sampler_state, step) -> {metric: number}`, measured on the device; it waits for the result."""
-    test_examples = jax.device_put((problem.test_data.images, problem.test_data.labels), device)
+    """Returns `(params, sampler_state) -> {metric: number}`, measured on the device; it waits for the result."""
+    test_examples = jax.device_put(problem.examples("test"), device)
 
-    def measure_row(params, sampler_state, step) -> dict[str, float]:
-        return to_row(jax.device_get(measure(params, sampler_state, step, train_examples, test_examples)))
+    def measure_row(params, sampler_state) -> dict[str, float]:
+        return to_row(jax.device_get(measure(params, sampler_state, train_examples, test_examples)))
 
     return measure_row
 
@@ -61,16 +69,3 @@ def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_ex
 def to_row(measured: dict) -> dict[str, float]:
     """Returns a row of metrics as numbers of Python, from arrays f[]."""
     return {name: value.item() for name, value in measured.items()}
-
-
-def _describe_scores(sampler_state: SamplerState, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
-    store = sampler_state.store
-    staleness = jnp.where(store.scored, store.staleness(step), 0)
-    num_scored = jnp.sum(store.scored)
-    return {
-        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
-        "staleness_max": jnp.max(staleness),
-        "scored_fraction": num_scored / len(store),
-        "effective_sample_size": effective_sample_size(sampler_state.table, batch_size),
-        "rejected": sampler_state.rejected.count,
-    }

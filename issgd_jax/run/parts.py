@@ -21,8 +21,9 @@ class Parts:
       sampler: the draw.
       train_step: see `learning.learner.Learner.compile`.
       train_examples: pytrees with leading axis N.
-      measure: `(params, sampler_state, step) -> {metric: number}`, on the learner's first device.
+      measure: `(params, sampler_state) -> {metric: number}`, on the learner's first device.
       pool: of workers, see `scoring.workers.WorkerPool`; None without workers.
+      broadcast: `train_state -> pytree`, what workers score with: the parameters, and the step where losses take keys.
       schedule: of rounds, see `scoring.schedule`.
       window: steps between rebuilds of the table, unless rounds rebuild it; and between decisions of the payoff.
       are_norms: whether workers' scores are gradient norms.
@@ -40,6 +41,7 @@ class Parts:
     train_examples: Any
     measure: Callable
     pool: Any | None
+    broadcast: Callable[[TrainState], Any]
     schedule: Any
     window: int
     are_norms: bool

@@ -59,7 +59,7 @@ class Rounds:
         if num_rounds == 0:
             return
         try:
-            params = one_copy(state.train_state.params)
+            params = one_copy(self._parts.broadcast(state.train_state))
             state.in_flight.extend(self._pool.score_next(params, state.step, num_rounds))
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)

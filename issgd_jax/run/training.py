@@ -23,13 +23,15 @@ from issgd_jax.run import loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.checkpoint import Checkpoint, Checkpoints
 from issgd_jax.run.supervision import Supervision
-from issgd_jax.task.problem import explain_norms
+from issgd_jax.task.problem import Problem, explain_norms
 
 # Fields in which the processes of a learner may differ.
 _PROCESS_FIELDS = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = False) -> list[dict]:
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, *, problem: Problem | None = None, overwrite: bool = False
+) -> list[dict]:
     """Trains as the config says and returns the rows of metrics.jsonl.
 
     A run of the same experiment in workdir is resumed from its newest checkpoint; one that has done all its steps is
@@ -40,6 +42,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
     Args:
       config: see `issgd_jax.config.default`.
       workdir: folder of the run; created if it is missing.
+      problem: model, loss, data and optimiser of the caller's own; None: those of the config.
       overwrite: whether a run that is there is replaced.
 
     Guarantees:
@@ -63,10 +66,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, overwrite: bool = 
       >>> [row["step"] for row in rows]
       [0, 10, 20]
     """
-    if not overwrite and (rows := _finished(wiring.resolve(config), pathlib.Path(workdir))):
+    if not overwrite and (rows := _finished(wiring.resolve(config, problem), pathlib.Path(workdir))):
         return rows
     with processes.noticing_loss():
-        prepared = wiring.prepare(config)
+        prepared = wiring.prepare(config, problem)
         if processes.is_first():
             return _train_in(workdir, prepared, overwrite)
         with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from issgd_jax.learning import asgd
 from issgd_jax.learning import payoff as payoff_lib
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.learning.optimizer import create_optimizer
+from issgd_jax.loading.source import arguments
 from issgd_jax.run.measure import make_measure, measure_on
 from issgd_jax.run.parts import Parts
 from issgd_jax.sampling import Calibrated, Mixture, Proportional, Sampler, Uniform
@@ -24,22 +25,50 @@ from issgd_jax.sampling.uniform import largest_minibatch
 from issgd_jax.scoring import schedule
 from issgd_jax.scoring.workers import WorkerPool
 from issgd_jax.task import data
-from issgd_jax.task.problem import Problem, make_objective, make_problem, make_score_fn, minibatch_size
+from issgd_jax.task.problem import (
+    ImageProblem,
+    Problem,
+    check_memory,
+    import_problem,
+    make_objective,
+    make_problem,
+    make_score_fn,
+    make_worker_score_fn,
+    minibatch_size,
+)
+from issgd_jax.task.problem import check as check_problem
 
 
-def make_parts(config: ConfigDict) -> Parts:
+def make_parts(config: ConfigDict, problem: Problem | None = None) -> Parts:
     """Returns the parts of a run of the config; raises InputError if a value cannot work."""
-    prepared = prepare(config)
+    prepared = prepare(config, problem)
     with jax.default_device(prepared.roles.learner):
         return build(prepared)
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns the config as it is run and recorded; raises InputError if a value cannot work."""
+def resolve(config: ConfigDict, problem: Problem | None = None) -> ConfigDict:
+    """Returns the config as it is run and recorded, with the name of the problem.
+
+    Raises:
+      InputError: a value cannot work.
+    """
     config_lib.validate(config)
+    config = config.copy_and_resolve_references()
     if config.proposal.when == "off":
-        config = config.copy_and_resolve_references()
         config.proposal.name = "uniform"
+    if problem is None:
+        return config
+    if config.problem is not None:
+        raise InputError(f"problem is given, and config.problem is {config.problem!r}: give one of them")
+    if config.cluster.address is not None:
+        raise InputError(
+            "cluster.address is set, but workers on other machines must make the problem themselves: give it as "
+            "--config.problem=module:function"
+        )
+    function = problem.loss_fn
+    config.problem = problem.name or ".".join(
+        getattr(function, name, type(function).__name__) for name in ("__module__", "__qualname__")
+    )
     return config
 
 
@@ -52,17 +81,18 @@ class Prepared:
     problem: Problem
     sampler: Sampler
     optimizer: optax.GradientTransformation
-    train_examples: tuple[jax.Array, jax.Array]
+    train_examples: tuple
     pool: WorkerPool | ClusterPool | None
 
 
-def prepare(config: ConfigDict) -> Prepared:
-    """Checks the config and loads the data.
+def prepare(config: ConfigDict, problem: Problem | None = None) -> Prepared:
+    """Checks config and problem, and loads the data.
 
     Raises:
       InputError: a value cannot work.
     """
-    config = resolve(config)
+    reference = config.problem if problem is None else None
+    config = resolve(config, problem)
     processes.join(**config.distributed)
     is_asynchronous = config.learner.asynchronous > 1
     roles = devices.assign_roles(
@@ -72,12 +102,26 @@ def prepare(config: ConfigDict) -> Prepared:
         together=not is_asynchronous,
     )
     with jax.default_device(roles.learner):
-        problem = make_problem(config)
-        sampler = make_sampler(config, len(problem.train_data))
-        optimizer = make_optimizer(config)
-        train_examples = devices.put((problem.train_data.images, problem.train_data.labels), roles.placement)
+        if reference is not None:
+            problem = import_problem(reference)
+        if problem is None:
+            problem = make_problem(config)
+        else:
+            check_problem(problem)
+        check_memory(config, problem, roles.learner)
+        sampler = make_sampler(config, problem.source("train").num_examples)
+        optimizer = problem.optimizer or make_optimizer(config)
+        train_examples = devices.put(_all_examples(problem), roles.placement)
         pool = _make_pool(config, roles, problem, train_examples)
         return Prepared(config, roles, problem, sampler, optimizer, train_examples, pool)
+
+
+def _all_examples(problem: Problem) -> tuple:
+    """Returns the training examples; raises InputError if they cannot be read."""
+    try:
+        return problem.examples("train")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train data of the problem: {error}") from error
 
 
 def build(prepared: Prepared) -> Parts:
@@ -85,7 +129,7 @@ def build(prepared: Prepared) -> Parts:
     config, problem, roles, pool = prepared.config, prepared.problem, prepared.roles, prepared.pool
     sampler, train_examples = devices.put(prepared.sampler, roles.placement), prepared.train_examples
     params = jax.jit(problem.init)(jax.random.key(config.seed))
-    payoff = _make_payoff(config, len(problem.train_data), pool)
+    payoff = _make_payoff(config, sampler.num_examples, pool)
     train_state = devices.put(TrainState.init(params, prepared.optimizer), roles.placement)
     sampler_state = devices.put(prepared.sampler.init(config.seed), roles.placement)
     if config.learner.asynchronous > 1:
@@ -101,8 +145,11 @@ def build(prepared: Prepared) -> Parts:
         sampler=sampler,
         train_step=train_step,
         train_examples=train_examples,
-        measure=measure_on(roles.learner, make_measure(config, problem), problem, devices.one_copy(train_examples)),
+        measure=measure_on(
+            roles.learner, make_measure(config, problem, prepared.sampler), problem, devices.one_copy(train_examples)
+        ),
         pool=pool,
+        broadcast=_params_and_step if problem.keyed else _params,
         schedule=_make_schedule(config.schedule, pool),
         window=config.schedule.steps_per_round,
         are_norms=config.workers.score == "gradient_norm",
@@ -114,6 +161,14 @@ def build(prepared: Prepared) -> Parts:
     )
 
 
+def _params(state: TrainState):
+    return state.params
+
+
+def _params_and_step(state: TrainState):
+    return state.params, state.step
+
+
 def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
     """Returns the config's sampler.
 
@@ -121,6 +176,8 @@ def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
       InputError: a minibatch is larger than what it is drawn from.
     """
     batch_size, draw = minibatch_size(config), config.learner.draw
+    if num_examples < 2:
+        raise InputError("there is 1 training example: the variance of the gradients needs at least 2")
     available = min(num_examples, largest_minibatch(num_examples, draw))
     if batch_size > available:
         learners = f" on each of {config.devices.learners} learners" if config.devices.learners > 1 else ""
@@ -163,6 +220,7 @@ def make_learner(config: ConfigDict, problem: Problem, optimizer, **options) -> 
         refresh=config.learner.refresh and config_lib.samples_by_importance(config),
         score_fn=None if config.workers.score == "gradient_norm" else make_score_fn(config, problem),
         skip_nonfinite=config.on_nonfinite == "skip",
+        loss_seed=config.seed if problem.keyed else None,
         **options,
     )
 
@@ -200,8 +258,8 @@ def _make_pool(config: ConfigDict, roles: devices.Roles, problem: Problem, train
         if config.cluster.address is not None:
             return _make_cluster_pool(config, problem)
         return WorkerPool(
-            make_score_fn(config, problem),
-            train_examples if is_shared else (problem.train_data.images, problem.train_data.labels),
+            make_worker_score_fn(config, problem),
+            train_examples if is_shared else problem.examples("train"),
             devices=roles.workers,
             chunk_size=config.workers.chunk_size,
         )
@@ -216,9 +274,13 @@ def _make_cluster_pool(config: ConfigDict, problem: Problem) -> ClusterPool:
             "each of which would get other scores: use devices.learners in one process, or workers on its machines"
         )
     params = jax.eval_shape(problem.init, jax.random.key(0))
+    if isinstance(problem, ImageProblem):
+        make = functools.partial(make_work, config.to_dict(), problem.num_classes, *problem.standardization)
+    else:
+        make = functools.partial(make_own_work, config.to_dict())
     return ClusterPool(
-        functools.partial(make_work, config.to_dict(), problem.train_data.num_classes, *problem.standardization),
-        num_examples=len(problem.train_data),
+        make,
+        num_examples=problem.source("train").num_examples,
         chunk_size=config.workers.chunk_size,
         address=config.cluster.address,
         num_workers=config.cluster.workers,
@@ -228,7 +290,7 @@ def _make_cluster_pool(config: ConfigDict, problem: Problem) -> ClusterPool:
 
 
 def make_work(config: dict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Work:
-    """Returns the work of a worker on another machine; called there, and reads nothing of the data but its size.
+    """Returns the work of a worker on images; called on its machine, and reads nothing of the data but its size.
 
     Raises:
       InputError: the machine lacks the data or the devices.
@@ -241,9 +303,26 @@ def make_work(config: dict, num_classes: int, mean: np.ndarray, std: np.ndarray)
         return rows.images, rows.labels
 
     return Work(
-        make_score_fn(config, make_objective(config, num_classes, mean, std)),
+        make_worker_score_fn(config, make_objective(config, num_classes, mean, std)),
         load,
         data.count(name, split, folder),
+        devices.scoring_devices(config.devices.workers, config.devices.host_platform_count),
+    )
+
+
+def make_own_work(config: dict) -> Work:
+    """Returns the work of a worker on the problem that config.problem names; called on its machine.
+
+    Raises:
+      InputError: the machine lacks the module or the devices.
+    """
+    config = ConfigDict(config)
+    problem = import_problem(config.problem)
+    source = problem.source("train")
+    return Work(
+        make_worker_score_fn(config, problem),
+        lambda first, last: arguments(source.gather(np.arange(first, last))),
+        source.num_examples,
         devices.scoring_devices(config.devices.workers, config.devices.host_platform_count),
     )
 

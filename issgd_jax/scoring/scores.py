@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.gradnorm.caching import cached, remember
+
+# Number of the stream of keys of scores; draws have the numbers below 2^31, losses another one above.
+_SCORE_STREAM = 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +51,16 @@ class PerExample:
     microbatch_size: int | None = None
 
     def __call__(self, params, *batch) -> jax.Array:
-        return jax.lax.map(
-            lambda example: self.function(params, *example).astype(jnp.float32),
-            batch,
-            batch_size=self.microbatch_size or jax.tree.leaves(batch)[0].shape[0],
-        )
+        return _map_examples(self.function, self.microbatch_size)(params, *batch)
+
+
+@cached
+def _map_examples(function, microbatch_size):
+    def scores(params, *batch):
+        size = microbatch_size or jax.tree.leaves(batch)[0].shape[0]
+        return jax.lax.map(lambda example: function(params, *example).astype(jnp.float32), batch, batch_size=size)
+
+    return scores
 
 
 def loss(loss_fn: Callable[..., jax.Array], microbatch_size: int | None = None) -> PerExample:
@@ -75,10 +84,45 @@ def last_layer(logits_fn: Callable[..., jax.Array], microbatch_size: int | None 
       [0.707]
     """
 
+    return PerExample(_last_layer_bound(logits_fn), microbatch_size)
+
+
+@remember
+def _last_layer_bound(logits_fn: Callable) -> Callable:
     def bound(params, *example):
         *inputs, label = example
         probabilities = jax.nn.softmax(logits_fn(params, *inputs).astype(jnp.float32))
         difference = probabilities - jax.nn.one_hot(label, probabilities.shape[-1])
         return jnp.sqrt(jnp.sum(jnp.square(difference)))
 
-    return PerExample(bound, microbatch_size)
+    return bound
+
+
+@remember
+def without_key(function: Callable) -> Callable:
+    """Returns the function of one example, or of a batch, for arguments that end with keys, which it does not take."""
+    return lambda *args: function(*args[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """Score with new random keys at every step, one for each example; `((params, step), *batch) -> f32[B]`.
+
+    Attributes:
+      score_fn: `(params, *batch, keys) -> f32[B]`.
+      seed: of the keys.
+
+    Example:
+      >>> score_fn = Keyed(PerExample(lambda params, x, key: x * jax.random.uniform(key)), seed=0)
+      >>> score_fn((None, jnp.int32(7)), jnp.ones(3)).shape
+      (3,)
+    """
+
+    score_fn: Callable[..., jax.Array]
+    seed: int
+
+    def __call__(self, params_and_step, *batch) -> jax.Array:
+        params, step = params_and_step
+        key = jax.random.fold_in(jax.random.key(self.seed), jnp.uint32(_SCORE_STREAM))
+        keys = jax.random.split(jax.random.fold_in(key, step), jax.tree.leaves(batch)[0].shape[0])
+        return self.score_fn(params, *batch, keys)

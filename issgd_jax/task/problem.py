@@ -1,16 +1,22 @@
-"""The learning problem of a config: data, network, loss and scores."""
+"""What is learned: the user's own problem, or that of a config: data, network, loss and scores."""
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from issgd_jax import devices
 from issgd_jax.errors import InputError
-from issgd_jax.gradnorm import explain
+from issgd_jax.gradnorm import explain, per_example_grad_norms, positional_key
+from issgd_jax.loading.source import Source, arguments, as_source
 from issgd_jax.scoring import scores as scores_lib
 from issgd_jax.task import data, losses, models
 
@@ -20,35 +26,154 @@ SCORING_MICROBATCH = 256
 BYTES_A_PARAMETER, BYTES_A_GRADIENT = 12, 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Network and loss of ONE example: image uint8[H, W, channels], label i32[].
+    """Functions of ONE example, without data; see `Problem`."""
 
-    Attributes:
-      init: `key -> params`.
-      logits_fn: `(params, image) -> f32[C]`.
-      loss_fn: `(params, image, label) -> f32[]`.
-      outcome_fn: `(params, image, label) -> (loss f32[], error f32[])`.
+    init: Callable[[jax.Array], Any]
+    loss_fn: Callable[..., jax.Array]
+    metrics: Mapping[str, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict)
+    logits_fn: Callable[..., jax.Array] | None = None
+    keyed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(Objective):
+    """What `issgd_jax.train` learns: any model, loss and data.
+
+    An example is what the source holds: one that is a tuple becomes several arguments, `loss_fn(params, *example)`,
+    anything else, such as a dict, is one.
+
+    Args:
+      init: `key -> params`, any pytree of floating-point arrays.
+      loss_fn: `(params, *example) -> f[]`, the loss of ONE example; `issgd_jax.per_example` makes one of the loss of a
+        batch. A weight that the data gives an example is a factor of its loss.
+      metrics: {name: `(params, *example) -> f[]`}, measured as means over both splits, beside the loss. One that is
+        named "loss" is measured instead of loss_fn, for instance without dropout; the best checkpoint is that of the
+        least test "error", or, without that, of the least test loss.
+      logits_fn: `(params, *inputs) -> f[C]`, for the scores of `workers.score=last_layer`, where examples end with a
+        label.
+      keyed: whether loss_fn takes a random key, `loss_fn(params, *example, key=key)`: one for each example and step.
+      train: training examples, see `loading.source.as_source`; they are held on the learner's device.
+      test: test examples; None: nothing is measured on them.
+      optimizer: of optax; None: that of the config.
+      collate: see `loading.source.as_source`.
+      name: by which a folder knows its run; None: that of loss_fn.
+
+    Example:
+      >>> import tempfile, issgd_jax
+      >>> x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+      >>> problem = issgd_jax.Problem(
+      ...     init=lambda key: jnp.zeros(3),
+      ...     loss_fn=lambda params, x, y: (x @ params - y) ** 2,
+      ...     train=(x, x @ np.ones(3, np.float32)),
+      ...     optimizer=optax.adam(0.1),
+      ...     name="line",
+      ... )
+      >>> config = issgd_jax.config.default()
+      >>> config.steps, config.eval_every, config.workers.chunk_size, config.log.progress = 100, 100, 50, False
+      >>> rows = issgd_jax.train(config, tempfile.mkdtemp(), problem=problem)
+      >>> rows[-1]["train/loss"] < 0.01
+      True
     """
 
-    init: Callable
-    logits_fn: Callable
-    loss_fn: Callable
-    outcome_fn: Callable
+    train: Any
+    test: Any = None
+    optimizer: optax.GradientTransformation | None = None
+    collate: Callable[[list], Any] | None = None
+    name: str | None = None
+
+    def source(self, split: str) -> Source:
+        """Returns the examples of "train" or "test".
+
+        Raises:
+          InputError: they cannot be read.
+        """
+        try:
+            return as_source(getattr(self, split), self.collate)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{split} data of the problem: {error}") from error
+
+    def examples(self, split: str) -> tuple | None:
+        """Returns all examples of a split as arguments of the loss, arrays [N, ...]; None without test examples."""
+        return None if getattr(self, split) is None else arguments(self.source(split).all_rows())
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem(Objective):
-    """An objective with its data.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageProblem(Problem):
+    """The problem of a config: image uint8[H, W, channels], label i32[].
 
     Attributes:
-      train_data, test_data: the two splits.
+      num_classes: C.
       standardization: mean and standard deviation of the training images, f32[H, W, channels] each.
     """
 
-    train_data: data.Dataset
-    test_data: data.Dataset
+    num_classes: int
     standardization: tuple[np.ndarray, np.ndarray]
+
+
+def import_problem(reference: str) -> Problem:
+    """Returns the problem of `module:function`; the module may lie in the working directory.
+
+    Raises:
+      InputError: there is no such module or function, or it returns something else.
+
+    Example:
+      >>> import_problem("no_such_module:make_problem")
+      Traceback (most recent call last):
+      ...
+      issgd_jax.errors.InputError: problem is 'no_such_module:make_problem', but there is no module 'no_such_module': \
+run in the folder that has it, or set PYTHONPATH (see --config.problem)
+    """
+    module_name, _, function_name = reference.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"problem is {reference!r}, but there is no module {error.name!r}: run in the folder that has it, or set "
+            "PYTHONPATH (see --config.problem)"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"problem is {reference!r}, but {module_name} has no function {function_name!r}")
+    problem = function()
+    if not isinstance(problem, Problem):
+        raise InputError(
+            f"problem is {reference!r}, but it returns a {type(problem).__name__}, not an issgd_jax.Problem"
+        )
+    return problem
+
+
+def check(problem: Problem) -> None:
+    """Traces a problem of the user's own on one example of each split; compiles nothing.
+
+    Raises:
+      InputError: init, the loss or a metric fails on it, or returns something else than a floating-point scalar.
+    """
+    init = _traced("init", problem.init, jax.random.key(0))
+    for split in ("train", "test") if problem.test is not None else ("train",):
+        try:
+            batch = arguments(problem.source(split).gather(np.zeros(1, np.int64)))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{split} data of the problem: {error}") from error
+        key = {"key": jax.random.key(0)} if problem.keyed else {}
+        loss_fn = per_example_grad_norms(problem.loss_fn, keyed=problem.keyed)
+        _traced(f"the loss of a {split} example", loss_fn, init, *batch, **key)
+        example = jax.tree.map(lambda x: x[0], batch)
+        for name, metric in problem.metrics.items():
+            value = _traced(f"metric {name!r} of a {split} example", metric, init, *example)
+            if jax.tree.map(jnp.shape, value) != ():
+                raise InputError(f"metric {name!r} must return one number for one example, got {value}")
+
+
+def _traced(what: str, function: Callable, *args, **keywords) -> Any:
+    try:
+        return jax.eval_shape(function, *args, **keywords)
+    except Exception as error:  # of the user's own code: traced here, nothing is compiled yet
+        notes = "".join(f". {note}" for note in getattr(error, "__notes__", []))
+        raise InputError(f"{what} fails: {type(error).__name__}: {error}{notes}") from error
 
 
 def minibatch_size(config: ConfigDict) -> int:
@@ -56,15 +181,13 @@ def minibatch_size(config: ConfigDict) -> int:
     return config.devices.learners * config.learner.batch_size
 
 
-def make_problem(config: ConfigDict) -> Problem:
+def make_problem(config: ConfigDict) -> ImageProblem:
     """Loads the config's data, and checks that its network can take them; compiles nothing.
 
     Raises:
       InputError: the data is missing or too small, or the network cannot take it or does not fit in memory.
     """
     train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
-    if len(train_data) < 2:
-        raise InputError("data.train_split has 1 example: the variance of its gradients needs at least 2")
     if train_data.images.shape[1:] != test_data.images.shape[1:]:
         raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
 
@@ -72,14 +195,19 @@ def make_problem(config: ConfigDict) -> Problem:
     objective = make_objective(config, train_data.num_classes, *standardization)
     try:
         params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
-        jax.eval_shape(objective.outcome_fn, params, train_data.images[0], train_data.labels[0])
+        jax.eval_shape(objective.loss_fn, params, train_data.images[0], train_data.labels[0])
     except Exception as error:  # any error of the network's library: only traced here, nothing is compiled yet
         raise InputError(
             f"model {config.model.name} cannot take images of shape {train_data.images.shape[1:]} (see "
             f"--config.model): {error}"
         ) from error
-    _check_memory(config, params)
-    return Problem(train_data=train_data, test_data=test_data, standardization=standardization, **vars(objective))
+    return ImageProblem(
+        **vars(objective),
+        train=(train_data.images, train_data.labels),
+        test=(test_data.images, test_data.labels),
+        num_classes=train_data.num_classes,
+        standardization=standardization,
+    )
 
 
 def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Objective:
@@ -101,11 +229,10 @@ def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: 
     def loss_fn(params, image, label):
         return losses.example_loss(logits_fn(params, image), label)
 
-    def outcome_fn(params, image, label):
-        outputs = logits_fn(params, image)
-        return losses.example_loss(outputs, label), losses.example_error(outputs, label)
+    def error_fn(params, image, label):
+        return losses.example_error(logits_fn(params, image), label)
 
-    return Objective(init, logits_fn, loss_fn, outcome_fn)
+    return Objective(init=init, loss_fn=loss_fn, metrics={"error": error_fn}, logits_fn=logits_fn)
 
 
 def _load(config: ConfigDict, split: str) -> data.Dataset:
@@ -115,33 +242,52 @@ def _load(config: ConfigDict, split: str) -> data.Dataset:
         raise InputError(f"{error} (see --config.data.name, --config.data.{split})") from error
 
 
-def _check_memory(config: ConfigDict, params) -> None:
-    device = jax.config.jax_default_device or jax.devices()[0]
-    num_params = sum(x.size for x in jax.tree.leaves(params))
+def check_memory(config: ConfigDict, problem: Problem, device: jax.Device) -> None:
+    """Raises InputError if parameters and training examples cannot fit on the learner's device."""
+    limit = devices.memory_bytes(device)
+    num_params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0))))
     in_flight = BYTES_A_GRADIENT * (config.learner.asynchronous - 1)
-    needed, limit = (BYTES_A_PARAMETER + in_flight) * num_params, devices.memory_bytes(device)
+    needed = (BYTES_A_PARAMETER + in_flight) * num_params
     if needed > limit:
         raise InputError(
-            f"model {config.model.name} has {num_params:,} parameters, which need {needed:,} bytes, but {device} has "
-            f"{limit:,}: make it smaller (see --config.model)"
+            f"the model has {num_params:,} parameters, which need {needed:,} bytes, but {device} has {limit:,}: make "
+            "it smaller (see --config.model)"
+        )
+    source = problem.source("train")
+    first = jax.tree.leaves(source.gather(np.zeros(1, np.int64)))
+    needed = source.num_examples * sum(x.nbytes for x in first)
+    if needed > limit:
+        raise InputError(
+            f"the {source.num_examples:,} training examples need {needed:,} bytes, but {device} has {limit:,}: use "
+            "fewer, or a loop of your own with issgd_jax.Prefetch, which keeps them on the host"
         )
 
 
-def gradient_norm(objective: Objective) -> Callable:
-    """Returns the score function of gradient norms, see `scores.GradientNorm`."""
-    return scores_lib.GradientNorm(objective.loss_fn, SCORING_MICROBATCH)
-
-
 def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
-    """Returns the config's score function of the workers, `(params, *batch) -> f32[B]`."""
+    """Returns the config's score function, `(params, *batch) -> f32[B]`; of a keyed loss `(params, *batch, keys)`.
+
+    Raises:
+      InputError: the scores need logits, and the problem has none.
+    """
     if config.workers.score == "last_layer":
-        return scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH)
+        if objective.logits_fn is None:
+            raise InputError("workers.score is last_layer, but the problem has no logits_fn: use gradient_norm or loss")
+        score_fn = scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH)
+        return scores_lib.without_key(score_fn) if objective.keyed else score_fn
+    loss_fn = positional_key(objective.loss_fn) if objective.keyed else objective.loss_fn
     if config.workers.score == "loss":
-        return scores_lib.loss(objective.loss_fn, SCORING_MICROBATCH)
-    return gradient_norm(objective)
+        return scores_lib.loss(loss_fn, SCORING_MICROBATCH)
+    return scores_lib.GradientNorm(loss_fn, SCORING_MICROBATCH)
+
+
+def make_worker_score_fn(config: ConfigDict, objective: Objective) -> Callable:
+    """Returns the score function of the workers, `(params, *batch)`; of a keyed loss `((params, step), *batch)`."""
+    score_fn = make_score_fn(config, objective)
+    return scores_lib.Keyed(score_fn, config.seed) if objective.keyed else score_fn
 
 
 def explain_norms(problem: Problem):
     """Returns how the gradient norm of each parameter is computed, see `gradnorm.explain`."""
     params = jax.eval_shape(problem.init, jax.random.key(0))
-    return explain(problem.loss_fn, params, problem.train_data.images[:1], problem.train_data.labels[:1])
+    batch = arguments(problem.source("train").gather(np.zeros(1, np.int64)))
+    return explain(problem.loss_fn, params, *batch, keyed=problem.keyed)
