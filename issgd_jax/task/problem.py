@@ -62,7 +62,7 @@ class Problem(Objective):
 
     Example:
       >>> import tempfile, issgd_jax
-      >>> x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+      >>> x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
       >>> problem = issgd_jax.Problem(
       ...     init=lambda key: jnp.zeros(3),
       ...     loss_fn=lambda params, x, y: (x @ params - y) ** 2,
