@@ -102,8 +102,7 @@ class Prefetch:
             self._clear()
         for ahead in self._ahead[len(self._queue) :]:
             num_draws, drawn, identity = _draw_ahead(self._sampler, state, ahead)
-            for array in (drawn.indices, *identity):
-                array.copy_to_host_async()
+            drawn.indices.copy_to_host_async()
             future = self._thread.submit(_fetch, self._source, drawn.indices, identity, self._device)
             self._queue.append((drawn, future))
         drawn, future = self._queue.popleft()
@@ -136,9 +135,8 @@ class Prefetch:
     def _may_continue(self, state: SamplerState) -> bool:
         """Returns whether the queue continues with this state, as far as that is known without waiting."""
         identity = state.num_draws, state.key
-        if self._next is None or not all(x.is_ready() for x in identity if isinstance(x, jax.Array)):
-            return True
-        return _on_host(identity) == self._next
+        is_known = all(x.is_ready() for x in identity if isinstance(x, jax.Array))
+        return bool(self._queue) and (not is_known or _on_host(identity) == self._next)
 
     def _clear(self) -> None:
         for _, future in self._queue:
