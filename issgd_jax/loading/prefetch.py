@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -101,10 +102,9 @@ class Prefetch:
         if not self._may_continue(state):
             self._clear()
         for ahead in self._ahead[len(self._queue) :]:
-            num_draws, drawn, identity = _draw_ahead(self._sampler, state, ahead)
-            for array in (drawn.indices, *identity):
-                array.copy_to_host_async()
-            future = self._thread.submit(_fetch, self._source, drawn.indices, identity, self._device)
+            num_draws, drawn, for_host = _draw_ahead(self._sampler, state, ahead)
+            for_host.copy_to_host_async()
+            future = self._thread.submit(_fetch, self._source, for_host, len(drawn.indices), self._device)
             self._queue.append((drawn, future))
         drawn, future = self._queue.popleft()
         try:
@@ -135,10 +135,9 @@ class Prefetch:
 
     def _may_continue(self, state: SamplerState) -> bool:
         """Returns whether the queue continues with this state, as far as that is known without waiting."""
-        identity = state.num_draws, state.key
-        if self._next is None or not all(x.is_ready() for x in identity if isinstance(x, jax.Array)):
-            return True
-        return _on_host(identity) == self._next
+        number, key = state.num_draws, state.key
+        is_known = all(x.is_ready() for x in (number, key) if isinstance(x, jax.Array))
+        return bool(self._queue) and (not is_known or _identity(*jax.device_get((number, key))) == self._next)
 
     def _clear(self) -> None:
         for _, future in self._queue:
@@ -149,18 +148,28 @@ class Prefetch:
 
 @jax.jit
 def _draw_ahead(sampler: Sampler, state: SamplerState, ahead: jax.Array):
-    """Returns the state's next num_draws, the draw so far ahead, and its identity: number and key."""
+    """Returns the state's next num_draws, the draw so far ahead, and its number, key and indices as one array."""
     number = state.num_draws + ahead
-    return state.num_draws + 1, sampler.draw_number(state, number), (number, state.key)
+    drawn = sampler.draw_number(state, number)
+    parts = number[None], state.key, drawn.indices  # one array, as every copy to the host has its own cost
+    return state.num_draws + 1, drawn, jnp.concatenate([part.astype(jnp.uint32) for part in parts])
 
 
 # No method: a thread that holds the Prefetch would keep it from being garbage-collected.
-def _fetch(source: Source, indices: jax.Array, identity: tuple, device) -> tuple[tuple[int, bytes], Any]:
+def _fetch(source: Source, for_host: jax.Array, batch_size: int, device) -> tuple[tuple[int, bytes], Any]:
     """Returns the identity of a draw and its rows on the device, when its indices are known."""
-    rows = jax.device_get(indices).astype(np.int64)
-    return _on_host(identity), jax.device_put(source.gather(rows), device)
+    # Implicit transfers take half the time of explicit ones, which matters where a CPU computes the step too.
+    with jax.transfer_guard("allow"):
+        identity, indices = np.split(np.asarray(for_host), [-batch_size])
+        batch = source.gather(indices.astype(np.int64))
+        batch = _on_default_device(batch) if device is None else jax.device_put(batch, device)
+    return _identity(identity[0], identity[1:]), batch
 
 
-def _on_host(identity: tuple) -> tuple[int, bytes]:
-    number, key = jax.device_get(identity)
+@jax.jit
+def _on_default_device(batch: Any) -> Any:
+    return batch
+
+
+def _identity(number: np.ndarray, key: np.ndarray) -> tuple[int, bytes]:
     return int(number), key.tobytes()
