@@ -48,6 +48,8 @@ class Dataset:
             raise InputError(
                 f"need one label an image, at least one; got {len(self.labels)} for {len(self.images)} images"
             )
+        if self.labels.dtype != np.int32:
+            raise InputError(f"labels must be int32[N], got {self.labels.dtype}: use labels.astype(np.int32)")
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= self.num_classes:
             raise InputError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}: mend the data set")

@@ -113,7 +113,7 @@ def test_any_problem_trains_by_importance(problem, tmp_path):
 )
 def test_every_part_of_the_trainer_takes_keys(changes, tmp_path):
     """Red if a learner, a schedule or a score calls a keyed loss without its key."""
-    rows = issgd_jax.train(config(**changes), tmp_path, problem=keyed())
+    rows = issgd_jax.train(config(learner__learning_rate=0.002, **changes), tmp_path, problem=keyed())
     assert np.isfinite(rows[-1]["train/loss"]) and rows[-1]["train/loss"] < rows[0]["train/loss"] * 1.2
 
 

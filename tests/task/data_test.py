@@ -95,6 +95,8 @@ def test_standardization_in_chunks_equals_that_of_the_whole():
         (np.zeros((3, 2, 2, 1), np.float32), np.zeros(3, np.int32), "images must be uint8"),
         (np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int32), "images must be uint8"),
         (np.zeros((3, 2, 2, 1), np.uint8), np.zeros(2, np.int32), "one label an image"),
+        (np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, np.nan]), r"labels must be int32\[N\], got float64: use"),
+        (np.zeros((3, 2, 2, 1), np.uint8), np.arange(3), "labels must be int32"),
         (np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, -1], np.int32), r"labels must lie in \[0, 2\), got -1 to 1"),
     ],
 )
