@@ -29,9 +29,8 @@ class Prefetch:
       - The draws are those of `Sampler.draw` as long as the table does not change; with depth 0 always.
       - A run is a function of its states: draws and tables do not depend on how fast anything is.
       - The learner waits for nothing but data, and may donate the state that it gets.
-      - A state that does not continue the last one, by its number or its key, starts a new queue. So that the learner
-        never waits for a state, one that is still being computed is only compared when its draws arrive: other runs and
-        checkpoints need a new `Prefetch`, or `jax.block_until_ready(state)` first, or `draw` may raise.
+      - One object serves one run. A state that does not continue the last one, by its number or its key, is noticed
+        when its draw arrives, `depth` calls later, and is an error: nothing waits for a state that is being computed.
 
     Example:
       >>> x = np.arange(1000.0, dtype=np.float32)
@@ -84,23 +83,22 @@ class Prefetch:
         """Returns the next minibatch and its rows, and dispatches a later one.
 
         Args:
-          state: as returned by the last call, updated or not; or of another run, see `Prefetch`. Not donated.
+          state: as returned by the last call, updated or not; of the first call any. Not donated.
 
         Returns:
           The state with one more draw counted; the draw: indices i32[B], importance_weights f32[B]; and the batch, a
           pytree of arrays [B, ...] on the device.
 
         Raises:
-          RuntimeError: the `Prefetch` is closed, or states of two runs were mixed while they were still being computed.
-          Exception: of the source or of collate, at the draw whose batch it concerns. The next call tries again, from
-            the state that it is given.
+          RuntimeError: the `Prefetch` is closed, or a state does not continue the one before it.
+          Exception: of the source or of collate, at the draw whose batch it concerns.
+
+        After an error, the next call begins again from the state that it is given.
         """
         if not self._close.alive:
             raise RuntimeError("Prefetch is closed: make a new one")
         if isinstance(state.num_draws, jax.core.Tracer):
             raise TypeError("Prefetch.draw cannot be compiled: call it outside jit, and pass the batch to the function")
-        if not self._may_continue(state):
-            self._clear()
         for ahead in self._ahead[len(self._queue) :]:
             num_draws, drawn, for_host = _draw_ahead(self._sampler, state, ahead)
             for_host.copy_to_host_async()
@@ -113,7 +111,7 @@ class Prefetch:
                 raise RuntimeError(
                     f"draw {self._next[0]} was to follow, but the states given are those of draw {number}"
                     + (" of another seed" if key != self._next[1] else "")
-                    + ": for another run or a checkpoint make a new Prefetch, or jax.block_until_ready(state) first"
+                    + ": make a new Prefetch for another run, or for one that is restored"
                 )
         except BaseException:
             self._clear()
@@ -132,12 +130,6 @@ class Prefetch:
 
     def __exit__(self, *exception):
         self.close()
-
-    def _may_continue(self, state: SamplerState) -> bool:
-        """Returns whether the queue continues with this state, as far as that is known without waiting."""
-        number, key = state.num_draws, state.key
-        is_known = all(x.is_ready() for x in (number, key) if isinstance(x, jax.Array))
-        return bool(self._queue) and (not is_known or _identity(*jax.device_get((number, key))) == self._next)
 
     def _clear(self) -> None:
         for _, future in self._queue:

@@ -96,28 +96,20 @@ def test_the_mean_over_prefetched_draws_is_unbiased():
     assert error < 0.1 and abs(means.mean() - f.mean()) < 4 * error
 
 
-def test_a_state_that_is_not_the_next_starts_anew():
-    """Red if a restored state, or that of another seed, gets what was drawn for the last one."""
-    with Prefetch(SAMPLER, X) as prefetch:
-        state = saved = scored()
-        for step in range(7):
-            state, drawn, _ = prefetch.draw(state)
-            state = jax.block_until_ready(update(SAMPLER, copy(state), drawn))
-            saved = copy(state) if step == 3 else saved
-        for other in (saved, scored(seed=1), jax.tree.map(np.asarray, saved), state):
-            assert_same(prefetch.draw(other), draw(SAMPLER, jax.device_put(other)))
-
-
-def test_a_state_of_another_run_that_is_not_ready_never_passes_unseen():
-    """A state that is still computed is only known to be another when its own draws arrive."""
-    prefetch, state = Prefetch(SAMPLER, X), scored()
-    state, _, _ = prefetch.draw(state)
-    other = scored(seed=1)
-    prefetch._may_continue = lambda state: True  # as for a state that is still being computed
-    with pytest.raises(RuntimeError, match=r"draw 3 was to follow.*those of draw 2 of another seed: for another run"):
-        for _ in range(3):
-            other, _, _ = prefetch.draw(other)
-    assert_same(prefetch.draw(other), draw(SAMPLER, other))
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("other", ["earlier", "of another seed"])
+def test_a_state_that_does_not_follow_never_passes_unseen(other, depth):
+    """Red if a restored state, or that of another seed, gets what was drawn for the last one without a word."""
+    prefetch, state = Prefetch(SAMPLER, X, depth), scored()
+    saved = copy(state) if other == "earlier" else scored(seed=1)
+    for _ in range(4):
+        state, drawn, _ = prefetch.draw(state)
+        state = update(SAMPLER, state, drawn)
+    with pytest.raises(RuntimeError, match="was to follow, but the states given are those of draw .*: make a new"):
+        for _ in range(depth + 1):
+            saved, _, _ = prefetch.draw(saved)
+    assert_same(prefetch.draw(saved), draw(SAMPLER, saved))  # it begins again from there
+    assert_same(Prefetch(SAMPLER, X, depth).draw(saved), draw(SAMPLER, saved))
 
 
 @pytest.mark.parametrize("depth", [0, 2])
