@@ -39,6 +39,7 @@ soak-here: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 # Source distribution and wheel, and the wheel in empty environments.
 package:
