@@ -11,7 +11,7 @@ REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/devices_test
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-newest soak representative soak-here lint install
+.PHONY: run test test-newest soak representative soak-here lint package install
 .DELETE_ON_ERROR:
 
 run: install
@@ -39,6 +39,11 @@ soak-here: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+# Source distribution and wheel, and the wheel in empty environments.
+package:
+	.ci/package $(PYTHON) $(CONSTRAINTS)
 
 install: $(VENV)/.installed
 

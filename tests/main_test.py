@@ -3,11 +3,15 @@
 Most run in this process, which has JAX already; those that need a process of their own say so.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
+import termios
 
 import array_record.python.array_record_data_source  # noqa: F401  defines flags; `flagsaver` would remove them again
 import pytest
@@ -101,18 +105,38 @@ def test_the_paper_configs_have_the_papers_values():
     assert (second.learner.learning_rate, second.proposal.smoothing) == (0.001, 1)
 
 
-def test_a_process_of_its_own_takes_flags_for_any_field_and_its_bar_shows_loss_rate_and_gain(tmp_path):
-    done = run_process(
-        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.steps=7",
-        "--config.model.mlp.hidden_sizes=(16,)",
+def run_in_terminal(*arguments):
+    """Returns what the program shows in a terminal of 80 columns, each time it draws its bar."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with subprocess.Popen([sys.executable, "-m", "issgd_jax.main", *arguments], cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux: the program has closed its end
+            while data := os.read(ours, 4096):
+                shown += data
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return [frame.strip() for frame in shown.decode().split("\r") if frame.strip()]
+
+
+def test_a_process_of_its_own_takes_flags_for_any_field_and_shows_a_bar(tmp_path):
+    """Red if the bar is silent while programs are compiled, counts wrongly after a resumption, or is wider than 80."""
+    arguments = [
+        config("digits", ":smoke"), f"--workdir={tmp_path / 'small'}", "--config.model.mlp.hidden_sizes=(16,)",
         "--config.devices.workers=2", "--config.learner.learning_rate=0.02",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "config.json").read_text())
-    assert record["config"]["steps"] == 7 and record["config"]["model"]["mlp"]["hidden_sizes"] == [16]
+    ]  # fmt: skip
+    for first, last in ((0, 7), (7, 9)):
+        frames = run_in_terminal(*arguments, f"--config.steps={last}")
+        if first:
+            assert frames.pop(0) == f"issgd_jax: resumes from the checkpoint of step {first} of {last}"
+        assert frames[0] == f"small: {first}/{last} steps, compiling"
+        assert re.match(rf"small \|.*\| {first or 1}/{last} 00:00<\?", frames[1]), frames[1]
+        assert re.match(rf"small \|.*\| {last}/{last} .*step/s, loss=\d.* test=\d.*% gain=\d", frames[-1]), frames[-1]
+        assert all(len(frame) <= 80 for frame in frames[1:])  # and no output of the libraries
+    record = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert record["config"]["steps"] == 9 and record["config"]["model"]["mlp"]["hidden_sizes"] == [16]
     assert len(record["devices"]["workers"]) == 2
-    assert "7/7" in done.stderr and "step/s" in done.stderr and "loss=" in done.stderr and "gain=" in done.stderr
-    assert "backend" not in done.stderr  # no output of the libraries
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def markdown() -> str:
         sections.append(f"## {title}\n\n" + _table(("field", "default", "allowed", "meaning"), rows))
     sections.append(_COLUMNS)
     for title, columns in COLUMNS.items():
-        rows = [(f"`{name}`", meaning) for name, meaning in columns.items()]
-        sections.append((f"{title}:\n\n" if title else "") + _table(("column", "meaning"), rows))
+        described = [(f"`{name}`", meaning) for name, meaning in columns.items()]
+        sections.append((f"{title}:\n\n" if title else "") + _table(("column", "meaning"), described))
     return "\n".join(sections)
 
 

@@ -78,7 +78,7 @@ def run(
     training = _Training(parts, plan, writer, state, checkpoints)
     saving = _Saving(parts, plan, writer, state, checkpoints)
     # A hidden copy to or from the host would make every device wait.
-    with jax.transfer_guard("disallow"), plan.progress:
+    with jax.transfer_guard("disallow"):
         first = state.step
         for step in range(first, plan.steps + 1):
             state.step = step
@@ -155,12 +155,12 @@ class _Training:
         state.pending = None
         loss, moments = jax.tree.map(float, jax.device_get((step_metrics.loss, step_metrics.moments)))
         if math.isfinite(loss):
-            plan.progress.step(loss)
+            plan.progress.step(step + 1, loss)
             if self._parts.payoff:
                 state.payoff_state = self._parts.payoff.observe(state.payoff_state, moments)
         elif plan.skip_nonfinite:
             state.skipped += 1
-            plan.progress.step(loss)
+            plan.progress.step(step + 1, loss)
             if state.skipped & (state.skipped - 1) == 0:  # the 1st, 2nd, 4th, ...
                 say(f"the update of step {step:,} is not finite and is skipped, {state.skipped:,} so far")
         else:

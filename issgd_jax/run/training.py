@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import tempfile
+from collections.abc import Callable, Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -141,16 +142,29 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
             Supervision(workdir, watchdog_seconds=config.watchdog_seconds, cluster_status=status)
         )
 
+        first_step = checkpoint.state["step"] if checkpoint else 0
+        progress = metrics.Progress(
+            config.steps, shown=config.log.progress, description=workdir.resolve().name, start=first_step
+        )
+        plan = loop.Plan(
+            steps=config.steps,
+            eval_every=config.eval_every,
+            strict=config.workers.strict,
+            skip_nonfinite=config.on_nonfinite == "skip",
+            progress=stack.enter_context(progress),
+        )
+        stack.enter_context(_noticing_compilations(progress.compiled))
         parts = wiring.build(prepared)
         state = loop.start(parts)
         if checkpoint:
             state = run_state.restore(checkpoint, state, roles.placement, moments=parts.payoff is not None)
         position = checkpoint.state["metrics_bytes"] if record and checkpoint else 0
         with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
+            progress.measured(writer.last or {})
             try:
                 sampler_state = loop.run(
                     parts,
-                    _plan(config, state.step),
+                    plan,
                     writer,
                     state=state,
                     checkpoints=checkpoints if config.checkpoint.every_steps else None,
@@ -166,17 +180,19 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
 
-def _plan(config: ConfigDict, first_step: int) -> loop.Plan:
-    progress = metrics.Progress(
-        config.steps, shown=config.log.progress, description=config.proposal.name, start=first_step
-    )
-    return loop.Plan(
-        steps=config.steps,
-        eval_every=config.eval_every,
-        strict=config.workers.strict,
-        skip_nonfinite=config.on_nonfinite == "skip",
-        progress=progress,
-    )
+@contextlib.contextmanager
+def _noticing_compilations(notice: Callable[[], None]) -> Iterator[None]:
+    """Calls `notice` after every compilation."""
+
+    def listen(event: str, duration: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            notice()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _newest(checkpoints: Checkpoints, workdir: pathlib.Path, config: ConfigDict, about: dict) -> Checkpoint | None:

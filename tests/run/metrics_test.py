@@ -1,6 +1,7 @@
 """Files that a crash cut off, values that JSON has no word for, and figures that must not lie."""
 
 import json
+import time
 
 import pytest
 
@@ -50,3 +51,36 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     file.write_text("{broken\n" + json.dumps(row(1)) + "\n")
     with pytest.raises(InputError, match="line 1 is not a row of metrics"):
         metrics.read_metrics(file)
+
+
+def test_the_clock_of_the_bar_begins_after_the_first_step_and_leaves_compilations_out(capsys):
+    """Red if rate and time left count compilation, or steps that were done before."""
+    with metrics.Progress(100, shown=True, description="run", start=40) as progress:
+        assert "run: 40/100 steps, compiling" in capsys.readouterr().err
+        progress.measured({"test/error": 0.25, "variance/gain": 2.0})
+        compiled_at = time.time()
+        progress.step(41, 0.5)
+        bar = progress._bar
+        assert bar.initial == bar.n == 41 and bar.start_t >= compiled_at
+        assert "| 41/100 " in (shown := capsys.readouterr().err) and "loss=0.5000 test=25.00% gain=2.00" in shown
+        began_at = bar.start_t
+        while time.time() == began_at:
+            pass
+        progress.compiled()
+        assert bar.start_t > began_at
+        progress.step(100, 0.25)
+        progress.measured({"test/error": 0.125})
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("run |") and "| 100/100 " in last and last.endswith("step/s, loss=0.2500 test=12.50%\n")
+
+
+def test_a_bar_without_a_step_to_do_still_leaves_its_figures(capsys):
+    with metrics.Progress(100, shown=True, description="run", start=100) as progress:
+        progress.measured({"test/error": 0.25})
+    assert "| 100/100 " in (shown := capsys.readouterr().err) and shown.endswith("test=25.00%\n")
+
+
+def test_an_error_while_compiling_leaves_no_bar(capsys):
+    with pytest.raises(ValueError), metrics.Progress(100, shown=True, description="run"):
+        raise ValueError
+    assert "|" not in capsys.readouterr().err
