@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
+    from issgd_jax.loading.prefetch import Prefetch as Prefetch
     from issgd_jax.run.training import train as train
     from issgd_jax.sampling import Calibrated as Calibrated
     from issgd_jax.sampling import Draw as Draw
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from issgd_jax.scoring.scores import GradientNorm as GradientNorm
     from issgd_jax.scoring.scores import PerExample as PerExample
     from issgd_jax.scoring.scores import last_layer as last_layer
+    from issgd_jax.scoring.sweep import score_all as score_all
     from issgd_jax.scoring.workers import WorkerPool as WorkerPool
     from issgd_jax.task.data import Dataset as Dataset
     from issgd_jax.task.data import load as load
@@ -61,9 +63,11 @@ _MODULE_OF = {
     "build_table": "sampling",
     "uniform_table": "sampling",
     "draw": "sampling",
+    "Prefetch": "loading.prefetch",
     "GradientNorm": "scoring.scores",
     "PerExample": "scoring.scores",
     "last_layer": "scoring.scores",
+    "score_all": "scoring.sweep",
     "WorkerPool": "scoring.workers",
     "InputError": "errors",
     "NonFiniteLossError": "errors",

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
     "errors", "console", "files", "provenance", "config", "plots", "processes", "devices",
-    "gradnorm", "sampling", "scoring", "cluster", "task", "learning", "run", "main",
+    "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run", "main",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
@@ -20,7 +20,8 @@ ORDER_IN = {
     "sampling": (
         "kernels", "double_float", "sum_tree", "uniform", "table", "store", "proposal", "calibrated", "sampler",
     ),
-    "scoring": ("scores", "schedule", "workers"),
+    "loading": ("source", "prefetch"),
+    "scoring": ("scores", "schedule", "sweep", "workers"),
     "task": ("data", "models", "losses", "problem"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
@@ -32,6 +33,7 @@ ORDER_IN = {
 FORBIDDEN = {
     "gradnorm": set(ORDER),
     "sampling": {"config", "processes", "gradnorm", "plots"},
+    "loading": {"config", "processes", "gradnorm", "plots"},
     "scoring": {"config", "sampling", "plots"},
     "cluster": {"config", "sampling", "gradnorm", "plots"},
     "learning": {"config", "scoring", "cluster", "task", "plots"},

@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from issgd_jax.loading.source import Source, arguments, as_source
 from issgd_jax.scoring.schedule import Round, chunk_items
 
 
@@ -34,25 +36,30 @@ class WorkerPool:
     def __init__(
         self,
         score_fn: Callable[..., jax.Array],
-        examples: tuple[jax.Array, ...],
+        source: Any,
         *,
         devices: Sequence[jax.Device],
         chunk_size: int,
+        collate: Callable[[list], Any] | None = None,
     ):
         """Places one shard on each device.
 
         Args:
           score_fn: `(params, *batch) -> f32[B]`.
-          examples: arrays [N, ...]. On a single device that holds them already, they are shared, not copied.
+          source: N examples, see `loading.source.as_source`. Arrays that a single device holds already are shared, not
+            copied.
           devices: W devices, one for each worker. Of several processes each has as many, side by side.
           chunk_size: examples that each worker scores in a round.
+          collate: `list of examples -> batch`, see `as_source`. It is called once a shard, with all its examples.
 
         Raises:
-          ValueError: chunk_size < 1, a chunk is larger than a shard, there are fewer examples than workers, or the
-            processes have different numbers of workers.
+          TypeError: the source cannot be read by index, or has values that are not numbers.
+          ValueError: chunk_size < 1, a chunk is larger than a shard, there are fewer examples than workers, the shards
+            have different shapes, or the processes have different numbers of workers.
         """
         self.device_kinds = [device.device_kind for device in devices]
-        self._num_examples = jax.tree.leaves(examples)[0].shape[0]
+        source = as_source(source, collate)
+        self._num_examples = source.num_examples
         self._num_workers = len(devices)
         self._shard_size = -(-self._num_examples // self._num_workers)
         if self._num_examples < self._num_workers:
@@ -73,9 +80,9 @@ class WorkerPool:
         sharded = NamedSharding(mesh, PartitionSpec("worker"))
         self._worker = jax.device_put(np.asarray(local, np.int32), sharded)
         if self._num_workers == 1:
-            self._shards = jax.device_put(examples, self._replicated)
+            self._shards = jax.device_put(source.all_rows(), self._replicated)
         else:
-            self._shards = jax.tree.map(lambda x: self._shard(np.asarray(x), local, sharded), examples)
+            self._shards = self._sharded(source, [devices[worker] for worker in local], local, sharded)
         gathers = len(local) < self._num_workers
         self._score = _compiled(score_fn, tuple(devices), self._shard_size, chunk_size, gathers)
 
@@ -136,16 +143,23 @@ class WorkerPool:
         items = chunk_items(self._next_start, self._chunk_size, self._shard_size)
         return int(np.sum(items[:, None] * self._num_workers + np.arange(self._num_workers) < self._num_examples))
 
-    def _shard(self, array: np.ndarray, local: Sequence[int], sharding: NamedSharding) -> jax.Array:
-        """Returns the local workers' shards, [local, ceil(N / W), ...], without a padded copy of all on the host."""
-        shape = (len(local), self._shard_size, *array.shape[1:])
+    def _sharded(self, source: Source, devices: Sequence[jax.Device], local: Sequence[int], sharding: NamedSharding):
+        """Returns the local workers' shards, [local, ceil(N / W), ...]; one after the other is on the host."""
+        shards = [jax.device_put(self._shard(source, worker), device) for worker, device in zip(local, devices)]
 
-        def rows(index):
-            items = array[local[index[0].start or 0] :: self._num_workers]
-            missing = self._shard_size - items.shape[0]
-            return np.concatenate([items, items[:missing]])[None] if missing else items[None]
+        def joined(*parts):
+            shapes = {part.shape for part in parts}
+            if len(shapes) > 1:
+                raise ValueError(f"collate gave shards of different shapes, {shapes}: pad all examples to one length")
+            shape = (len(local), *parts[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
-        return jax.make_array_from_callback(shape, sharding, rows)
+        return jax.tree.map(joined, *shards)
+
+    def _shard(self, source: Source, worker: int) -> Any:
+        """Returns a worker's examples, [1, ceil(N / W), ...]; where they are one short, the first is repeated."""
+        indices = np.arange(worker, self._num_examples, self._num_workers)
+        return jax.tree.map(lambda x: x[None], source.gather(np.resize(indices, self._shard_size)))
 
 
 def _local_workers(devices: Sequence[jax.Device]) -> list[int]:
@@ -173,7 +187,7 @@ def _compiled(score_fn, devices: tuple[jax.Device, ...], shard_size: int, chunk_
         items = chunk_items(start, chunk_size, shard_size)
         chunk = jax.tree.map(lambda x: x[items], shard)
         # The index of padding lies past the data, where the store ignores it.
-        scored = items * num_workers + worker, score_fn(params, *chunk)
+        scored = items * num_workers + worker, score_fn(params, *arguments(chunk))
         return jax.lax.all_gather(scored, "worker") if gathers else scored
 
     # Not jit over a sharded batch, where per-example gradients of a convolution come out wrong.

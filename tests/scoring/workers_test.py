@@ -133,3 +133,54 @@ def test_chunk_size_must_fit_a_shard(chunk_size):
 def test_more_workers_than_examples():
     with pytest.raises(ValueError, match="need an example for each worker, got 2 for 3"):
         make_pool(lambda p, x: x, (np.ones(2),), workers=3, chunk_size=1)
+
+
+class Rows:
+    """Examples that only a list of indices reads; keeps how many were read at once."""
+
+    def __init__(self, x):
+        self.x, self.sizes = x, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        raise AssertionError(f"example {index} was read alone")
+
+    def __getitems__(self, indices):
+        self.sizes.append(len(indices))
+        return [{"x": self.x[index]} for index in indices]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_source_gives_the_scores_of_its_arrays(workers):
+    """Red if a shard of a source is other than that of arrays, or is gathered more than once."""
+    x = np.random.default_rng(0).normal(size=(13, 4)).astype(np.float32)
+    rows = Rows(x)
+    scores = []
+    for source, score_fn in (
+        ((x,), lambda p, x: p * x.sum(1)),
+        (x, lambda p, x: p * x.sum(1)),
+        (rows, lambda p, batch: p * batch["x"].sum(1)),
+    ):
+        pool = make_pool(score_fn, source, workers=workers, chunk_size=2)
+        scores.append(sweep(pool, jnp.float32(2), 13)[0])
+    np.testing.assert_array_equal(scores[1], scores[0])
+    np.testing.assert_array_equal(scores[2], scores[0])
+    assert rows.sizes == [-(-13 // workers)] * workers
+
+
+def test_collate_pads_the_examples_of_a_shard():
+    tokens = [[1], [2, 3], [4, 5, 6], [7], [8, 9]]
+
+    def make(collate):
+        devices = jax.devices()[1:3]
+        return WorkerPool(lambda p, x: p * x.sum(1), tokens, devices=devices, chunk_size=3, collate=collate)
+
+    def to_three(examples):
+        return np.array([row + [0] * (3 - len(row)) for row in examples])
+
+    scores, _ = sweep(make(to_three), jnp.float32(1), 5)
+    assert scores.tolist() == [1, 5, 15, 7, 17]
+    with pytest.raises(ValueError, match="collate gave shards of different shapes.*: pad all examples to one length"):
+        make(lambda examples: to_three(examples)[:, : max(map(len, examples))])
