@@ -1,0 +1,65 @@
+"""Every example trains, in few more lines than without importance sampling, and its ordinary loop trains too."""
+
+import importlib.util
+import pathlib
+import re
+import types
+
+import pytest
+
+EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
+MOST_CHANGED_LINES = 12
+CLAIM = r"^# Importance sampling: (\d+) lines added \(# \+\), (\d+) changed \(# was: the ordinary line\)\.$"
+ADDED, CHANGED = re.compile(r"^.*  # \+$\n", re.M), re.compile(r"^( *)\S.*  # was: (.*)$", re.M)
+
+
+def execute(path, source) -> types.ModuleType:
+    module = types.ModuleType(path.stem)
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
+def path(request):
+    for module in re.findall(r"^import (equinox|grain)", request.param.read_text(), flags=re.M):
+        if not importlib.util.find_spec(module):
+            pytest.skip(f"{module} is not installed")
+    return request.param
+
+
+@pytest.fixture
+def source(path):
+    return path.read_text()
+
+
+def test_it_trains_and_tells_what_is_gained(path, source, capsys):
+    """Red if an example breaks, does not learn, or prints nothing."""
+    example = execute(path, source)
+    figures = example.main(steps=60)
+    assert figures["loss"] < example.train(steps=0)["loss"]
+    assert all(isinstance(value, float | int) for value in figures.values())
+    assert f"{figures['equivalent_batch']:.0f}" in capsys.readouterr().out
+
+
+def test_without_the_marked_lines_it_is_an_ordinary_loop_that_trains(path, source):
+    """Red if a line that belongs to importance sampling is not marked, or an ordinary one does not run."""
+    ordinary = CHANGED.sub(r"\1\2", ADDED.sub("", source))
+    before_main, _ = ordinary.split("\ndef main(")
+    assert "issgd_jax" not in before_main and "sampler" not in before_main
+    example = execute(path, ordinary)
+    assert example.train(steps=60)["loss"] < example.train(steps=0)["loss"]
+
+
+def test_it_claims_the_lines_that_it_changes_and_they_are_few(source):
+    """Red if an example grows, or a line is marked but not counted."""
+    claim = re.search(CLAIM, source, flags=re.M)
+    assert [int(number) for number in claim.groups()] == [len(ADDED.findall(source)), len(CHANGED.findall(source))]
+    assert sum(int(number) for number in claim.groups()) <= MOST_CHANGED_LINES
+
+
+def test_it_says_what_it_shows_and_how_to_run_it(path, source):
+    """Red if the command of an example is missing or of another file."""
+    first_line, *_ = execute(path, source).__doc__.splitlines()
+    assert first_line.endswith(".")
+    assert f"\n    python examples/{path.name}\n" in source
+    assert source.endswith('\nif __name__ == "__main__":\n    main()\n')
