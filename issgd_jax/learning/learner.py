@@ -130,14 +130,14 @@ class Learner:
         """
         backward = _shared(self._backward, self.mesh.axis_names[0]) if self.mesh else self._backward
         keys = None if self.loss_seed is None else loss_keys(self.loss_seed, step, drawn.indices.size)
-        losses, gradient, norms, scores = backward(params, examples, *drawn, keys)
+        losses, gradient, norms, scores = backward(params, examples, drawn.indices, drawn.importance_weights, keys)
         finite = jnp.all(jnp.isfinite(losses))
         if self.refresh:
             finite &= jnp.all(jnp.isfinite(norms))
         elif self.skip_nonfinite or self.check_gradient:  # else the next loss shows it: this would slow uniform draws
             finite &= jnp.isfinite(optax.tree.norm(gradient))
         return Gradient(
-            minibatch=Minibatch(*drawn, losses),
+            minibatch=Minibatch(drawn.indices, drawn.importance_weights, losses),
             gradient=gradient,
             norms=norms if self.refresh or self.moments else None,
             scores=scores if self.refresh else None,

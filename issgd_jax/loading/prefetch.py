@@ -72,7 +72,7 @@ class Prefetch:
             )
         if depth < 0:
             raise ValueError(f"depth must be >= 0, got {depth}")
-        self._sampler, self._device = sampler, device
+        self._sampler, self._device = jax.device_put(sampler), device
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]
         self._queue = collections.deque()  # of (draw, future of _fetch), the oldest first
         self._next = None  # number and key that the oldest must have

@@ -299,7 +299,7 @@ class Sampler:
     def _draw(self, state: SamplerState, number: int | jax.Array, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one, and the draw of this one."""
         table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
-        return _draw(self, state.key, number, table)
+        return _draw(state.key, number, table, self.batch_size, self.draw_method)
 
     def _write(self, state: SamplerState, indices, scores, norms, importance_weights, scored_at) -> SamplerState:
         """Lets the proposal learn from gradient norms, if known, while the store has the old scores; then stores."""
@@ -386,14 +386,14 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, inline=True)
-def _draw(sampler: Sampler, key: jax.Array, number: jax.Array, table: Table) -> tuple[jax.Array, Draw]:
-    key, (num_examples, batch_size) = jax.random.wrap_key_data(key), (sampler.num_examples, sampler.batch_size)
-    if sampler.draw_method in uniform.EPOCHS:
-        subset = sampler.draw_method == "random_subset"
-        indices = uniform.shuffled(key, number, num_examples, batch_size, subset=subset)
-        return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), num_examples)
-    return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, sampler.draw_method)
+@functools.partial(jax.jit, inline=True, static_argnames=("batch_size", "method"))
+def _draw(key: jax.Array, number: jax.Array, table: Table, batch_size: int, method: str) -> tuple[jax.Array, Draw]:
+    key = jax.random.wrap_key_data(key)
+    if method not in uniform.EPOCHS:
+        return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, method)
+    subset = method == "random_subset"
+    indices = uniform.shuffled(key, number, table.num_examples, batch_size, subset=subset)
+    return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
 
 
 @functools.partial(jax.jit, donate_argnames="state", inline=True)

@@ -171,11 +171,11 @@ def test_batches_are_put_where_they_are_wanted(sharded):
 
 def test_nothing_passes_through_the_host_unseen():
     """Red if a draw copies an array, or a Python number, by the way."""
-    state = scored()
+    state, sampler = scored(), jax.device_put(SAMPLER)
     with Prefetch(SAMPLER, X) as prefetch, jax.transfer_guard("disallow"):
         for _ in range(3):
             state, drawn, _ = prefetch.draw(state)
-            state = update(SAMPLER, state, drawn)
+            state = update(sampler, state, drawn)
 
 
 @pytest.mark.parametrize("end", ["close", "with", "garbage"])
