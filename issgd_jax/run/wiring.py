@@ -65,10 +65,8 @@ def resolve(config: ConfigDict, problem: Problem | None = None) -> ConfigDict:
             "cluster.address is set, but workers on other machines must make the problem themselves: give it as "
             "--config.problem=module:function"
         )
-    function = problem.loss_fn
-    config.problem = problem.name or ".".join(
-        getattr(function, name, type(function).__name__) for name in ("__module__", "__qualname__")
-    )
+    parts = (getattr(problem.loss_fn, name, None) for name in ("__module__", "__qualname__"))
+    config.problem = problem.name or ".".join(filter(None, parts)) or type(problem.loss_fn).__name__
     return config
 
 

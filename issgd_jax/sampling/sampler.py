@@ -19,8 +19,8 @@ DRAWS = (*table_lib.METHODS, *uniform.EPOCHS)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
 REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
-# Updates after which the moments of a minibatch count for a third.
-MOMENTS_WINDOW = 100
+# Updates after which a minibatch counts for a third: in the moments, and in the level, their unit.
+MOMENTS_WINDOW, LEVEL_WINDOW = 100, 10
 
 
 class SamplerState(NamedTuple):
@@ -34,7 +34,8 @@ class SamplerState(NamedTuple):
       sums: f32[M], see `Table`; None for a uniform table.
       population: f32[], see `Table`.
       rejected: scores that were NaN, infinite or negative.
-      moments: f32[2], running means of the mean square of an example's gradient with uniform draws and with those made.
+      moments: f32[3], running means of the mean square of an example's gradient with uniform draws and with those made,
+        both in units of the third, their level of late.
       key: u32[...], random key data of this run's draws.
       num_draws: i32[], draws made; the number of the next one.
       step: i32[], updates done.
@@ -382,7 +383,7 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     table = sampler.proposal.table(basis, store, step)
     return SamplerState(
         store.score, store.scored_at, proposal_state, basis, table.sums, table.population,
-        rejected=Rejected.none(), moments=jnp.zeros(2), key=key, num_draws=jnp.int32(0), step=step,
+        rejected=Rejected.none(), moments=jnp.zeros(3), key=key, num_draws=jnp.int32(0), step=step,
     )  # fmt: skip
 
 
@@ -415,11 +416,19 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
 
 
 def _updated_moments(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) -> jax.Array:
-    """Returns running means f32[2] of `w norm^2` and `w^2 norm^2`; those of the first minibatch as they are."""
+    """Returns running means f32[3] of `w norm^2` and `w^2 norm^2`, and of their level.
+
+    Norms may fall by orders of magnitude: in units of their time, those of long ago do not outweigh the others.
+    """
     valid = jnp.isfinite(norms) & (norms >= 0) & (norms < 1e18)
     squares = jnp.where(valid, importance_weights * jnp.where(valid, norms, 0) ** 2, 0)
     new = jnp.stack([jnp.mean(squares), jnp.mean(importance_weights * squares)])
-    return jnp.where(moments[1] > 0, moments + (new - moments) / MOMENTS_WINDOW, new)
+    means, level = moments[:2], moments[2]
+    is_first = level == 0
+    level = jnp.where(is_first, new[0], level + (new[0] - level) / LEVEL_WINDOW)
+    new = jnp.where(level > 0, new / jnp.where(level > 0, level, 1), 1)
+    means = jnp.where(is_first, new, means + (new - means) / MOMENTS_WINDOW)
+    return jnp.append(means, level)
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
@@ -441,7 +450,7 @@ def _rebuild(sampler: Sampler, state: SamplerState) -> SamplerState:
 
 @functools.partial(jax.jit, inline=True)
 def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
-    store, (uniform_square, drawn_square) = state.store, state.moments
+    store, (uniform_square, drawn_square, _) = state.store, state.moments
     staleness = jnp.where(store.scored, store.staleness(state.step), 0)
     num_scored = jnp.sum(store.scored)
     gain = jnp.where(drawn_square > 0, uniform_square / drawn_square, 1)
