@@ -187,6 +187,16 @@ def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, t
     check_same(tmp_path / "disturbed", 60, arrays_of(tmp_path / "undisturbed", 60))
 
 
+def test_workers_make_a_problem_by_its_name(cluster, tmp_path):
+    """Red if a worker looks for images and labels where config.problem names something else."""
+    config = small(
+        problem="tests.own_problem:make_problem", steps=24, eval_every=12, learner__batch_size=8, workers__chunk_size=8
+    )
+    rows = issgd_jax.train(config, tmp_path)
+    assert rows[-1]["worker_examples"] > 0 and rows[-1]["failed_rounds"] == rows[-1]["scores/rejected"] == 0
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
     """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
     others, plan = workers(), soak({40: 2}, {40: 1, 80: 2, 120: 3})
