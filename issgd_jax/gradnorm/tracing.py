@@ -147,10 +147,11 @@ def _with_aux(loss_fn: Callable, has_aux: bool, positions: tuple[int, ...]) -> C
         try:
             result = loss_fn(*args)
         except Exception as error:
-            error.add_note(
-                f"loss_fn was called with ONE example, {_shapes(args, positions)}: if it takes a batch, wrap it, "
-                "issgd_jax.per_example(loss_fn)"
-            )
+            if not hasattr(error, "__notes__"):  # else per_example has said what it was called with
+                error.add_note(
+                    f"loss_fn was called with ONE example, {_shapes(args, positions)}: if it takes a batch, wrap it, "
+                    "issgd_jax.per_example(loss_fn)"
+                )
             raise
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(f"loss_fn must return (loss, aux) with has_aux, got {type(result).__name__}")

@@ -86,7 +86,8 @@ class Sampler:
       draw: a method of `table.draw`; or, with `Uniform()` alone, "shuffled" (epochs in random order) or
         "random_subset" (epochs over a random third of the examples, see `uniform.shuffled`). Attribute `draw_method`.
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
-        new ones arrive; 0: only when the caller calls `rebuild`. None: 32, or N / (16 B) where that is more.
+        new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`. None: 32,
+        or N / (16 B) where that is more.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -411,7 +412,8 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     state = state.with_table(state.table.write(indices, v))._replace(step=step, moments=moments)
     if not sampler.rebuild_every:
         return state
-    is_due = step % sampler.rebuild_every == 0
+    # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
+    is_due = (step % sampler.rebuild_every == 0) | (step & (step - 1) == 0)
     return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
 
 

@@ -103,7 +103,8 @@ def test_an_example_for_a_batch_says_so():
 
     with pytest.raises(ValueError, match="not enough values") as raised:
         per_example_grad_norms(per_example(one_row))(PARAMS, X, Y)
-    assert "batch_loss was called with a batch of one example, ((1, 5), (1,))" in raised.value.__notes__[0]
+    (note,) = raised.value.__notes__
+    assert "batch_loss was called with a batch of one example, ((1, 5), (1,))" in note
     with pytest.raises(ValueError, match=r"got shape \(1, 5\) for a batch of one"):
         per_example_grad_norms(per_example(lambda params, x, y: x))(PARAMS, X, Y)
 

@@ -80,13 +80,25 @@ def test_an_update_copies_nothing_of_n(proposal):
 def test_the_table_is_rebuilt_when_it_is_due():
     """Red if scores age without the table: v of examples that were not drawn must change every `rebuild_every`."""
     sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, rebuild_every=5)
-    state, _ = run(sampler, sampler.init(0), 4)
+    state, _ = run(sampler, sampler.init(0), 9)
     due, _ = step(sampler, jax.tree.map(jnp.copy, state))
     check_equal(due.basis, sampler._rebuilt(due).basis)
     never = Sampler(NUM_EXAMPLES, BATCH_SIZE, rebuild_every=0)
-    other, _ = run(never, never.init(0), 5)
+    other, _ = step(never, jax.tree.map(jnp.copy, state))
     assert not np.array_equal(due.basis.mean, other.basis.mean)
     np.testing.assert_allclose(never.rebuild(other).table.v(), due.table.v(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_the_norms_does_not_matter_from_the_first_update_on(unit):
+    """Red if never-scored examples keep v = 1 for long: with large norms the first minibatches would be drawn again."""
+    sampler = Sampler(2000, 32)
+    state, norms = sampler.init(0), unit * jnp.asarray(lognormal(2000))
+    for _ in range(31):
+        state, drawn = sampler.draw(state)
+        state = sampler.update(state, drawn, norms[drawn.indices])
+    assert int(jnp.sum(state.store.scored)) > 650  # of 992 draws
+    assert sampler.metrics(state)["gain"] > 0.8
 
 
 @pytest.mark.parametrize(("num_examples", "expected"), [(1000, 32), (10**7, 4882)])
