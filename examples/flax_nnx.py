@@ -1,6 +1,8 @@
 """Digits with flax nnx: a model of batches with dropout and Rngs, split into parameters and the rest.
 
 python examples/flax_nnx.py
+
+At this rate, the best of those tried for uniform draws, importance sampling does not help the loss.
 """
 # Importance sampling: 7 lines added (# +), 4 changed (# was: the ordinary line).
 
@@ -38,7 +40,7 @@ def cross_entropy(model, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
-def train(steps, learning_rate=0.008, **options):
+def train(steps, learning_rate=0.016, **options):
     images, labels = make_data()
     graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.adam(learning_rate)

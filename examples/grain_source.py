@@ -1,6 +1,8 @@
 """A Grain data source: its examples are read and prefetched by the indices that the sampler draws.
 
 python examples/grain_source.py
+
+At this rate, the best of those tried for uniform draws, importance sampling does not help the loss.
 """
 # Importance sampling: 6 lines added (# +), 4 changed (# was: the ordinary line).
 
@@ -43,7 +45,7 @@ def loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params[1], batch["label"]).mean()
 
 
-def train(steps, learning_rate=0.016, **options):
+def train(steps, learning_rate=0.032, **options):
     data = grain.MapDataset.source(Digits()).map(decode)
     params = init(jax.random.key(0))
     optimizer = optax.adam(learning_rate)

@@ -26,7 +26,7 @@ def loss_fn(params, x, y):
     return jnp.mean((x @ params - y) ** 2)
 
 
-def train(steps, learning_rate=0.01, **options):
+def train(steps, learning_rate=0.005, **options):
     x, y = make_data()
     params = jnp.zeros(x.shape[1])
     grad_fn = issgd_jax.value_grad_and_norms(issgd_jax.per_example(loss_fn))  # was: grad_fn = jax.grad(loss_fn)

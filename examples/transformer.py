@@ -1,6 +1,6 @@
 """A byte-level transformer of plain functions on Python's docstrings: causal and padding masks, sample weights.
 
-    python examples/transformer.py
+python examples/transformer.py
 
 A paragraph's weight is its number of bytes, so that every byte counts the same. The gradient norms are nearly equal,
 and importance sampling gains little.
@@ -21,7 +21,7 @@ import issgd_jax  # +
 LENGTH, WIDTH, HEADS, LAYERS = 64, 32, 4, 2
 
 
-def make_data(num_examples=2000):
+def make_data(num_examples):
     """Returns paragraphs u8[N, LENGTH + 1], padded with 0, and weights f32[N] with mean 1: their numbers of bytes."""
     texts = []
     for path in sorted(pathlib.Path(ast.__file__).parent.glob("*.py")):
@@ -83,8 +83,8 @@ def batch_loss(params, tokens, weights):
     return jnp.mean(jax.vmap(loss_fn, (None, 0, 0))(params, tokens, weights))
 
 
-def train(steps, learning_rate=0.006, **options):
-    tokens, weights = make_data()
+def train(steps, learning_rate=0.006, num_examples=2000, **options):
+    tokens, weights = make_data(num_examples)
     params = init(jax.random.key(0))
     optimizer = optax.adam(learning_rate)
     grad_fn = issgd_jax.value_grad_and_norms(loss_fn)  # was: grad_fn = jax.grad(batch_loss)
@@ -110,11 +110,11 @@ def train(steps, learning_rate=0.006, **options):
     return figures
 
 
-def main(steps=1000):
+def main(steps=1000, **sizes):
     begin = time.perf_counter()
-    ours = train(steps)
+    ours = train(steps, **sizes)
     middle = time.perf_counter()
-    uniform = train(steps, proposal=issgd_jax.Uniform())
+    uniform = train(steps, **sizes, proposal=issgd_jax.Uniform())
     print(f"{steps:,} steps                   importance sampling      uniform")
     print(f"loss of a training byte   {ours['loss']:22.5f} {uniform['loss']:12.5f}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
