@@ -71,7 +71,7 @@ def main(steps=3000):
     middle = time.perf_counter()
     uniform = train(steps, score_at=(), proposal=issgd_jax.Uniform())
     print(f"{steps:,} steps                   importance sampling      uniform")
-    print(f"loss of the training set {ours['loss']:22.5f} {uniform['loss']:12.5f}")
+    print(f"loss of the training set {ours['loss']:22.2e} {uniform['loss']:12.2e}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
     ratio, equivalent = ours["loss"] / uniform["loss"], ours["equivalent_batch"]
     print(f"Loss: {ratio:.2f} times that of uniform draws. Noise: 64 examples are as good as {equivalent:.0f}.")

@@ -47,10 +47,8 @@ def train(steps, manager=None, learning_rate=0.4, **options):
     sampler = issgd_jax.Sampler(len(x), batch_size=16, **options)  # +
 
     @jax.jit
-    def step(number, params, opt_state, state):  # was: def step(number, params, opt_state):
-        state, drawn = sampler.draw(
-            state
-        )  # was: indices = jax.random.randint(jax.random.key(number), (16,), 0, len(x))
+    def step(key, params, opt_state, state):  # was: def step(key, params, opt_state):
+        state, drawn = sampler.draw(state)  # was: indices = jax.random.randint(key, (16,), 0, len(x))
         batch = x[drawn.indices], y[drawn.indices]  # was: batch = x[indices], y[indices]
         _, grads, norms = grad_fn(params, drawn.importance_weights, *batch)  # was: grads = grad_fn(params, *batch)
         state = sampler.update(state, drawn, norms)  # +
@@ -63,7 +61,7 @@ def train(steps, manager=None, learning_rate=0.4, **options):
     if last is not None:
         carry = manager.restore(last, args=ocp.args.StandardRestore(carry))
     for number in range(last or 0, steps):
-        carry = step(number, *carry)
+        carry = step(jax.random.key(number), *carry)
         if manager:
             manager.save(number + 1, args=ocp.args.StandardSave(carry))
     figures = {"loss": float(loss_fn(carry[0], x, y)), "restored_step": last or 0}
