@@ -1,6 +1,8 @@
 """Digits with flax nnx: a model of batches with dropout and Rngs, split into parameters and the rest.
 
 python examples/flax_nnx.py
+
+At this rate, the best of those tried for uniform draws, importance sampling does not help the loss.
 """
 # Importance sampling: 7 lines added (# +), 4 changed (# was: the ordinary line).
 
@@ -38,7 +40,7 @@ def cross_entropy(model, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
-def train(steps, learning_rate=0.004, **options):
+def train(steps, learning_rate=0.016, **options):
     images, labels = make_data()
     graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.adam(learning_rate)
@@ -80,7 +82,8 @@ def main(steps=1000):
     print(f"{steps:,} steps                   importance sampling      uniform")
     print(f"loss of the training set {ours['loss']:22.5f} {uniform['loss']:12.5f}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
-    print(f"Its minibatches of 64 have the noise of uniform ones of {ours['equivalent_batch']:.0f}.")
+    ratio, equivalent = ours["loss"] / uniform["loss"], ours["equivalent_batch"]
+    print(f"Loss: {ratio:.2f} times that of uniform draws. Noise: 64 examples are as good as {equivalent:.0f}.")
     return ours | {"uniform_loss": uniform["loss"]}
 
 

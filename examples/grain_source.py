@@ -1,8 +1,10 @@
 """A Grain data source: its examples are read and prefetched by the indices that the sampler draws.
 
 python examples/grain_source.py
+
+At this rate, the best of those tried for uniform draws, importance sampling does not help the loss.
 """
-# Importance sampling: 5 lines added (# +), 4 changed (# was: the ordinary line).
+# Importance sampling: 6 lines added (# +), 4 changed (# was: the ordinary line).
 
 import time
 
@@ -43,7 +45,7 @@ def loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params[1], batch["label"]).mean()
 
 
-def train(steps, learning_rate=0.004, **options):
+def train(steps, learning_rate=0.032, **options):
     data = grain.MapDataset.source(Digits()).map(decode)
     params = init(jax.random.key(0))
     optimizer = optax.adam(learning_rate)
@@ -54,9 +56,8 @@ def train(steps, learning_rate=0.004, **options):
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    grad_fn = issgd_jax.value_grad_and_norms(
-        issgd_jax.per_example(loss_fn)
-    )  # was: grad_fn = jax.jit(jax.grad(loss_fn))
+    example_loss = issgd_jax.per_example(loss_fn)  # +
+    grad_fn = issgd_jax.value_grad_and_norms(example_loss)  # was: grad_fn = jax.jit(jax.grad(loss_fn))
     sampler = issgd_jax.Sampler(len(data), batch_size=64, **options)  # +
     state = sampler.init(seed=0)  # +
     batches = issgd_jax.Prefetch(sampler, data)  # was: batches = iter(data.seed(0).shuffle().repeat().batch(64))
@@ -79,7 +80,8 @@ def main(steps=1000):
     print(f"{steps:,} steps                   importance sampling      uniform")
     print(f"loss of the training set {ours['loss']:22.5f} {uniform['loss']:12.5f}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
-    print(f"Its minibatches of 64 have the noise of uniform ones of {ours['equivalent_batch']:.0f}.")
+    ratio, equivalent = ours["loss"] / uniform["loss"], ours["equivalent_batch"]
+    print(f"Loss: {ratio:.2f} times that of uniform draws. Noise: 64 examples are as good as {equivalent:.0f}.")
     return ours | {"uniform_loss": uniform["loss"]}
 
 
