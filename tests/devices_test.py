@@ -80,7 +80,7 @@ def test_a_step_shared_by_devices_is_that_of_one(options):
 def test_sharing_devices_copy_neither_store_nor_table():
     """Both states are donated on every device; red if that is lost on the way into shard_map, O(N) a step."""
     num_examples, optimizer = 573_000, optax.sgd(0.1)
-    sampler = Sampler(num_examples, 128, Mixture(Calibrated()))
+    sampler = Sampler(num_examples, 128, Mixture(Calibrated()), rebuild_every=0)
     placement = NamedSharding(mesh_of(2), PartitionSpec())
     states = TrainState.init({"w": jnp.zeros(3)}, optimizer), sampler.init(0)
     examples = jnp.ones((num_examples, 3)), jnp.ones(num_examples)

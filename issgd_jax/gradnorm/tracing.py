@@ -147,7 +147,7 @@ def _with_aux(loss_fn: Callable, has_aux: bool, positions: tuple[int, ...]) -> C
         try:
             result = loss_fn(*args)
         except Exception as error:
-            if not hasattr(error, "__notes__"):  # else per_example has said what it was called with
+            if not any("issgd_jax.per_example" in note for note in getattr(error, "__notes__", [])):
                 error.add_note(
                     f"loss_fn was called with ONE example, {_shapes(args, positions)}: if it takes a batch, wrap it, "
                     "issgd_jax.per_example(loss_fn)"

@@ -152,15 +152,15 @@ def check(problem: Problem) -> None:
     Raises:
       InputError: init, the loss or a metric fails on it, or returns something else than a floating-point scalar.
     """
-    init = _traced("init", problem.init, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    init = _traced("init", problem.init, key)
     for split in ("train", "test") if problem.test is not None else ("train",):
         try:
             batch = arguments(problem.source(split).gather(np.zeros(1, np.int64)))
         except (TypeError, ValueError) as error:
             raise InputError(f"{split} data of the problem: {error}") from error
-        key = {"key": jax.random.key(0)} if problem.keyed else {}
         loss_fn = per_example_grad_norms(problem.loss_fn, keyed=problem.keyed)
-        _traced(f"the loss of a {split} example", loss_fn, init, *batch, **key)
+        _traced(f"the loss of a {split} example", loss_fn, init, *batch, **({"key": key} if problem.keyed else {}))
         example = jax.tree.map(lambda x: x[0], batch)
         for name, metric in problem.metrics.items():
             value = _traced(f"metric {name!r} of a {split} example", metric, init, *example)
@@ -194,7 +194,7 @@ def make_problem(config: ConfigDict) -> ImageProblem:
     standardization = data.standardization(train_data.images)
     objective = make_objective(config, train_data.num_classes, *standardization)
     try:
-        params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+        params = _init_shapes(objective)
         jax.eval_shape(objective.loss_fn, params, train_data.images[0], train_data.labels[0])
     except Exception as error:  # any error of the network's library: only traced here, nothing is compiled yet
         raise InputError(
@@ -242,10 +242,15 @@ def _load(config: ConfigDict, split: str) -> data.Dataset:
         raise InputError(f"{error} (see --config.data.name, --config.data.{split})") from error
 
 
+def _init_shapes(objective: Objective) -> Any:
+    """Returns the shapes of the parameters; compiles nothing."""
+    return jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+
+
 def check_memory(config: ConfigDict, problem: Problem, device: jax.Device) -> None:
     """Raises InputError if parameters and training examples cannot fit on the learner's device."""
     limit = devices.memory_bytes(device)
-    num_params = sum(x.size for x in jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0))))
+    num_params = sum(x.size for x in jax.tree.leaves(_init_shapes(problem)))
     in_flight = BYTES_A_GRADIENT * (config.learner.asynchronous - 1)
     needed = (BYTES_A_PARAMETER + in_flight) * num_params
     if needed > limit:
@@ -288,6 +293,6 @@ def make_worker_score_fn(config: ConfigDict, objective: Objective) -> Callable:
 
 def explain_norms(problem: Problem):
     """Returns how the gradient norm of each parameter is computed, see `gradnorm.explain`."""
-    params = jax.eval_shape(problem.init, jax.random.key(0))
+    params = _init_shapes(problem)
     batch = arguments(problem.source("train").gather(np.zeros(1, np.int64)))
     return explain(problem.loss_fn, params, *batch, keyed=problem.keyed)

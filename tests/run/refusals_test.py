@@ -90,7 +90,7 @@ from tests.helpers import smoke
         ({"data__name": ""}, "data.name must be a non-empty string, got ''"),
         ({"data__name": "../x"}, "data set '../x' cannot be found"),
         ({"data__name": "mnist:9.9.9"}, "data set 'mnist:9.9.9' cannot be found"),
-        ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "train_split has 1 example"),
+        ({"data__train_split": "train[:1]", "learner__batch_size": 1}, "there is 1 training example"),
         ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
         ({"learner__draw": "madow"}, "learner.draw must be one of systematic, independent, without_replacement"),
         ({"workers__score": "norm"}, "workers.score must be one of gradient_norm, last_layer, loss"),
@@ -101,7 +101,7 @@ from tests.helpers import smoke
         ({"workers__enabled": False, "schedule__name": "exact"}, "schedule.name is exact.*workers.enabled is False"),
         (
             {"model__mlp__hidden_sizes": (10**6, 10**6)},
-            "model mlp has 1,000,076,000,010 parameters, which need .* bytes, but",
+            "the model has 1,000,076,000,010 parameters, which need .* bytes, but",
         ),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be one of stop, skip, got 'ignore'"),
         ({"checkpoint__keep": 0}, "checkpoint.keep must be between 1 and"),
