@@ -81,7 +81,7 @@ def main(steps=1000):
     print(f"loss of the training set {ours['loss']:22.5f} {uniform['loss']:12.5f}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
     ratio, equivalent = ours["loss"] / uniform["loss"], ours["equivalent_batch"]
-    print(f"Loss: {ratio:.2f} times that of uniform draws. Second moment: of {equivalent:.0f} uniform examples, not 64.")
+    print(f"Loss: {ratio:.2f} times uniform's. Second moment: that of {equivalent:.0f} uniform examples, not 64.")
     return ours | {"uniform_loss": uniform["loss"]}
 
 

@@ -53,7 +53,7 @@ def main(steps=2000):
     print(f"loss above least squares {ours['loss']:22.1e} {uniform['loss']:12.1e}")
     print(f"seconds, with compilation {middle - begin:21.1f} {time.perf_counter() - middle:12.1f}")
     ratio, equivalent = ours["loss"] / uniform["loss"], ours["equivalent_batch"]
-    print(f"Loss: {ratio:.2f} times that of uniform draws. Second moment: of {equivalent:.0f} uniform examples, not 32.")
+    print(f"Loss: {ratio:.2f} times uniform's. Second moment: that of {equivalent:.0f} uniform examples, not 32.")
     return ours | {"uniform_loss": uniform["loss"]}
 
 
