@@ -134,6 +134,8 @@ def check(config: ConfigDict) -> None:
             f"replicas are trained by the relaxed schedule with proposal.when on, got {config.schedule.name} and "
             f"{config.proposal.when}: train one at a time"
         )
+    if config.problem is not None:
+        raise InputError(f"replicas learn the config's data and model, got problem {config.problem!r}: leave it out")
     if config.eval_every % config.schedule.steps_per_round or config.steps % config.eval_every:
         raise InputError(
             f"replicas are measured between rounds: eval_every {config.eval_every} must be a multiple of "

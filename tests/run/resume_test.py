@@ -287,9 +287,9 @@ def test_a_bad_update_is_left_out_and_counted_where_asked(gradient_only, tmp_pat
 
 def test_a_worker_that_raises_costs_its_rounds_and_not_the_run(tmp_path, monkeypatch, capfd):
     """Red if an error on a worker reaches the arrays of the learner."""
-    real, calls = wiring.make_score_fn, []
+    real, calls = wiring.make_worker_score_fn, []
 
-    def make_score_fn(config, problem):
+    def make_worker_score_fn(config, problem):
         scores_fn = real(config, problem)
 
         def failing(found):
@@ -304,7 +304,7 @@ def test_a_worker_that_raises_costs_its_rounds_and_not_the_run(tmp_path, monkeyp
 
         return score
 
-    monkeypatch.setattr(wiring, "make_score_fn", make_score_fn)
+    monkeypatch.setattr(wiring, "make_worker_score_fn", make_score_fn)
     history = issgd_jax.train(small(), tmp_path)
     told = capfd.readouterr().err
     assert "a round of scoring is lost at step" in told and "the worker is on fire" in told
