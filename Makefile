@@ -40,6 +40,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
+	ISSGD_SOAK=1 $(BIN)/python -m pytest tests/package_test.py -k type_checker
 
 # Source distribution and wheel, and the wheel in empty environments.
 package:

@@ -15,7 +15,7 @@ import issgd_jax
 from issgd_jax.errors import InputError
 from issgd_jax.run import loop, wiring
 from issgd_jax.run.metrics import read_metrics
-from tests.helpers import small, without_time
+from tests.helpers import small, soak, without_time
 
 NUM_EXAMPLES = 96
 RNG = np.random.default_rng(0)
@@ -104,10 +104,15 @@ def test_any_problem_trains_by_importance(problem, tmp_path):
     [
         {"learner__asynchronous": 3, "devices__workers": 1},
         {"devices__learners": 2, "devices__workers": 2},
-        {"schedule__name": "exact", "steps": 4, "eval_every": 4},
-        {"proposal__name": "uniform"},
         {"workers__score": "loss"},
-        {"proposal__when": "auto"},
+        *soak(
+            [],
+            [
+                {"schedule__name": "exact", "steps": 4, "eval_every": 4},
+                {"proposal__name": "uniform"},
+                {"proposal__when": "auto"},
+            ],
+        ),
     ],
     ids=str,
 )

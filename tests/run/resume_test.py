@@ -304,7 +304,7 @@ def test_a_worker_that_raises_costs_its_rounds_and_not_the_run(tmp_path, monkeyp
 
         return score
 
-    monkeypatch.setattr(wiring, "make_worker_score_fn", make_score_fn)
+    monkeypatch.setattr(wiring, "make_worker_score_fn", make_worker_score_fn)
     history = issgd_jax.train(small(), tmp_path)
     told = capfd.readouterr().err
     assert "a round of scoring is lost at step" in told and "the worker is on fire" in told
