@@ -1,8 +1,6 @@
 """Digits with flax nnx: a model of batches with dropout and Rngs, split into parameters and the rest.
 
 python examples/flax_nnx.py
-
-At this rate, the best of those tried for uniform draws, importance sampling does not help the loss.
 """
 # Importance sampling: 7 lines added (# +), 4 changed (# was: the ordinary line).
 
