@@ -10,7 +10,7 @@ from tests.helpers import soak
 
 EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 MOST_CHANGED_LINES = 12
-SMALL = {"transformer": {"num_examples": 64}}
+SMALL = {"transformer": {"num_examples": 60}}
 # The ordinary loops of the others take longer than they tell.
 ORDINARY = [path for path in EXAMPLES if soak(path.stem in ("equinox_mlp", "orbax_checkpoint", "regression"), True)]
 CLAIM = r"^# Importance sampling: (\d+) lines added \(# \+\), (\d+) changed \(# was: the ordinary line\)\.$"
