@@ -18,11 +18,12 @@ ORDER = (
 ORDER_IN = {
     "config": ("schema", "checks", "columns", "page", "digits", "__main__"),
     "sampling": (
-        "kernels", "double_float", "sum_tree", "uniform", "table", "store", "proposal", "calibrated", "sampler",
+        "kernels", "double_float", "sum_tree", "uniform", "table", "store", "state", "moments", "proposal",
+        "calibrated", "sampler",
     ),
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),
-    "task": ("data", "models", "losses", "problem"),
+    "task": ("data", "models", "losses", "problem", "images"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
         "workdir", "metrics", "status", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure",

@@ -137,7 +137,7 @@ def _without_gradient(config, parts):
 
     from issgd_jax.learning.learner import Gradient, Learner, Minibatch
     from issgd_jax.run import wiring
-    from issgd_jax.task.problem import make_problem
+    from issgd_jax.task.images import make_problem
 
     class Owner(Learner):
         def gradient(self, params, step, drawn, examples):

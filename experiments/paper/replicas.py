@@ -23,6 +23,7 @@ from issgd_jax.run import wiring
 from issgd_jax.run.measure import make_measure, to_row
 from issgd_jax.sampling import Draw, SamplerState
 from issgd_jax.scoring import schedule
+from issgd_jax.task import images
 from issgd_jax.task import problem as problem_lib
 
 
@@ -72,7 +73,7 @@ def train_replicas(
     """
     config_lib.validate(config)
     check(config)
-    problem = problem_lib.make_problem(config)
+    problem = images.make_problem(config)
     devices = tuple(devices or jax.local_devices())[: len(replicas)]
     program = _Program(config, problem)
 
@@ -111,7 +112,7 @@ def train_replicas(
 
 def replica_bytes(config: ConfigDict) -> int:
     """Estimates the memory of one replica: parameters, momentum, gradient, snapshot; sampler; a microbatch."""
-    problem = problem_lib.make_problem(config)
+    problem = images.make_problem(config)
     params = jax.eval_shape(problem.init, jax.random.key(0))
     image = problem.examples("train")[0][0].size
     batch = max(config.learner.batch_size, problem_lib.SCORING_MICROBATCH)

@@ -35,9 +35,13 @@ WITH_AUTO = {
 ON_ACCELERATORS = {
     "memory/learner_bytes": "Memory in use on the learner device, in bytes.",
 }
+OF_OWN_PROBLEMS = {
+    "train/NAME, test/NAME": "Mean of each metric of the problem; without test examples there is no column of tests.",
+}
 COLUMNS = {
     "": ALWAYS,
     "With importance sampling": WITH_IMPORTANCE_SAMPLING,
     "With proposal.when = auto": WITH_AUTO,
+    "With a problem of your own, in place of train/error and test/error": OF_OWN_PROBLEMS,
     "Where the device reports its memory": ON_ACCELERATORS,
 }

@@ -2,6 +2,6 @@
 
 from issgd_jax.gradnorm.explain import explain
 from issgd_jax.gradnorm.norms import per_example_grad_norms, value_grad_and_norms
-from issgd_jax.gradnorm.per_example import per_example, positional_key
+from issgd_jax.gradnorm.per_example import example_keys, per_example, positional_key
 
-__all__ = ["explain", "per_example", "per_example_grad_norms", "positional_key", "value_grad_and_norms"]
+__all__ = ["example_keys", "explain", "per_example", "per_example_grad_norms", "positional_key", "value_grad_and_norms"]

@@ -63,6 +63,23 @@ def _per_example(batch_loss: Callable) -> Callable:
     return loss_fn
 
 
+def example_keys(seed: int, stream: int, step: jax.Array, number: int) -> jax.Array:
+    """Returns random keys of `number` examples at one step.
+
+    Args:
+      seed: of a run.
+      stream: number of the purpose, in [2^31, 2^32): below it, `fold_in(key(seed), n)` is that of draw n.
+      step: i32[].
+      number: of examples.
+
+    Example:
+      >>> example_keys(0, 2**31, jnp.int32(3), 2).shape
+      (2,)
+    """
+    key = jax.random.fold_in(jax.random.key(seed), jnp.uint32(stream))
+    return jax.random.split(jax.random.fold_in(key, step), number)
+
+
 @remember
 def positional_key(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `(params, *example, key)`, of a loss `(params, *example, key=key)`: keys become a batch argument."""

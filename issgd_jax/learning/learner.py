@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from issgd_jax.gradnorm import positional_key, value_grad_and_norms
+from issgd_jax.gradnorm import example_keys, positional_key, value_grad_and_norms
 from issgd_jax.learning import variance
 from issgd_jax.sampling import Draw, Sampler, SamplerState
 from issgd_jax.sampling.sampler import order_after
 
-# Number of the stream of keys of the losses; draws have the numbers below 2^31.
+# Of the keys of losses, see `example_keys`.
 _LOSS_STREAM = 2**32 - 1
 
 
@@ -129,7 +129,9 @@ class Learner:
           examples: pytrees with leading axis N on the learner's device.
         """
         backward = _shared(self._backward, self.mesh.axis_names[0]) if self.mesh else self._backward
-        keys = None if self.loss_seed is None else loss_keys(self.loss_seed, step, drawn.indices.size)
+        keys = None
+        if self.loss_seed is not None:
+            keys = example_keys(self.loss_seed, _LOSS_STREAM, step, drawn.indices.size)
         losses, gradient, norms, scores = backward(params, examples, drawn.indices, drawn.importance_weights, keys)
         finite = jnp.all(jnp.isfinite(losses))
         if self.refresh:
@@ -215,17 +217,6 @@ class Learner:
             return params, opt_state
         new, old = (params, opt_state), (state.params, state.opt_state)
         return jax.tree.map(lambda x, y: jnp.where(gradient.finite, x, y), new, old)
-
-
-def loss_keys(seed: int, step: jax.Array, number: int) -> jax.Array:
-    """Returns keys of the losses of `number` examples at one step, independent of all draws.
-
-    Example:
-      >>> loss_keys(0, jnp.int32(3), 2).shape
-      (2,)
-    """
-    stream = jax.random.fold_in(jax.random.key(seed), jnp.uint32(_LOSS_STREAM))
-    return jax.random.split(jax.random.fold_in(stream, step), number)
 
 
 def _shared(backward: Callable, axis: str) -> Callable:

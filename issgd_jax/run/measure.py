@@ -7,7 +7,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax.gradnorm import positional_key
 from issgd_jax.learning import evaluate
 from issgd_jax.sampling import Sampler
 from issgd_jax.scoring import scores
@@ -24,10 +23,8 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
     """
     sample_size = min(config.monitor.examples, sampler.num_examples)
     sample = np.sort(np.random.default_rng(0).permutation(sampler.num_examples)[:sample_size]).astype(np.int32)
-    loss_fn = positional_key(problem.loss_fn) if problem.keyed else problem.loss_fn
-    metrics = {
-        name: scores.without_key(metric) if problem.keyed else metric for name, metric in problem.metrics.items()
-    }
+    loss_fn = problem.positional_loss
+    metrics = {name: problem.on_keyed(metric) for name, metric in problem.metrics.items()}
     evaluate_split = evaluate.make_evaluate({"loss": loss_fn} | metrics)
     measure_variance = evaluate.make_measure_variance(loss_fn, scores.GradientNorm(loss_fn, SCORING_MICROBATCH))
     has_scores = config_lib.samples_by_importance(config)

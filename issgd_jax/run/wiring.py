@@ -25,13 +25,11 @@ from issgd_jax.sampling.uniform import largest_minibatch
 from issgd_jax.scoring import schedule
 from issgd_jax.scoring.workers import WorkerPool
 from issgd_jax.task import data
+from issgd_jax.task.images import ImageProblem, make_objective, make_problem
 from issgd_jax.task.problem import (
-    ImageProblem,
     Problem,
     check_memory,
     import_problem,
-    make_objective,
-    make_problem,
     make_score_fn,
     make_worker_score_fn,
     minibatch_size,
@@ -109,17 +107,9 @@ def prepare(config: ConfigDict, problem: Problem | None = None) -> Prepared:
         check_memory(config, problem, roles.learner)
         sampler = make_sampler(config, problem.source("train").num_examples)
         optimizer = problem.optimizer or make_optimizer(config)
-        train_examples = devices.put(_all_examples(problem), roles.placement)
+        train_examples = devices.put(problem.examples("train"), roles.placement)
         pool = _make_pool(config, roles, problem, train_examples)
         return Prepared(config, roles, problem, sampler, optimizer, train_examples, pool)
-
-
-def _all_examples(problem: Problem) -> tuple:
-    """Returns the training examples; raises InputError if they cannot be read."""
-    try:
-        return problem.examples("train")
-    except (TypeError, ValueError) as error:
-        raise InputError(f"train data of the problem: {error}") from error
 
 
 def build(prepared: Prepared) -> Parts:

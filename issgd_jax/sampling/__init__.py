@@ -2,7 +2,8 @@
 
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform
-from issgd_jax.sampling.sampler import DRAWS, Sampler, SamplerState
+from issgd_jax.sampling.sampler import DRAWS, Sampler
+from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import ScoreStore
 from issgd_jax.sampling.table import Draw, Table, build_table, draw, effective_sample_size, uniform_table
 

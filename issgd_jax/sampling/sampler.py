@@ -1,17 +1,19 @@
-"""The sampler: everything between a score and a draw, as a frozen value and one pytree of state."""
+"""The sampler: everything between a score and a draw, as a frozen value."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import Mixture, Proportional
+from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import NO_EXAMPLE, Rejected, ScoreStore
 from issgd_jax.sampling.table import Draw, Table
 
@@ -19,57 +21,6 @@ DRAWS = (*table_lib.METHODS, *uniform.EPOCHS)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
 REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
-# Updates after which a minibatch counts for a third: in the moments, and in the level, their unit.
-MOMENTS_WINDOW, LEVEL_WINDOW = 100, 10
-
-
-class SamplerState(NamedTuple):
-    """State of a `Sampler`: one pytree of arrays, to be saved and restored with the caller's own.
-
-    Attributes:
-      score: f32[N], see `ScoreStore`.
-      scored_at: i32[N], see `ScoreStore`.
-      proposal_state: what the proposal has learned from scores.
-      basis: what the proposal knows of all examples together, as of the last rebuild.
-      sums: f32[M], see `Table`; None for a uniform table.
-      population: f32[], see `Table`.
-      rejected: scores that were NaN, infinite or negative.
-      moments: f32[3], running means of the mean square of an example's gradient with uniform draws and with those made,
-        both in units of the third, their level of late.
-      key: u32[...], random key data of this run's draws.
-      num_draws: i32[], draws made; the number of the next one.
-      step: i32[], updates done.
-    """
-
-    score: jax.Array
-    scored_at: jax.Array
-    proposal_state: Any
-    basis: Any
-    sums: jax.Array | None
-    population: jax.Array
-    rejected: Rejected
-    moments: jax.Array
-    key: jax.Array
-    num_draws: jax.Array
-    step: jax.Array
-
-    @property
-    def store(self) -> ScoreStore:
-        """The last score of every example and the step of the parameters that gave it."""
-        return ScoreStore(self.score, self.scored_at)
-
-    @property
-    def table(self) -> Table:
-        """What is drawn from."""
-        return Table(self.sums, self.population, self.score.shape[0])
-
-    def with_store(self, store: ScoreStore) -> "SamplerState":
-        """Returns the state with other scores."""
-        return self._replace(score=store.score, scored_at=store.scored_at)
-
-    def with_table(self, table: Table) -> "SamplerState":
-        """Returns the state that draws from another table."""
-        return self._replace(sums=table.sums, population=table.population)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -169,13 +120,11 @@ class Sampler:
           TypeError: state is not the state of a sampler.
           ValueError: state is of another number of examples.
         """
-        self._check_state(state)
-        num_draws, drawn = self._draw(state, state.num_draws, uniform_draw)
+        num_draws, drawn = self._draw(state, None, uniform_draw)
         return state._replace(num_draws=num_draws), drawn
 
     def draw_number(self, state: SamplerState, number: int | jax.Array, *, uniform_draw: bool = False) -> Draw:
         """Returns the draw of number `number`, an int or i32[], from the present table; counts nothing."""
-        self._check_state(state)
         return self._draw(state, number, uniform_draw)[1]
 
     def update(
@@ -238,10 +187,10 @@ class Sampler:
         if not isinstance(indices, jax.Array):  # 64-bit indices must not wrap into [0, N)
             indices = np.clip(np.asarray(indices), -1, self.num_examples)
         scores = scores if isinstance(scores, jax.Array) else np.asarray(scores)
-        if not jnp.issubdtype(indices.dtype, jnp.integer) or jnp.shape(indices) != jnp.shape(scores):
-            described = f"{indices.dtype}{jnp.shape(indices)} and shape {jnp.shape(scores)}"
-            kind = TypeError if jnp.shape(indices) == jnp.shape(scores) else ValueError
-            raise kind(f"need whole-number indices and scores of one shape, got {described}")
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
+        if jnp.shape(indices) != jnp.shape(scores):
+            raise ValueError(f"need a score for each index, got shapes {jnp.shape(indices)} and {jnp.shape(scores)}")
         return _ingest(self, state, indices, scores, scored_at, are_norms, rebuild)
 
     def rebuild(self, state: SamplerState) -> SamplerState:
@@ -298,8 +247,10 @@ class Sampler:
             return measured
         return {name: value.item() for name, value in jax.device_get(measured).items()}
 
-    def _draw(self, state: SamplerState, number: int | jax.Array, uniform_draw: bool) -> tuple[jax.Array, Draw]:
-        """Returns the number after this one, and the draw of this one."""
+    def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
+        """Returns the number after this one (None: that of the state), and the draw of this one."""
+        self._check_state(state)
+        number = state.num_draws if number is None else number
         table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
         return _draw(state.key, number, table, self.batch_size, self.draw_method)
 
@@ -384,7 +335,7 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     table = sampler.proposal.table(basis, store, step)
     return SamplerState(
         store.score, store.scored_at, proposal_state, basis, table.sums, table.population,
-        rejected=Rejected.none(), moments=jnp.zeros(3), key=key, num_draws=jnp.int32(0), step=step,
+        rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
     )  # fmt: skip
 
 
@@ -408,29 +359,13 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     scores = norms if scores is None else scores
     state = sampler._write(state, indices, scores, norms, drawn.importance_weights, scored_at)
     v = sampler.proposal.v(state.basis, *state.store.at(indices), step)
-    moments = _updated_moments(state.moments, norms, drawn.importance_weights)
+    moments = moments_lib.update(state.moments, norms, drawn.importance_weights)
     state = state.with_table(state.table.write(indices, v))._replace(step=step, moments=moments)
     if not sampler.rebuild_every:
         return state
     # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
     is_due = (step % sampler.rebuild_every == 0) | (step & (step - 1) == 0)
     return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
-
-
-def _updated_moments(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) -> jax.Array:
-    """Returns running means f32[3] of `w norm^2` and `w^2 norm^2`, and of their level.
-
-    Norms may fall by orders of magnitude: in units of their time, those of long ago do not outweigh the others.
-    """
-    valid = jnp.isfinite(norms) & (norms >= 0) & (norms < 1e18)
-    squares = jnp.where(valid, importance_weights * jnp.where(valid, norms, 0) ** 2, 0)
-    new = jnp.stack([jnp.mean(squares), jnp.mean(importance_weights * squares)])
-    means, level = moments[:2], moments[2]
-    is_first = level == 0
-    level = jnp.where(is_first, new[0], level + (new[0] - level) / LEVEL_WINDOW)
-    new = jnp.where(level > 0, new / jnp.where(level > 0, level, 1), 1)
-    means = jnp.where(is_first, new, means + (new - means) / MOMENTS_WINDOW)
-    return jnp.append(means, level)
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
@@ -452,10 +387,9 @@ def _rebuild(sampler: Sampler, state: SamplerState) -> SamplerState:
 
 @functools.partial(jax.jit, inline=True)
 def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
-    store, (uniform_square, drawn_square, _) = state.store, state.moments
+    store, gain = state.store, moments_lib.gain(state.moments)
     staleness = jnp.where(store.scored, store.staleness(state.step), 0)
     num_scored = jnp.sum(store.scored)
-    gain = jnp.where(drawn_square > 0, uniform_square / drawn_square, 1)
     return {
         "gain": gain,
         "equivalent_batch": gain * sampler.batch_size,

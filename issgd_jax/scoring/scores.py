@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.gradnorm import per_example_grad_norms
+from issgd_jax.gradnorm import example_keys, per_example_grad_norms
 from issgd_jax.gradnorm.caching import cached, remember
 
-# Number of the stream of keys of scores; draws have the numbers below 2^31, losses another one above.
+# Of the keys of scores, see `example_keys`; losses have another one.
 _SCORE_STREAM = 2**32 - 2
 
 
@@ -123,6 +123,5 @@ class Keyed:
 
     def __call__(self, params_and_step, *batch) -> jax.Array:
         params, step = params_and_step
-        key = jax.random.fold_in(jax.random.key(self.seed), jnp.uint32(_SCORE_STREAM))
-        keys = jax.random.split(jax.random.fold_in(key, step), jax.tree.leaves(batch)[0].shape[0])
+        keys = example_keys(self.seed, _SCORE_STREAM, step, jax.tree.leaves(batch)[0].shape[0])
         return self.score_fn(params, *batch, keys)

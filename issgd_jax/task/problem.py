@@ -1,10 +1,11 @@
-"""What is learned: the user's own problem, or that of a config: data, network, loss and scores."""
+"""What is learned: init, loss of one example, metrics, training and test data; and the scores of it."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from issgd_jax.errors import InputError
 from issgd_jax.gradnorm import explain, per_example_grad_norms, positional_key
 from issgd_jax.loading.source import Source, arguments, as_source
 from issgd_jax.scoring import scores as scores_lib
-from issgd_jax.task import data, losses, models
 
 # Examples scored at a time: enough to fill a device, few enough for the activations of any network to fit.
 SCORING_MICROBATCH = 256
@@ -28,13 +28,22 @@ BYTES_A_PARAMETER, BYTES_A_GRADIENT = 12, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Functions of ONE example, without data; see `Problem`."""
+    """Functions of ONE example, without data; attributes as the arguments of `Problem`."""
 
     init: Callable[[jax.Array], Any]
     loss_fn: Callable[..., jax.Array]
     metrics: Mapping[str, Callable[..., jax.Array]] = dataclasses.field(default_factory=dict)
     logits_fn: Callable[..., jax.Array] | None = None
     keyed: bool = False
+
+    @property
+    def positional_loss(self) -> Callable[..., jax.Array]:
+        """The loss `(params, *example)`, or `(params, *example, key)` of a keyed one."""
+        return positional_key(self.loss_fn) if self.keyed else self.loss_fn
+
+    def on_keyed(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Returns a function that needs no key, for arguments that end with one where the loss is keyed."""
+        return scores_lib.without_key(function) if self.keyed else function
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,32 +93,36 @@ class Problem(Objective):
     name: str | None = None
 
     def source(self, split: str) -> Source:
-        """Returns the examples of "train" or "test".
-
-        Raises:
-          InputError: they cannot be read.
-        """
-        try:
+        """Returns the examples of "train" or "test"; raises InputError if they cannot be read."""
+        with _reading(split):
             return as_source(getattr(self, split), self.collate)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{split} data of the problem: {error}") from error
+
+    def first(self, split: str) -> tuple:
+        """Returns the first example as arguments of the loss, arrays [1, ...]; raises InputError as `source`."""
+        source = self.source(split)
+        with _reading(split):
+            return arguments(source.gather(np.zeros(1, np.int64)))
 
     def examples(self, split: str) -> tuple | None:
-        """Returns all examples of a split as arguments of the loss, arrays [N, ...]; None without test examples."""
-        return None if getattr(self, split) is None else arguments(self.source(split).all_rows())
+        """Returns all examples as arguments of the loss, arrays [N, ...]; None without test examples.
+
+        Raises:
+          InputError: as `source`.
+        """
+        if getattr(self, split) is None:
+            return None
+        source = self.source(split)
+        with _reading(split):
+            return arguments(source.all_rows())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageProblem(Problem):
-    """The problem of a config: image uint8[H, W, channels], label i32[].
-
-    Attributes:
-      num_classes: C.
-      standardization: mean and standard deviation of the training images, f32[H, W, channels] each.
-    """
-
-    num_classes: int
-    standardization: tuple[np.ndarray, np.ndarray]
+@contextlib.contextmanager
+def _reading(split: str) -> Iterator[None]:
+    """Turns errors of the data into InputErrors that name the split."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{split} data of the problem: {error}") from error
 
 
 def import_problem(reference: str) -> Problem:
@@ -155,10 +168,7 @@ def check(problem: Problem) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     init = _traced("init", problem.init, key)
     for split in ("train", "test") if problem.test is not None else ("train",):
-        try:
-            batch = arguments(problem.source(split).gather(np.zeros(1, np.int64)))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{split} data of the problem: {error}") from error
+        batch = problem.first(split)
         loss_fn = per_example_grad_norms(problem.loss_fn, keyed=problem.keyed)
         _traced(f"the loss of a {split} example", loss_fn, init, *batch, **({"key": key} if problem.keyed else {}))
         example = jax.tree.map(lambda x: x[0], batch)
@@ -181,68 +191,7 @@ def minibatch_size(config: ConfigDict) -> int:
     return config.devices.learners * config.learner.batch_size
 
 
-def make_problem(config: ConfigDict) -> ImageProblem:
-    """Loads the config's data, and checks that its network can take them; compiles nothing.
-
-    Raises:
-      InputError: the data is missing or too small, or the network cannot take it or does not fit in memory.
-    """
-    train_data, test_data = (_load(config.data, split) for split in ("train_split", "test_split"))
-    if train_data.images.shape[1:] != test_data.images.shape[1:]:
-        raise InputError(f"images differ: train {train_data.images.shape[1:]}, test {test_data.images.shape[1:]}")
-
-    standardization = data.standardization(train_data.images)
-    objective = make_objective(config, train_data.num_classes, *standardization)
-    try:
-        params = _init_shapes(objective)
-        jax.eval_shape(objective.loss_fn, params, train_data.images[0], train_data.labels[0])
-    except Exception as error:  # any error of the network's library: only traced here, nothing is compiled yet
-        raise InputError(
-            f"model {config.model.name} cannot take images of shape {train_data.images.shape[1:]} (see "
-            f"--config.model): {error}"
-        ) from error
-    return ImageProblem(
-        **vars(objective),
-        train=(train_data.images, train_data.labels),
-        test=(test_data.images, test_data.labels),
-        num_classes=train_data.num_classes,
-        standardization=standardization,
-    )
-
-
-def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: np.ndarray) -> Objective:
-    """Returns the config's network and loss.
-
-    Args:
-      config: of the run.
-      num_classes: C.
-      mean, std: standardization of the images, f32[H, W, channels].
-    """
-    model = models.MODELS[config.model.name](num_classes, **config.model[config.model.name].to_dict())
-
-    def init(key):
-        return model.init(key, jnp.asarray(mean))
-
-    def logits_fn(params, image):
-        return model.apply(params, (image - mean) / std)
-
-    def loss_fn(params, image, label):
-        return losses.example_loss(logits_fn(params, image), label)
-
-    def error_fn(params, image, label):
-        return losses.example_error(logits_fn(params, image), label)
-
-    return Objective(init=init, loss_fn=loss_fn, metrics={"error": error_fn}, logits_fn=logits_fn)
-
-
-def _load(config: ConfigDict, split: str) -> data.Dataset:
-    try:
-        return data.load(config.name, config[split], config.dir)
-    except InputError as error:
-        raise InputError(f"{error} (see --config.data.name, --config.data.{split})") from error
-
-
-def _init_shapes(objective: Objective) -> Any:
+def init_shapes(objective: Objective) -> Any:
     """Returns the shapes of the parameters; compiles nothing."""
     return jax.eval_shape(lambda: objective.init(jax.random.key(0)))
 
@@ -250,7 +199,7 @@ def _init_shapes(objective: Objective) -> Any:
 def check_memory(config: ConfigDict, problem: Problem, device: jax.Device) -> None:
     """Raises InputError if parameters and training examples cannot fit on the learner's device."""
     limit = devices.memory_bytes(device)
-    num_params = sum(x.size for x in jax.tree.leaves(_init_shapes(problem)))
+    num_params = sum(x.size for x in jax.tree.leaves(init_shapes(problem)))
     in_flight = BYTES_A_GRADIENT * (config.learner.asynchronous - 1)
     needed = (BYTES_A_PARAMETER + in_flight) * num_params
     if needed > limit:
@@ -258,12 +207,11 @@ def check_memory(config: ConfigDict, problem: Problem, device: jax.Device) -> No
             f"the model has {num_params:,} parameters, which need {needed:,} bytes, but {device} has {limit:,}: make "
             "it smaller (see --config.model)"
         )
-    source = problem.source("train")
-    first = jax.tree.leaves(source.gather(np.zeros(1, np.int64)))
-    needed = source.num_examples * sum(x.nbytes for x in first)
+    num_examples = problem.source("train").num_examples
+    needed = num_examples * sum(x.nbytes for x in jax.tree.leaves(problem.first("train")))
     if needed > limit:
         raise InputError(
-            f"the {source.num_examples:,} training examples need {needed:,} bytes, but {device} has {limit:,}: use "
+            f"the {num_examples:,} training examples need {needed:,} bytes, but {device} has {limit:,}: use "
             "fewer, or a loop of your own with issgd_jax.Prefetch, which keeps them on the host"
         )
 
@@ -277,12 +225,10 @@ def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
     if config.workers.score == "last_layer":
         if objective.logits_fn is None:
             raise InputError("workers.score is last_layer, but the problem has no logits_fn: use gradient_norm or loss")
-        score_fn = scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH)
-        return scores_lib.without_key(score_fn) if objective.keyed else score_fn
-    loss_fn = positional_key(objective.loss_fn) if objective.keyed else objective.loss_fn
+        return objective.on_keyed(scores_lib.last_layer(objective.logits_fn, SCORING_MICROBATCH))
     if config.workers.score == "loss":
-        return scores_lib.loss(loss_fn, SCORING_MICROBATCH)
-    return scores_lib.GradientNorm(loss_fn, SCORING_MICROBATCH)
+        return scores_lib.loss(objective.positional_loss, SCORING_MICROBATCH)
+    return scores_lib.GradientNorm(objective.positional_loss, SCORING_MICROBATCH)
 
 
 def make_worker_score_fn(config: ConfigDict, objective: Objective) -> Callable:
@@ -293,6 +239,4 @@ def make_worker_score_fn(config: ConfigDict, objective: Objective) -> Callable:
 
 def explain_norms(problem: Problem):
     """Returns how the gradient norm of each parameter is computed, see `gradnorm.explain`."""
-    params = _init_shapes(problem)
-    batch = arguments(problem.source("train").gather(np.zeros(1, np.int64)))
-    return explain(problem.loss_fn, params, *batch, keyed=problem.keyed)
+    return explain(problem.loss_fn, init_shapes(problem), *problem.first("train"), keyed=problem.keyed)

@@ -67,13 +67,13 @@ def test_an_update_copies_nothing_of_n(proposal):
     """Red if a step, or the branch of a rebuild that is not due, copies store or table."""
     num_examples = 573_000
 
-    def memory(rebuild_every):
+    def compiled(rebuild_every):
         sampler = Sampler(num_examples, 128, proposal, rebuild_every=rebuild_every)
         program = jax.jit(lambda state: sampler.update(*sampler.draw(state), jnp.ones(128)), donate_argnums=0)
         return program.lower(sampler.init(0)).compile()
 
-    assert memory(0).memory_analysis().temp_size_in_bytes < num_examples
-    large = re.findall(r"= \w+\[(\d+)\]\S* copy\(", memory(32).as_text())
+    assert compiled(0).memory_analysis().temp_size_in_bytes < num_examples
+    large = re.findall(r"= \w+\[(\d+)\]\S* copy\(", compiled(32).as_text())
     assert not [size for size in large if int(size) >= num_examples]
 
 
@@ -220,8 +220,8 @@ def test_wrong_use_is_refused(used):
     for wrong in ({"score": 1}, state.store, state.table, None):
         refused(TypeError, "state must be a SamplerState, got", lambda wrong=wrong: sampler.draw(wrong))
         refused(TypeError, "state must be", lambda wrong=wrong: sampler.metrics(wrong))
-    refused(TypeError, "need whole-number indices", lambda: sampler.ingest(state, [0.5], [1.0], 0))
-    refused(ValueError, "of one shape", lambda: sampler.ingest(state, [0, 1], [1.0], 0))
+    refused(TypeError, "indices must be whole numbers", lambda: sampler.ingest(state, [0.5], [1.0], 0))
+    refused(ValueError, "need a score for each index", lambda: sampler.ingest(state, [0, 1], [1.0], 0))
     refused(TypeError, "table must be a Table, got ScoreStore", lambda: draw(jax.random.key(0), state.store, 4))
     refused(ValueError, "rebuild_every must be >= 0, got -1", lambda: Sampler(10, 2, rebuild_every=-1))
     assert isinstance(sampler.update(state, drawn, ones).store, ScoreStore)  # none of it has harmed the state
