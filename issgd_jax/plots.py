@@ -87,8 +87,8 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
                 _plot(axis, [rows], name, scale=scale, color=colour, label=label)
     for line, unit in zip(axes, ("learner steps", "seconds of training, without compilation")):
         loss, error, noise = line
-        loss.set(title="Training loss", yscale="log", ylabel="cross-entropy (nats), whole split", xlabel=unit)
-        error.set(title="Test error", ylabel="fraction misclassified", xlabel=unit)
+        loss.set(title="Training loss", yscale="log", ylabel="mean loss, whole split", xlabel=unit)
+        error.set(title="Test error", ylabel="mean error, whole split", xlabel=unit)
         noise.set(title="Noise of the gradient", yscale="log", ylabel=_NOISE_LABEL, xlabel=unit)
     error.set_ylim(0, _error_limit({label: [rows] for label, rows in runs.items()}))
     _decorate(figure)

@@ -78,7 +78,8 @@ class Bench:
         self.step = Learner(loss_fn, self._optimizer, refresh=False).compile()
         self.refreshing_step = Learner(loss_fn, self._optimizer).compile()
         self.uniform = Sampler(num_examples, case.batch_size, Uniform())
-        self.weighted = jax.device_put(Sampler(num_examples, case.batch_size))
+        # As in the trainer, whose loop rebuilds.
+        self.weighted = jax.device_put(Sampler(num_examples, case.batch_size, rebuild_every=0))
         scores = rng.lognormal(0, 1.5, num_examples).astype(np.float32)
         indices = jnp.arange(num_examples)
         self._scored = self.weighted.ingest(self.weighted.init(0), indices, scores, jnp.int32(0))
