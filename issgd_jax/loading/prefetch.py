@@ -1,7 +1,10 @@
 """Minibatches of host data, gathered in a thread while the learner computes the steps before."""
 
 import collections
-import concurrent.futures
+import contextlib
+import functools
+import queue
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from issgd_jax.loading.source import Source, as_source
-from issgd_jax.sampling import Draw, Sampler, SamplerState
+from issgd_jax.sampling import Draw, Sampler, SamplerState, Table
+from issgd_jax.sampling.sampler import draw_number
 
 
 class Prefetch:
@@ -51,7 +55,7 @@ class Prefetch:
         collate: Callable[[list], Any] | None = None,
         device: jax.Device | Sharding | None = None,
     ):
-        """Starts nothing yet.
+        """Starts the thread, which waits for the first draw.
 
         Args:
           sampler: draws the indices.
@@ -72,12 +76,14 @@ class Prefetch:
             )
         if depth < 0:
             raise ValueError(f"depth must be >= 0, got {depth}")
-        self._sampler, self._device = jax.device_put(sampler), device
+        self._sampler = sampler
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]
-        self._queue = collections.deque()  # of (draw, future of _fetch), the oldest first
+        self._queue = collections.deque()  # of (draw, its reply), the oldest first
         self._next = None  # number and key that the oldest must have
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._close = weakref.finalize(self, self._thread.shutdown, wait=False, cancel_futures=True)
+        self._requests = queue.SimpleQueue()  # of (array with the indices, reply); None: the end
+        thread = threading.Thread(target=_serve, args=(self._requests, self._source, device), daemon=True)
+        self._close = weakref.finalize(self, _end, self._requests, thread)
+        thread.start()
 
     def draw(self, state: SamplerState) -> tuple[SamplerState, Draw, Any]:
         """Returns the next minibatch and its rows, and dispatches a later one.
@@ -91,22 +97,26 @@ class Prefetch:
 
         Raises:
           RuntimeError: the `Prefetch` is closed, or a state does not continue the one before it.
+          TypeError, ValueError: state is not one of the sampler's, or the call is inside `jit`.
           Exception: of the source or of collate, at the draw whose batch it concerns.
 
         After an error, the next call begins again from the state that it is given.
         """
         if not self._close.alive:
             raise RuntimeError("Prefetch is closed: make a new one")
+        self._sampler.check_state(state)
         if isinstance(state.num_draws, jax.core.Tracer):
             raise TypeError("Prefetch.draw cannot be compiled: call it outside jit, and pass the batch to the function")
+        table, batch_size, method = state.table, self._sampler.batch_size, self._sampler.draw_method
         for ahead in self._ahead[len(self._queue) :]:
-            num_draws, drawn, for_host = _draw_ahead(self._sampler, state, ahead)
+            num_draws, drawn, for_host = _draw_ahead(state.key, state.num_draws, ahead, table, batch_size, method)
             for_host.copy_to_host_async()
-            future = self._thread.submit(_fetch, self._source, for_host, len(drawn.indices), self._device)
-            self._queue.append((drawn, future))
-        drawn, future = self._queue.popleft()
+            reply = queue.SimpleQueue()
+            self._requests.put((for_host, batch_size, reply))
+            self._queue.append((drawn, reply))
+        drawn, reply = self._queue.popleft()
         try:
-            (number, key), batch = future.result()
+            number, key, batch = _answer(reply)
             if self._next is not None and (number, key) != self._next:
                 raise RuntimeError(
                     f"draw {self._next[0]} was to follow, but the states given are those of draw {number}"
@@ -122,8 +132,7 @@ class Prefetch:
     def close(self) -> None:
         """Ends the thread; waits for the rows that it is gathering."""
         self._clear()
-        self._close.detach()
-        self._thread.shutdown(cancel_futures=True)
+        self._close()
 
     def __enter__(self) -> "Prefetch":
         return self
@@ -132,30 +141,36 @@ class Prefetch:
         self.close()
 
     def _clear(self) -> None:
-        for _, future in self._queue:
-            future.cancel()
+        _drop(self._requests)
         self._queue.clear()
         self._next = None
 
 
-@jax.jit
-def _draw_ahead(sampler: Sampler, state: SamplerState, ahead: jax.Array):
-    """Returns the state's next num_draws, the draw so far ahead, and its number, key and indices as one array."""
-    number = state.num_draws + ahead
-    drawn = sampler.draw_number(state, number)
-    parts = number[None], state.key, drawn.indices  # one array, as every copy to the host has its own cost
-    return state.num_draws + 1, drawn, jnp.concatenate([part.astype(jnp.uint32) for part in parts])
+# Takes no more than it needs of sampler and state: each argument costs time at every step.
+@functools.partial(jax.jit, static_argnames=("batch_size", "method"))
+def _draw_ahead(key: jax.Array, num_draws: jax.Array, ahead: jax.Array, table: Table, batch_size: int, method: str):
+    """Returns the next num_draws, the draw so far ahead, and its number, key and indices as one array."""
+    number = num_draws + ahead
+    _, drawn = draw_number(key, number, table, batch_size, method)
+    parts = number[None], key, drawn.indices  # one array, as every copy to the host has its own cost
+    return num_draws + 1, drawn, jnp.concatenate([part.astype(jnp.uint32) for part in parts])
 
 
 # No method: a thread that holds the Prefetch would keep it from being garbage-collected.
-def _fetch(source: Source, for_host: jax.Array, batch_size: int, device) -> tuple[tuple[int, bytes], Any]:
-    """Returns the identity of a draw and its rows on the device, when its indices are known."""
+def _serve(requests: queue.SimpleQueue, source: Source, device: jax.Device | Sharding | None) -> None:
+    """Replies to each request with the draw's number and key, and its rows on the device; or with what was raised."""
     # Implicit transfers take half the time of explicit ones, which matters where a CPU computes the step too.
     with jax.transfer_guard("allow"):
-        identity, indices = np.split(np.asarray(for_host), [-batch_size])
-        batch = source.gather(indices.astype(np.int64))
-        batch = _on_default_device(batch) if device is None else jax.device_put(batch, device)
-    return _identity(identity[0], identity[1:]), batch
+        while (request := requests.get()) is not None:
+            for_host, batch_size, reply = request
+            try:
+                values = np.asarray(for_host)
+                batch = source.gather(values[-batch_size:].astype(np.int64))
+                batch = _on_default_device(batch) if device is None else jax.device_put(batch, device)
+                reply.put((int(values[0]), values[1:-batch_size].tobytes(), batch))
+            except BaseException as error:
+                reply.put(error)
+            del request, for_host, reply  # else they live until the next
 
 
 @jax.jit
@@ -163,5 +178,22 @@ def _on_default_device(batch: Any) -> Any:
     return batch
 
 
-def _identity(number: np.ndarray, key: np.ndarray) -> tuple[int, bytes]:
-    return int(number), key.tobytes()
+def _answer(reply: queue.SimpleQueue) -> Any:
+    answer = reply.get()
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _drop(requests: queue.SimpleQueue) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            requests.get_nowait()
+
+
+def _end(requests: queue.SimpleQueue, thread: threading.Thread) -> None:
+    """Ends the thread, and waits for it: the interpreter must not end under it."""
+    _drop(requests)
+    requests.put(None)
+    if thread is not threading.current_thread():  # that may be the one that collects garbage
+        thread.join()

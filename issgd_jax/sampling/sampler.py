@@ -155,7 +155,7 @@ class Sampler:
           ValueError: norms or scores have another shape than the draw, the draw has no importance weights, or state or
             draw is of another number of examples.
         """
-        self._check_state(state)
+        self.check_state(state)
         norms, scores = self._check_minibatch(drawn, norms, scores)
         return _update(self, state, drawn, norms, scores, scored_at)
 
@@ -183,7 +183,7 @@ class Sampler:
           TypeError: state is not the state of a sampler, or indices are not whole numbers.
           ValueError: indices and scores differ in shape, or state is of another number of examples.
         """
-        self._check_state(state)
+        self.check_state(state)
         if not isinstance(indices, jax.Array):  # 64-bit indices must not wrap into [0, N)
             indices = np.clip(np.asarray(indices), -1, self.num_examples)
         scores = scores if isinstance(scores, jax.Array) else np.asarray(scores)
@@ -195,7 +195,7 @@ class Sampler:
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
-        self._check_state(state)
+        self.check_state(state)
         return _rebuild(self, state)
 
     def append(self, state: SamplerState, num_examples: int) -> tuple["Sampler", SamplerState]:
@@ -214,7 +214,7 @@ class Sampler:
           >>> sampler.num_examples, len(state.store)
           (120, 120)
         """
-        self._check_state(state)
+        self.check_state(state)
         state = state.with_store(state.store.append(num_examples))._replace(sums=None)
         options = self.batch_size, self.proposal, self.draw_method
         sampler = Sampler(self.num_examples + num_examples, *options, rebuild_every=self.rebuild_every)
@@ -241,7 +241,7 @@ class Sampler:
           >>> sampler.metrics(sampler.init(seed=0))["effective_sample_size"]
           4.0
         """
-        self._check_state(state)
+        self.check_state(state)
         measured = _metrics(self, state)
         if any(isinstance(value, jax.core.Tracer) for value in measured.values()):
             return measured
@@ -249,10 +249,10 @@ class Sampler:
 
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one (None: that of the state), and the draw of this one."""
-        self._check_state(state)
+        self.check_state(state)
         number = state.num_draws if number is None else number
         table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
-        return _draw(state.key, number, table, self.batch_size, self.draw_method)
+        return draw_number(state.key, number, table, self.batch_size, self.draw_method)
 
     def _write(self, state: SamplerState, indices, scores, norms, importance_weights, scored_at) -> SamplerState:
         """Lets the proposal learn from gradient norms, if known, while the store has the old scores; then stores."""
@@ -270,7 +270,8 @@ class Sampler:
         basis = self.proposal.basis(state.proposal_state, state.store, state.step)
         return state._replace(basis=basis).with_table(self.proposal.table(basis, state.store, state.step))
 
-    def _check_state(self, state: SamplerState) -> None:
+    def check_state(self, state: SamplerState) -> None:
+        """Raises TypeError or ValueError if state is not one of this sampler."""
         if not isinstance(state, SamplerState):
             raise TypeError(
                 f"state must be a SamplerState, got {type(state).__name__}: it comes from `init`, which is also the "
@@ -340,7 +341,10 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
 
 
 @functools.partial(jax.jit, inline=True, static_argnames=("batch_size", "method"))
-def _draw(key: jax.Array, number: jax.Array, table: Table, batch_size: int, method: str) -> tuple[jax.Array, Draw]:
+def draw_number(
+    key: jax.Array, number: jax.Array, table: Table, batch_size: int, method: str
+) -> tuple[jax.Array, Draw]:
+    """Returns the number after this one, and the draw of this one: a function of its arguments alone."""
     key = jax.random.wrap_key_data(key)
     if method not in uniform.EPOCHS:
         return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, method)

@@ -43,10 +43,10 @@ def test_called_by_themselves_draw_and_update_compile_once():
     """Red if an eager loop compiles at every step."""
     sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE)
     state, _ = run(sampler, sampler.init(0), 2)
-    sizes = [f._cache_size() for f in (sampler_lib._draw, sampler_lib._update, sampler_lib._init)]
+    sizes = [f._cache_size() for f in (sampler_lib.draw_number, sampler_lib._update, sampler_lib._init)]
     run(Sampler(NUM_EXAMPLES, BATCH_SIZE), state, 3)
     sampler.init(7)
-    assert sizes == [f._cache_size() for f in (sampler_lib._draw, sampler_lib._update, sampler_lib._init)]
+    assert sizes == [f._cache_size() for f in (sampler_lib.draw_number, sampler_lib._update, sampler_lib._init)]
 
 
 def test_compiled_in_the_callers_step_it_draws_the_same():
