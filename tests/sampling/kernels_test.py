@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from issgd_jax.sampling import kernels, store, sum_tree, uniform
+from issgd_jax.sampling.kernels import native
 from tests.helpers import soak
 
 SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled
@@ -118,6 +119,87 @@ def test_a_written_tree_equals_the_tree_of_the_new_leaves(num_leaves, kind, keep
     for sums, num_rejected in (fast, plain):
         np.testing.assert_array_equal(sums, build(expected))
         assert int(num_rejected) == 0
+
+
+SPECIAL = (0.0, 1e-45, 1e-30, 1.0, 2.5, 1e20, 3.4e38, np.nan, np.inf, -np.inf, -1.0)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=soak(40, 1000))
+@given(
+    num_leaves=SIZES,
+    values=st.lists(st.sampled_from(SPECIAL), min_size=WRITTEN, max_size=WRITTEN),
+    indices=st.lists(st.integers(-3, 5) | st.integers(-(2**31), 2**31 - 1), min_size=WRITTEN, max_size=WRITTEN),
+    keep_zeros=st.booleans(),
+    equally_spaced=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_misused_the_kernels_do_what_plain_jax_does(num_leaves, values, indices, keep_zeros, equally_spaced, seed):
+    """Red if one clips, counts or falls back to uniform draws where the other does not."""
+    _, first = np.unique(indices, return_index=True)  # of one index twice, either value may be written
+    indices = np.where(np.isin(np.arange(WRITTEN), first), indices, -1).astype(np.int32)
+    old = leaves(num_leaves, "all zero" if seed % 2 else "some zero", seed % 5)
+    fast, plain = both_writes(build(old), indices, np.float32(values), keep_zeros, num_leaves=num_leaves)
+    for x, y in zip(fast, plain):
+        np.testing.assert_array_equal(x, y)
+    drawn = both_draws(
+        jax.random.key(seed), fast[0], jnp.int32(WRITTEN), equally_spaced=equally_spaced, num_leaves=num_leaves
+    )
+    for x, y in zip(*drawn):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("equally_spaced", [True, False])
+def test_from_a_tree_that_is_none_only_leaves_are_drawn(poison, equally_spaced):
+    """Red if a descent follows foreign sums out of the tree: by the kernel and by plain JAX."""
+    sums = np.array(build(leaves(5000, "lognormal")))
+    for place in (3, 5010, len(sums) - 16, len(sums) - 1):
+        sums[place] = poison
+        drawn = both_draws(jax.random.key(1), sums, jnp.int32(9), equally_spaced=equally_spaced, num_leaves=5000)
+        for indices, _ in drawn:
+            assert np.min(indices) >= 0 and np.max(indices) < 5000
+
+
+@needs_kernels
+def test_each_kernel_refuses_arrays_of_other_lengths():
+    """Red if a kernel trusts its caller: what it then reads, or writes, is the memory of others."""
+    f32, s32, one, tree = jnp.zeros(20), jnp.zeros(20, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(48)
+    keep, key, four = jnp.zeros((), bool), jnp.zeros(2, jnp.uint32), jnp.zeros(4, jnp.int32)
+    twenty = {"num_leaves": np.int64(20)}
+    calls = {
+        "read_scores": ((f32, s32[:19], four), (jnp.float32(four), four), {}),
+        "write_scores": ((f32, s32, four, f32[:3], one), (f32, s32, one, one), {}),
+        "write_tree": ((tree, four, f32[:3], keep), (tree, one), twenty),
+        "draw_leaves": ((key, tree[:32], one + 4), (four, jnp.float32(four)), twenty | {"equally_spaced": np.bool_(1)}),
+        "draw_uniform": ((key[:1],), (four,), {"num_examples": np.int64(20), "in_parts": np.bool_(1)}),
+    }
+    assert set(calls) == set(native.FUNCTIONS)
+    for function, (args, results, attributes) in calls.items():
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="of the sampler needs"):
+            jax.ffi.ffi_call(f"issgd_jax_{function}", shapes)(*args, **attributes)
+
+
+@needs_kernels
+@pytest.mark.skipif(soak(True, False), reason="compiles with sanitizers and runs these tests again: make soak")
+def test_sanitizers_find_nothing_while_the_kernels_are_fuzzed(tmp_path):
+    """Red if a kernel reads outside its arrays, overflows an integer or shifts too far, even if results are right."""
+    compiler = tmp_path / "sanitizing"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -g -fsanitize=address,undefined -fno-sanitize-recover=undefined\n')
+    compiler.chmod(0o755)
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "CXX": str(compiler),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "LD_PRELOAD": library.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    tests = ["tests/sampling/kernels_test.py", "tests/sampling/misuse_test.py", "-k", "not sanitizers and not compiler"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list((tmp_path / "cache").rglob("sampler-*.so"))
 
 
 @functools.partial(jax.jit, static_argnames="num_examples")

@@ -201,7 +201,11 @@ def test_wrong_arguments_are_refused_in_words():
     """Red if one is read as something else: a mask as indices, a cut-off seed as another, a step as the first of many."""
     store, table, sampler = ScoreStore.init(20), build_table(np.ones(20)), Sampler(20, 4)
     four, mask = np.arange(4), np.ones(20, bool)
-    for call in (store.write, lambda i, v, _: table.write(i, v), lambda i, v, s: sampler.ingest(sampler.init(0), i, v, s)):
+    for call in (
+        store.write,
+        lambda i, v, _: table.write(i, v),
+        lambda i, v, s: sampler.ingest(sampler.init(0), i, v, s),
+    ):
         refused(ValueError, r"need a .* for each index, or one for all, got shapes \(4,\) and \(3,\)",
                 functools.partial(call, four, np.ones(3), 0))  # fmt: skip
         refused(TypeError, "whole numbers, got bool: use np.flatnonzero", functools.partial(call, mask, np.ones(20), 0))
