@@ -146,7 +146,7 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
         for bit, values in enumerate(parts):
             left, right = _select(values, branch), _select(values, branch + 2**bit)
             to_right, position, sum_ = _choose_half(left, right, position, sum_, (mirrored >> bit) & 1 > 0)
-            branch += to_right * 2**bit
+            branch += to_right.astype(jnp.int32) * 2**bit
         # Padding is zero and never chosen, unless the tree is not one that `build` and `write` made.
         return jnp.minimum(RADIX * node + branch, last[depth]), position, sum_
 

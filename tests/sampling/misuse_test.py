@@ -25,8 +25,11 @@ from issgd_jax.sampling import (
     build_table,
     draw,
     effective_sample_size,
+    sum_tree,
+    uniform,
     uniform_table,
 )
+from issgd_jax.sampling import store as store_lib
 from issgd_jax.sampling.table import METHODS
 from tests.helpers import soak
 from tests.sampling.helpers import draw_many
@@ -198,14 +201,11 @@ def refused(error, message, call):
 
 
 def test_wrong_arguments_are_refused_in_words():
-    """Red if one is read as something else: a mask as indices, a cut-off seed as another, a step as the first of many."""
+    """Red if one is read as something else: a mask as indices, a cut-off seed as another, many steps as the first."""
     store, table, sampler = ScoreStore.init(20), build_table(np.ones(20)), Sampler(20, 4)
     four, mask = np.arange(4), np.ones(20, bool)
-    for call in (
-        store.write,
-        lambda i, v, _: table.write(i, v),
-        lambda i, v, s: sampler.ingest(sampler.init(0), i, v, s),
-    ):
+    ingest = functools.partial(sampler.ingest, sampler.init(0))
+    for call in (store.write, lambda indices, v, _: table.write(indices, v), ingest):
         refused(ValueError, r"need a .* for each index, or one for all, got shapes \(4,\) and \(3,\)",
                 functools.partial(call, four, np.ones(3), 0))  # fmt: skip
         refused(TypeError, "whole numbers, got bool: use np.flatnonzero", functools.partial(call, mask, np.ones(20), 0))
@@ -259,3 +259,33 @@ def test_an_impossible_step_inside_jit_is_rejected_and_counted():
         store, rejected = write(jnp.int32(step))
         assert int(rejected.count) == 3 and not np.any(store.score) and np.all(store.scored_at == -1)
     assert int(write(jnp.int32(2**30 - 1))[1].count) == 0
+
+
+def use_everything(sampler, norms, indices, seed):
+    """Calls all that a sampler has."""
+    state, drawn = sampler.draw(sampler.init(seed))
+    state = sampler.update(state, drawn, norms)
+    state = sampler.update(state, drawn, norms, scores=norms, scored_at=0)
+    state = sampler.ingest(state, indices, norms, 0)
+    state = sampler.rebuild(sampler.ingest(state, indices, norms, 0, are_norms=False, rebuild=False))
+    return state, sampler.metrics(state), sampler.draw(state, uniform_draw=True), sampler.draw_number(state, 3)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=repr)
+def test_callers_may_forbid_implicit_promotion(proposal):
+    """Red if integers and floats, or two integer types, meet inside: on every platform's path."""
+    indices, norms = jnp.arange(B, dtype=jnp.int32), jnp.ones(B, jnp.float32)
+    draws = ("shuffled", "independent") if isinstance(proposal, Uniform) else METHODS
+    with jax.numpy_dtype_promotion("strict"):
+        for method in draws:
+            jax.eval_shape(functools.partial(use_everything, Sampler(N, B, proposal, method), norms, indices), 0)
+        table = build_table(jnp.ones(N, jnp.float32))
+        jax.eval_shape(lambda: (effective_sample_size(table, B), table.write(indices, norms).v(indices)))
+        jax.eval_shape(lambda: sum_tree.plain_write(table.sums, indices, norms, jnp.bool_(False), num_leaves=N))
+        jax.eval_shape(lambda: store_lib.plain_write(norms, indices, indices, norms, jnp.int32(0)))
+        for spaced in (True, False):
+            key = {"impl": jax.random.key_impl(KEY), "batch_size": B}
+            words = jax.random.key_data(KEY)
+            tree = {"num_leaves": N, "equally_spaced": spaced}
+            jax.eval_shape(lambda: sum_tree.plain_draw(words, table.sums, jnp.int32(B), **tree, **key))  # noqa: B023
+            jax.eval_shape(lambda: uniform.plain_draw(words, num_examples=N, in_parts=spaced, **key))  # noqa: B023
