@@ -190,7 +190,8 @@ def update_level(level: jax.Array, norms: jax.Array, importance_weights: jax.Arr
 def subsample(indices: jax.Array, norms: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
     """Returns every k-th of m examples, so that at most MAX_OBSERVED remain, and k; a weight may be a scalar."""
     stride = -(-indices.size // MAX_OBSERVED)
-    sampled = [x if jnp.ndim(x) == 0 else x[::stride] for x in (indices, norms, importance_weights)]
+    arrays = indices, norms, jnp.asarray(importance_weights, jnp.float32)
+    sampled = [x if jnp.ndim(x) == 0 else x[::stride] for x in arrays]
     return *sampled, stride
 
 

@@ -93,9 +93,9 @@ class ScoreStore:
         num_examples = as_whole("num_examples", num_examples)
         if num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {num_examples}")
+        _check_memory(num_examples)
         if num_examples > MAX_EXAMPLES:
             raise ValueError(f"num_examples must be <= {MAX_EXAMPLES}, got {num_examples}: split the data")
-        _check_memory(num_examples)
         return cls(
             score=jnp.zeros(num_examples, jnp.float32),
             scored_at=jnp.full(num_examples, NEVER, jnp.int32),

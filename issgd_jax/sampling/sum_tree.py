@@ -103,6 +103,7 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
 
 def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zeros: jax.Array, *, num_leaves: int):
     """`write` in plain JAX."""
+    num_leaves = int(num_leaves)  # an attribute of a kernel is i64
     inside = (indices >= 0) & (indices < num_leaves)
     valid = is_valid(values)
     num_rejected = jnp.sum(inside & ~valid, dtype=jnp.int32)
@@ -121,6 +122,7 @@ def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zer
 
 def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
     """`draw` in plain JAX."""
+    num_leaves = int(num_leaves)
     starts = _starts(num_leaves)
     num_positions = 1 if equally_spaced else batch_size
     key = jax.random.wrap_key_data(key_data, impl=impl)

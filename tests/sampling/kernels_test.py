@@ -164,7 +164,8 @@ def test_from_a_tree_that_is_none_only_leaves_are_drawn(poison, equally_spaced):
 @needs_kernels
 def test_each_kernel_refuses_arrays_of_other_lengths():
     """Red if a kernel trusts its caller: what it then reads, or writes, is the memory of others."""
-    f32, s32, one, tree = jnp.zeros(20), jnp.zeros(20, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(48)
+    f32, tree = jnp.zeros(20, jnp.float32), jnp.zeros(48, jnp.float32)
+    s32, one = jnp.zeros(20, jnp.int32), jnp.zeros((), jnp.int32)
     keep, key, four = jnp.zeros((), bool), jnp.zeros(2, jnp.uint32), jnp.zeros(4, jnp.int32)
     twenty = {"num_leaves": np.int64(20)}
     calls = {
