@@ -7,6 +7,7 @@ import statistics
 from matplotlib.figure import Figure
 
 from issgd_jax.history import seconds_per_step
+from issgd_jax.paths import local_path
 
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -96,8 +97,8 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Writes the figure as PNG."""
-    figure.savefig(path, dpi=120)
+    """Writes the figure, as PNG unless the name ends otherwise; errors as `local_path`, and of the disk."""
+    figure.savefig(local_path(path, "path of the figure"), dpi=120)
 
 
 def _decorate(figure: Figure) -> None:
