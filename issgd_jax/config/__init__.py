@@ -2,7 +2,6 @@
 
 from issgd_jax.config.checks import validate as validate
 from issgd_jax.config.schema import FIELDS as FIELDS
-from issgd_jax.config.schema import GROUPS as GROUPS
 from issgd_jax.config.schema import check_field as check_field
 from issgd_jax.config.schema import default as default
 from issgd_jax.config.schema import flatten as flatten

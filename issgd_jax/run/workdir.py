@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from issgd_jax import records
 from issgd_jax.cluster.status import STATUS_FILE
-from issgd_jax.config import GROUPS, default, flatten
+from issgd_jax.config import default, flatten
 from issgd_jax.errors import InputError, brief
 from issgd_jax.files import LEFTOVER, write_text_atomically
 from issgd_jax.provenance import git_commit, versions
@@ -142,11 +142,10 @@ def read_record(workdir: pathlib.Path) -> dict:
     path = workdir / CONFIG_FILE
     with records.reading(path, "repair it"):
         record = records.read(path)
-        fields = flatten(record["config"])
-        if groups := [name for name in GROUPS if name and not isinstance(record["config"].get(name, {}), dict)]:
-            raise TypeError(f"{groups[0]} is no group of fields")
-        records.whole_number(fields.get("steps", 0))
-        records.whole_number(fields.get("checkpoint.every_steps", 0))
+        config = record["config"]
+        flatten(config)
+        records.whole_number(config.get("steps", 0))
+        records.whole_number(config.get("checkpoint", {}).get("every_steps", 0))
         if not isinstance(record.get("resumed", []), list):
             raise TypeError("resumed is no list")
     return record
