@@ -46,7 +46,7 @@ storage, and name the folder
         raise InputError(f"{name} must be a path, got {path!r}") from error
     if not text or "\0" in text:
         raise InputError(f"{name} is {text!r}: name a file or folder")
-    if _URL.match(text) or (isinstance(path, pathlib.PurePath) and _URL_IN_PATH.match(text)):
+    if is_url(text) or (isinstance(path, pathlib.PurePath) and _URL_IN_PATH.match(text)):
         raise InputError(
             f"{name} is {text!r}, but only folders of this machine work: mount the storage, and name the folder"
         )
@@ -58,6 +58,16 @@ storage, and name the folder
     local = pathlib.Path(expanded)
     is_ambiguous = str(local).startswith("~") or _URL_IN_PATH.match(str(local))
     return local.absolute() if is_ambiguous else local
+
+
+def is_url(text: str) -> bool:
+    """Returns whether a text is the address of something that is not in the file system of this machine.
+
+    Example:
+      >>> is_url("gs://bucket/run"), is_url("/runs/a:b")
+      (True, False)
+    """
+    return _URL.match(text) is not None
 
 
 def cache_folder() -> pathlib.Path:
