@@ -145,7 +145,7 @@ def test_what_is_no_path_is_refused(path, home):
 
 @pytest.mark.parametrize("name", ["/".join(NAMES), *soak([], NAMES + MORE_NAMES)], ids=ascii)
 def test_a_run_in_a_folder_of_any_name_goes_on(name, tmp_path, run, capsys):
-    """Red if a library takes the name for a pattern, an escape or an address, so that checkpoints are not found again."""
+    """Red if a library takes the name for a pattern, an escape or an address, and checkpoints are not found again."""
     workdir = tmp_path / name
     issgd_jax.train(smoke(steps=1, log__tensorboard=True, **TINY), workdir)
     rows = issgd_jax.train(smoke(steps=2, log__tensorboard=True, **TINY), workdir)
@@ -193,7 +193,9 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n')
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "agg"}
     for arguments in (["status", folder], ["plot", folder, f"--output={folder / 'plot.png'}"]):
-        done = subprocess.run([sys.executable, "-m", "issgd_jax", *arguments], capture_output=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-m", "issgd_jax", *arguments], capture_output=True, env=environment, check=False
+        )
         assert (done.returncode, done.stderr) == (0, b"") and b"\\udcff\\xfc" in done.stdout
 
 

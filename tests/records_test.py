@@ -137,7 +137,8 @@ def test_numbers_that_are_none(number, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "", "7", "[]", "null", "{}", "{broken", '{"step": -1}', '{"step": 1.5}', '{"step": null}', '{"step": 5, "step": 5}',
+        "", "7", "[]", "null", "{}", "{broken", '{"step": -1}', '{"step": 1.5}', '{"step": null}',
+        '{"step": 5, "step": 5}',
         '{"step": 5, "train/loss": "low"}', '{"step": 5, "train/loss": [1]}', '{"step": 5, "train/loss": true}',
         '{"step": 5, "train/loss": NaN}', '{"step": 5, "train/loss": 1e300}', "\x00" * 50, '{"step":' * 100_000,
     ],
