@@ -1,5 +1,6 @@
 """Compilation of sampler.cc, its cache, and calls of its functions from XLA."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -97,7 +99,7 @@ def _stem() -> str:
 def _cached(folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns the functions of a library that was compiled before; removes those that are damaged."""
     for path in sorted(folder.glob(f"{_stem()}-*.so")):
-        if path.stat().st_uid != os.getuid() or path.name != f"{_stem()}-{_digest(path)}.so":
+        if path.lstat().st_uid != os.getuid() or path.name != f"{_stem()}-{_digest(path)}.so":
             path.unlink(missing_ok=True)
             continue
         try:
@@ -110,16 +112,16 @@ def _cached(folder: pathlib.Path) -> dict[str, Any] | None:
 def _compile(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the functions of a library that it compiles, and keeps in the folder; OSError if that is impossible."""
     _remove_leftovers(folder)
-    new = folder / f"{_stem()}.{os.getpid()}{LEFTOVER}"  # another process may compile the same
-    try:
+    # Of its own: another process may compile the same.
+    with tempfile.TemporaryDirectory(dir=folder, suffix=LEFTOVER, ignore_cleanup_errors=True) as own:
+        new = pathlib.Path(own) / "sampler.so"
         _run_compiler(new)
+        path = folder / f"{_stem()}-{_digest(new)}.so"
         functions = _load(new)  # what cannot be loaded is not kept
         new.chmod(0o500)
         sync_to_disk(new)
-        new.replace(folder / f"{_stem()}-{_digest(new)}.so")
+        new.replace(path)
         sync_to_disk(folder)
-    finally:
-        new.unlink(missing_ok=True)
     return functions
 
 
@@ -159,6 +161,9 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _digest(path: pathlib.Path) -> str:
+    """Returns the digest of a file's content; OSError if it is not a regular file, which could block or change."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(f"{path} is no file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -166,11 +171,9 @@ def _digest(path: pathlib.Path) -> str:
 def _remove_leftovers(folder: pathlib.Path) -> None:
     """Removes what processes that were killed have left."""
     for path in folder.glob(f"*{LEFTOVER}"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # just removed by the process that made it
             if time.time() - path.stat().st_mtime > 2 * COMPILE_SECONDS:
-                path.unlink()
-        except FileNotFoundError:  # just renamed by the process that made it
-            continue
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _in_one_line(text: str) -> str:
