@@ -51,7 +51,7 @@ storage, and name the folder
             f"{name} is {text!r}, but only folders of this machine work: mount the storage, and name the folder"
         )
     expanded = os.path.expanduser(text)
-    if text.startswith("~") and expanded == text:
+    if text.startswith("~") and (expanded == text or not os.path.isabs(os.environ.get("HOME", "/"))):
         raise InputError(
             f"{name} is {text!r}, but no user has that home folder: write ./{text} if that is the name itself"
         )

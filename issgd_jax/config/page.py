@@ -18,8 +18,8 @@ the command line overrides any of them: `--config.learner.batch_size=64`. Of a f
 **`--config=FILE.py` and `--config.problem=module:function` EXECUTE Python**: name only files that you would run as a
 program. What a run leaves behind (`config.json`, rows of metrics, checkpoints) is read as data and never executed.
 
-Files and folders (`--workdir`, `--config`, `data.dir`, ...) are of this machine and may have any name; `~` is expanded. A
-URL such as `gs://bucket/run` is refused: mount the storage, and name the folder.
+Files and folders (`--workdir`, `--config`, `data.dir`, ...) are of this machine and may have any name; `~` is expanded.
+A URL such as `gs://bucket/run` is refused: mount the storage, and name the folder.
 """
 _COLUMNS = """\
 ## Columns of metrics.jsonl

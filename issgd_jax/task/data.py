@@ -7,13 +7,12 @@ import hashlib
 import os
 import pathlib
 import warnings
-import zipfile
 
 import numpy as np
 
 from issgd_jax.errors import InputError
 from issgd_jax.files import replace_atomically
-from issgd_jax.paths import cache_folder, local_path, plainly_named
+from issgd_jax.paths import cache_folder, local_path, plainly_named, private_folder
 from issgd_jax.task import splits as splits_lib
 
 EMBEDDED = "digits"
@@ -262,12 +261,12 @@ def _decode(source, rows: range, image_key: str, label_key: str, *, name: str) -
 def _cache_file(builder, split: str) -> pathlib.Path | None:
     """Returns a file of its own for each data set, version, split and state of its files: a stale cache is not read.
 
-    None for a user who has no cache folder.
+    None, with a warning, for a user who has no cache folder, or one into which others could put data.
     """
     try:
-        folder = cache_folder()
-    except InputError as error:
-        warnings.warn(f"decoded data is not cached ({error})", stacklevel=2)
+        folder = private_folder(cache_folder())
+    except (OSError, InputError) as error:
+        warnings.warn(f"decoded data could not be cached ({error}): the next run decodes again", stacklevel=2)
         return None
     data = pathlib.Path(builder.data_path).resolve()
     files = sorted(data.iterdir())
@@ -279,13 +278,12 @@ def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # missing or truncated: decode again
+    except Exception:  # missing or damaged, which raises many types: decode again
+        return None
 
 
 def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, images=arrays[0], labels=arrays[1])
     except OSError as error:

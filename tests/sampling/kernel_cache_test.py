@@ -212,8 +212,16 @@ def test_a_home_that_cannot_be_written(place, home, monkeypatch, caplog):
     check_plain(caplog, "cache folder of your own")
 
 
+def test_a_compiler_that_cannot_be_named(home, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", 'g++ "')
+    check_plain(caplog, "$CXX is", "No closing quotation")
+
+
 def test_no_home_at_all(home, monkeypatch, caplog):
     """A user who is in no list of users, and has no HOME: as in some containers."""
+    for nowhere in ("", "relative"):
+        monkeypatch.setenv("HOME", nowhere)
+        check_plain(caplog, "no user has that home folder")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 987_654)
     check_plain(caplog, "no user has that home folder")

@@ -194,7 +194,10 @@ def test_a_truncated_or_foreign_cache_is_rebuilt(tmp_path):
     need_svhn()
     first = data.load("svhn_cropped", "test[:50]", str(SVHN))
     (file,) = (tmp_path / "cache" / "issgd_jax").iterdir()
-    for content in (file.read_bytes()[:5000], b"", b"not a zip file at all"):
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (whole[:5000], b"", b"not a zip file at all", flipped, whole[:40] + bytes(100) + whole[140:]):
         file.write_bytes(content)
         np.testing.assert_array_equal(data.load("svhn_cropped", "test[:50]", str(SVHN)).images, first.images)
 
@@ -204,6 +207,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="could not be cached"):
+        assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)  # where others could put data
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    with pytest.warns(UserWarning, match="could not be cached .other users can write"):
         assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
 
 

@@ -127,8 +127,13 @@ def _compile(folder: pathlib.Path) -> dict[str, Any]:
 
 def _run_compiler(output: pathlib.Path) -> None:
     """Compiles SOURCE; OSError if there is no compiler, it fails, or takes longer than COMPILE_SECONDS."""
-    choices = [*filter(None, [shlex.split(os.environ.get("CXX", ""))]), ["c++"], ["g++"], ["clang++"]]
-    compiler = next((words for words in choices if shutil.which(words[0])), None)
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise OSError(f"$CXX is {os.environ['CXX']!r}: {error}") from error
+    compiler = next(
+        (words for words in (given, ["c++"], ["g++"], ["clang++"]) if words and shutil.which(words[0])), None
+    )
     if compiler is None:
         raise OSError("no compiler was found")
     command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(output)]
