@@ -11,7 +11,7 @@ REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/devices_test
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-newest soak representative soak-here lint package install
+.PHONY: run test test-newest variants soak representative soak-here lint package install
 .DELETE_ON_ERROR:
 
 run: install
@@ -23,6 +23,11 @@ test: $(VENV)/.installed-test
 # What depends most on the version of JAX, with the newest versions: a virtual environment of its own.
 test-newest:
 	$(MAKE) representative PYTHON=$(NEWEST) VENV=.venv-newest
+
+# What computes with numbers of the caller, once with 64-bit types and once without the compiled kernels.
+variants: $(VENV)/.installed-test
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/sampling tests/learning
+	ISSGD_JAX_KERNELS=0 $(BIN)/python -m pytest -n 2 --dist worksteal tests/sampling tests/learning
 
 # Every repetition and every case that `make test` has a fixed share of, on the lowest and the newest versions; with a
 # new seed each time, which it prints.

@@ -10,6 +10,7 @@ from issgd_jax.sampling.proposal import (
     TINY,
     Fallback,
     apply_fallback,
+    check_number,
     make_fallback,
     normalize,
     subsample,
@@ -84,6 +85,9 @@ class Calibrated:
 
     half_life: float | jax.Array = 1.0
 
+    def __post_init__(self):
+        check_number("half_life", self.half_life, lambda x: x > 0, "> 0")
+
     def init(self) -> CalibratedState:
         bins = (SCORE_BINS, STALENESS_BINS)
         return CalibratedState(
@@ -117,10 +121,11 @@ class Calibrated:
         known = valid & (scored_at != NEVER) & (staleness > 0)
         row = jnp.clip(jnp.floor(_octave(normalize(old_score, level))), 0, SCORE_BINS - 1).astype(jnp.int32)
         column = _staleness_bin(staleness)
-        decay = 0.5 ** (stride * jnp.sum(known) / (self.half_life * num_examples))
+        decay = 0.5 ** (jnp.float32(stride * jnp.sum(known)) / (self.half_life * num_examples))
         square = normalize(norms, level) ** 2
         # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
-        rows, columns = jax.nn.one_hot(row, SCORE_BINS), jax.nn.one_hot(column, STALENESS_BINS)
+        rows = jax.nn.one_hot(row, SCORE_BINS, dtype=jnp.float32)
+        columns = jax.nn.one_hot(column, STALENESS_BINS, dtype=jnp.float32)
 
         def sum_by_bin(values):
             return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
@@ -132,8 +137,8 @@ class Calibrated:
         )
 
     def basis(self, state: CalibratedState, store: ScoreStore, step: jax.Array) -> CalibratedBasis:
-        level = jnp.where(state.level > 0, state.level, 1)
-        basis = CalibratedBasis(_log_root_mean_squares(state), level, Fallback(*jnp.zeros(2)))
+        level = jnp.where(state.level > TINY, state.level, 1)
+        basis = CalibratedBasis(_log_root_mean_squares(state), level, Fallback(*jnp.zeros(2, jnp.float32)))
         v = _expected_norms(basis, store.score, step - store.scored_at)
         return basis._replace(fallback=make_fallback(v, store.scored_at))
 
@@ -163,7 +168,7 @@ def _expected_norms(basis: CalibratedBasis, score, staleness) -> jax.Array:
     column = _staleness_bin(staleness)
     low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
     # A score of the present step is the norm itself.
-    return jnp.where(staleness > 0, 2.0 ** (low + (position - row) * (high - low)), relative_score)
+    return jnp.where(staleness > 0, 2.0 ** (low + (position - row.astype(jnp.float32)) * (high - low)), relative_score)
 
 
 def _shrunk_mean(total, count, prior):

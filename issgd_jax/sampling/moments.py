@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 # Updates after which a minibatch counts for a third: in the moments, and in the level, their unit.
 MOMENTS_WINDOW, LEVEL_WINDOW = 100, 10
+LARGEST = 1e36  # of a weighted square: a minibatch of them has a finite sum
 
 
 def init() -> jax.Array:
     """Returns the moments before the first minibatch, f32[3]."""
-    return jnp.zeros(3)
+    return jnp.zeros(3, jnp.float32)
 
 
 def update(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) -> jax.Array:
@@ -19,11 +20,13 @@ def update(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) 
 
     Args:
       moments: f32[3], as returned by `init` or `update`.
-      norms: f32[B], gradient norms of a minibatch; those that are NaN, infinite, negative or above 1e18 do not count.
+      norms: f32[B], gradient norms of a minibatch; those that are NaN, infinite or negative, or whose weighted squares
+        are not finite, do not count.
       importance_weights: f32[B].
     """
-    valid = jnp.isfinite(norms) & (norms >= 0) & (norms < 1e18)
-    squares = jnp.where(valid, importance_weights * jnp.where(valid, norms, 0) ** 2, 0)
+    squares = importance_weights * norms**2
+    valid = (norms >= 0) & (importance_weights >= 0) & (squares < LARGEST) & (importance_weights * squares < LARGEST)
+    squares, importance_weights = jnp.where(valid, squares, 0), jnp.where(valid, importance_weights, 0)
     new = jnp.stack([jnp.mean(squares), jnp.mean(importance_weights * squares)])
     means, level = moments[:2], moments[2]
     is_first = level == 0

@@ -1,12 +1,16 @@
 """Proposals: from scores to the unnormalised probabilities v that examples are drawn by."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from issgd_jax.sampling.store import NEVER, ScoreStore
+from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Table, build_table, uniform_table
 
 # Least v of a scored example, relative to the largest: a stale score of zero must not exclude an example for ever, and
@@ -15,6 +19,8 @@ MIN_RELATIVE_V = 2.0**-16
 TINY = jnp.finfo(jnp.float32).tiny
 # Largest norm in units of the level; larger ones are clipped, so that their squares do not overflow.
 MAX_RELATIVE_NORM = 2.0**24
+# Larger norms count as this: XLA divides by a scalar as it multiplies with its inverse, which would be 0 in f32.
+MAX_NORM = 2.0**120
 # Norms of one round that a proposal learns from.
 MAX_OBSERVED = 2**16
 # Uniform fractions that a mixture chooses from: 1/2 is close to plain SGD; 1/64 costs scores that stay true 1 %.
@@ -134,18 +140,32 @@ class Fallback(NamedTuple):
     floor: jax.Array
 
 
+def check_proposal(proposal: Any) -> None:
+    """Raises TypeError unless it is an object with the methods of `Proposal`."""
+    methods = ("init", "observe", "basis", "v", "table")
+    if isinstance(proposal, type) or not all(hasattr(proposal, method) for method in methods):
+        raise TypeError(f"proposal must have the methods of Proposal, such as Mixture(Calibrated()), got {proposal!r}")
+
+
+def check_number(name: str, value: Any, is_allowed: Callable[[Any], bool], allowed: str) -> None:
+    """Raises ValueError unless the value is allowed; arrays may be traced, and pass."""
+    if isinstance(value, int | float | np.number) and not is_allowed(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
 def make_fallback(v: jax.Array, scored_at: jax.Array) -> Fallback:
     """Returns the fallback for v f32[N] of all examples, scored or not."""
     scored = scored_at != NEVER
     num_scored = jnp.sum(scored)
-    total, largest = jnp.sum(jnp.where(scored, v, 0)), jnp.max(jnp.where(scored, v, 0))
-    mean = jnp.where(num_scored > 0, total / jnp.maximum(num_scored, 1), 1)
+    v = jnp.where(scored, jnp.minimum(v, LARGEST), 0)
+    total, largest = jnp.sum(v), jnp.max(v)
+    mean = jnp.where(num_scored > 0, total / jnp.maximum(num_scored, 1).astype(jnp.float32), 1)
     return Fallback(jnp.maximum(mean, MIN_RELATIVE_V * largest), MIN_RELATIVE_V * largest)
 
 
 def apply_fallback(v: jax.Array, scored_at: jax.Array, fallback: Fallback) -> jax.Array:
     """Returns v f32[m] where never-scored examples have the mean and no scored example is below the floor."""
-    return jnp.where(scored_at != NEVER, jnp.maximum(v, fallback.floor), fallback.mean)
+    return jnp.where(scored_at != NEVER, jnp.clip(v, fallback.floor, LARGEST), fallback.mean)
 
 
 def update_level(level: jax.Array, norms: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
@@ -161,10 +181,10 @@ def update_level(level: jax.Array, norms: jax.Array, importance_weights: jax.Arr
       num_examples: N, the examples of one sweep.
     """
     count, known = jnp.sum(importance_weights), level > TINY
-    unit = jnp.where(known, level, jnp.max(jnp.where(importance_weights > 0, norms, 0)))
+    unit = jnp.where(known, level, jnp.minimum(jnp.max(jnp.where(importance_weights > 0, norms, 0)), MAX_NORM))
     kept = jnp.where(known, 0.5 ** (count / num_examples), 0)
     square = kept + (1 - kept) * jnp.sum(importance_weights * normalize(norms, unit) ** 2) / jnp.maximum(count, TINY)
-    return jnp.where(count > 0, unit * jnp.sqrt(square), level)
+    return jnp.where(count > 0, jnp.minimum(unit * jnp.sqrt(square), MAX_NORM), level)
 
 
 def subsample(indices: jax.Array, norms: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
@@ -176,7 +196,7 @@ def subsample(indices: jax.Array, norms: jax.Array, importance_weights) -> tuple
 
 def normalize(norms: jax.Array, level: jax.Array) -> jax.Array:
     """Returns norms in units of the level, clipped so that their squares do not overflow."""
-    return jnp.minimum(norms / jnp.maximum(level, TINY), MAX_RELATIVE_NORM)
+    return jnp.minimum(jnp.minimum(norms, MAX_NORM) / jnp.maximum(level, TINY), MAX_RELATIVE_NORM)
 
 
 @jax.tree_util.register_dataclass
@@ -244,12 +264,17 @@ class Proportional(Stateless):
     relative: bool = dataclasses.field(default=False, metadata={"static": True})
     max_staleness: int | jax.Array | None = None
 
+    def __post_init__(self):
+        check_number("smoothing", self.smoothing, lambda x: 0 <= x < math.inf, "finite and >= 0")
+        check_number("max_staleness", self.max_staleness, lambda x: x >= 0, ">= 0, or None")
+
     def basis(self, state, store: ScoreStore, step: jax.Array) -> ProportionalBasis:
         del state
         smoothing = jnp.asarray(self.smoothing, jnp.float32)
         if self.relative:
-            num_scored = jnp.maximum(jnp.sum(store.scored), 1)
-            smoothing = smoothing * jnp.sum(jnp.where(store.scored, store.score, 0)) / num_scored
+            num_scored = jnp.maximum(jnp.sum(store.scored), 1).astype(jnp.float32)
+            scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
+            smoothing = smoothing * jnp.sum(scores) / num_scored
         num_usable = jnp.sum(self._usable(store.scored_at, step))
         enough = 10 * num_usable >= len(store)
         return ProportionalBasis(
@@ -330,6 +355,10 @@ class Mixture:
     proposal: Any
     uniform_fraction: float | jax.Array | None = None
 
+    def __post_init__(self):
+        check_proposal(self.proposal)
+        check_number("uniform_fraction", self.uniform_fraction, lambda x: 0 <= x < 1, "in [0, 1), or None: learned")
+
     def init(self) -> MixtureState:
         return MixtureState(self.proposal.init(), jnp.zeros(len(FRACTIONS), jnp.float32), jnp.float32(0))
 
@@ -357,7 +386,7 @@ class Mixture:
         norms = jnp.where(valid, norms, 0)
         level = update_level(state.level, norms, importance_weights, num_examples)
         v = self.proposal.v(basis.inner, score, scored_at, step)
-        ratios = [_mix(basis.mean, basis.mean, f) / _mix(v, basis.mean, f) for f in FRACTIONS]
+        ratios = [_ratio(_mix(basis.mean, basis.mean, f), _mix(v, basis.mean, f)) for f in FRACTIONS]
         new = jnp.sum(importance_weights * normalize(norms, level) ** 2 * jnp.stack(ratios), axis=1)
         decay = 0.5 ** (jnp.sum(importance_weights) / num_examples)
         return MixtureState(inner, decay * state.second_moments + new, level)
@@ -375,6 +404,11 @@ class Mixture:
 
     def table(self, basis: MixtureBasis, store: ScoreStore, step: jax.Array) -> Table:
         return build_table(self.v(basis, store.score, store.scored_at, step))
+
+
+def _ratio(x, y):
+    """Returns x / y; 1 where y is 0, as all scores are then."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 1)
 
 
 def _mix(v, mean, uniform_fraction):

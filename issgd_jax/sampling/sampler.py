@@ -6,15 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
 from issgd_jax.sampling.calibrated import Calibrated
-from issgd_jax.sampling.proposal import Mixture, Proportional
+from issgd_jax.sampling.checks import NO_EXAMPLE, as_indices, as_numbers, as_step, as_whole
+from issgd_jax.sampling.proposal import Mixture, Proportional, check_proposal
 from issgd_jax.sampling.state import SamplerState
-from issgd_jax.sampling.store import NO_EXAMPLE, Rejected, ScoreStore
+from issgd_jax.sampling.store import Rejected, ScoreStore
+from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Draw, Table
 
 DRAWS = (*table_lib.METHODS, *uniform.EPOCHS)
@@ -48,6 +49,7 @@ class Sampler:
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
+      TypeError: num_examples, batch_size or rebuild_every is no whole number, or proposal is no proposal.
       ValueError: num_examples, batch_size, draw or rebuild_every is out of range, or draw does not go with the
         proposal.
 
@@ -78,6 +80,7 @@ class Sampler:
         *,
         rebuild_every: int | None = None,
     ):
+        num_examples, batch_size = as_whole("num_examples", num_examples), as_whole("batch_size", batch_size)
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
             raise ValueError(f"num_examples must be between 1 and {table_lib.MAX_EXAMPLES}, got {num_examples}")
         if draw not in DRAWS:
@@ -89,11 +92,11 @@ class Sampler:
             raise ValueError(f"batch_size must be between 1 and {most:,} with draw {draw!r}, got {batch_size}")
         if rebuild_every is None:
             rebuild_every = max(REBUILD_EVERY, num_examples // (EXAMPLES_REBUILT_A_DRAW * batch_size))
+        rebuild_every = as_whole("rebuild_every", rebuild_every)
         if rebuild_every < 0:
             raise ValueError(f"rebuild_every must be >= 0, got {rebuild_every}: 0 leaves it to the caller")
-        values = (num_examples, batch_size, proposal, draw, rebuild_every)
-        for field, value in zip(dataclasses.fields(self), values):
-            object.__setattr__(self, field.name, value)
+        check_proposal(proposal)
+        _set(self, num_examples, batch_size, proposal, draw, rebuild_every)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
         """Returns the state before the first draw: nothing scored, every example equally likely.
@@ -102,8 +105,11 @@ class Sampler:
           seed: of all draws; an int or i32[].
 
         Raises:
+          TypeError, ValueError: the seed is no whole number, or has more than 32 bits.
           InputError: the device has too little memory.
         """
+        if not isinstance(seed, jax.Array) and not -(2**31) <= as_whole("seed", seed) < 2**32:
+            raise ValueError(f"seed must be in [-2^31, 2^32), got {seed}: JAX drops the other bits")
         return _init(self, jax.random.key_data(jax.random.key(seed)))
 
     def draw(self, state: SamplerState, *, uniform_draw: bool = False) -> tuple[SamplerState, Draw]:
@@ -124,7 +130,7 @@ class Sampler:
         return state._replace(num_draws=num_draws), drawn
 
     def draw_number(self, state: SamplerState, number: int | jax.Array, *, uniform_draw: bool = False) -> Draw:
-        """Returns the draw of number `number`, an int or i32[], from the present table; counts nothing."""
+        """Returns the draw of number `number`, an int or i32[] below 2^30, from the present table; counts nothing."""
         return self._draw(state, number, uniform_draw)[1]
 
     def update(
@@ -156,7 +162,8 @@ class Sampler:
             draw is of another number of examples.
         """
         self.check_state(state)
-        norms, scores = self._check_minibatch(drawn, norms, scores)
+        drawn, norms, scores = self._check_minibatch(drawn, norms, scores)
+        scored_at = None if scored_at is None else as_step("scored_at", scored_at)
         return _update(self, state, drawn, norms, scores, scored_at)
 
     def ingest(
@@ -174,24 +181,21 @@ class Sampler:
         Args:
           state: donated.
           indices: i[...], of examples; those outside [0, N) are padding.
-          scores: f[...], of the same shape.
-          scored_at: i32[], step of the parameters that gave them.
+          scores: f[...], of the same shape, or one for all.
+          scored_at: i[], step of the parameters that gave them.
           are_norms: whether scores are gradient norms; the proposal learns from no others.
           rebuild: whether the whole table is rebuilt, O(N); else only these examples change, O(m log N).
 
         Raises:
-          TypeError: state is not the state of a sampler, or indices are not whole numbers.
-          ValueError: indices and scores differ in shape, or state is of another number of examples.
+          TypeError: state is not the state of a sampler, indices or scored_at are not whole numbers, or scores not
+            real ones.
+          ValueError: indices and scores differ in shape, scored_at is not one step below 2^30, or state is of another
+            number of examples.
         """
         self.check_state(state)
-        if not isinstance(indices, jax.Array):  # 64-bit indices must not wrap into [0, N)
-            indices = np.clip(np.asarray(indices), -1, self.num_examples)
-        scores = scores if isinstance(scores, jax.Array) else np.asarray(scores)
-        if not jnp.issubdtype(indices.dtype, jnp.integer):
-            raise TypeError(f"indices must be whole numbers, got {indices.dtype}")
-        if jnp.shape(indices) != jnp.shape(scores):
-            raise ValueError(f"need a score for each index, got shapes {jnp.shape(indices)} and {jnp.shape(scores)}")
-        return _ingest(self, state, indices, scores, scored_at, are_norms, rebuild)
+        indices = as_indices(indices, self.num_examples)
+        scores = as_numbers("a score", scores, indices.shape)
+        return _ingest(self, state, indices, scores, as_step("scored_at", scored_at), are_norms, rebuild)
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
@@ -215,6 +219,7 @@ class Sampler:
           (120, 120)
         """
         self.check_state(state)
+        num_examples = as_whole("num_examples", num_examples)
         state = state.with_store(state.store.append(num_examples))._replace(sums=None)
         options = self.batch_size, self.proposal, self.draw_method
         sampler = Sampler(self.num_examples + num_examples, *options, rebuild_every=self.rebuild_every)
@@ -250,7 +255,7 @@ class Sampler:
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one (None: that of the state), and the draw of this one."""
         self.check_state(state)
-        number = state.num_draws if number is None else number
+        number = state.num_draws if number is None else as_step("number", number)
         table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
         return draw_number(state.key, number, table, self.batch_size, self.draw_method)
 
@@ -261,6 +266,7 @@ class Sampler:
             proposal_state = self.proposal.observe(
                 proposal_state, state.basis, store, indices, norms, scored_at, importance_weights
             )
+            proposal_state = _with_types(proposal_state, state.proposal_state)
             indices = order_after(indices, proposal_state)
         store, rejected = store.write(indices, scores, scored_at)
         state = state.with_store(store)
@@ -268,6 +274,7 @@ class Sampler:
 
     def _rebuilt(self, state: SamplerState) -> SamplerState:
         basis = self.proposal.basis(state.proposal_state, state.store, state.step)
+        basis = _with_types(basis, state.basis)
         return state._replace(basis=basis).with_table(self.proposal.table(basis, state.store, state.step))
 
     def check_state(self, state: SamplerState) -> None:
@@ -283,8 +290,8 @@ class Sampler:
                 "that made it, or its `append`"
             )
 
-    def _check_minibatch(self, drawn: Draw, norms, scores) -> list[jax.Array | None]:
-        """Returns norms and scores as f32[B]."""
+    def _check_minibatch(self, drawn: Draw, norms, scores) -> tuple[Draw, jax.Array | None, jax.Array | None]:
+        """Returns the draw with i32[B] and f32[B], and norms and scores as f32[B]."""
         if not isinstance(drawn, Draw):
             raise TypeError(f"drawn must be a Draw, got {type(drawn).__name__}: pass what `draw` returned")
         if drawn.num_examples not in (None, self.num_examples):
@@ -292,19 +299,29 @@ class Sampler:
                 f"the draw is of {drawn.num_examples:,} examples, the sampler of {self.num_examples:,}: pass a draw of "
                 "this sampler"
             )
+        if norms is None and scores is not None:
+            raise ValueError("scores without norms: use ingest(state, indices, scores, scored_at, are_norms=False)")
         if drawn.importance_weights is None:
             raise ValueError(
                 "the draw has no importance weights: for examples that this sampler did not draw, use "
                 "ingest(state, indices, norms, scored_at=state.step)"
             )
+        indices = as_indices(drawn.indices, self.num_examples)
         arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
         for name, array in arrays.items():
-            if array is not None and jnp.shape(array) != drawn.indices.shape:
+            if array is not None and jnp.shape(array) != indices.shape:
                 raise ValueError(
-                    f"{name} must have the shape of the draw, {drawn.indices.shape}, one for each of its examples, got "
+                    f"{name} must have the shape of the draw, {indices.shape}, one for each of its examples, got "
                     f"{jnp.shape(array)}"
                 )
-        return [None if array is None else jnp.asarray(array, jnp.float32) for array in (norms, scores)]
+            if array is not None:
+                arrays[name] = as_numbers(name, array, indices.shape)
+        return Draw(indices, arrays["importance_weights"], self.num_examples), arrays["norms"], arrays["scores"]
+
+
+def _with_types(new: Any, old: Any) -> Any:
+    """Returns a pytree with the dtypes of another: a state keeps its own, also where a proposal computes in f64."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.asarray(y).dtype), new, old)
 
 
 # Not `register_dataclass`: the argument `draw` cannot also be a field, as the method has that name.
@@ -314,8 +331,14 @@ jax.tree_util.register_pytree_node(
         (sampler.proposal,),
         (sampler.num_examples, sampler.batch_size, sampler.draw_method, sampler.rebuild_every),
     ),
-    lambda static, values: Sampler(static[0], static[1], values[0], static[2], rebuild_every=static[3]),
+    lambda static, values: _set(object.__new__(Sampler), *static[:2], *values, *static[2:]),
 )
+
+
+def _set(sampler: Sampler, *values) -> Sampler:
+    for field, value in zip(dataclasses.fields(Sampler), values):
+        object.__setattr__(sampler, field.name, value)
+    return sampler
 
 
 def order_after(indices: jax.Array, read: Any) -> jax.Array:
@@ -361,9 +384,12 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     scored_at = state.step if scored_at is None else scored_at
     indices = order_after(drawn.indices, drawn.importance_weights)
     scores = norms if scores is None else scores
-    state = sampler._write(state, indices, scores, norms, drawn.importance_weights, scored_at)
+    # A draw of the caller's own may have any importance weights: nothing is learned from impossible ones.
+    known = (drawn.importance_weights >= 0) & (drawn.importance_weights < LARGEST)
+    norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, drawn.importance_weights, 0)
+    state = sampler._write(state, indices, scores, norms, importance_weights, scored_at)
     v = sampler.proposal.v(state.basis, *state.store.at(indices), step)
-    moments = moments_lib.update(state.moments, norms, drawn.importance_weights)
+    moments = moments_lib.update(state.moments, norms, importance_weights)
     state = state.with_table(state.table.write(indices, v))._replace(step=step, moments=moments)
     if not sampler.rebuild_every:
         return state
@@ -375,12 +401,11 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
 # The old table is not read, but stays an argument: the new one takes over its memory.
 @functools.partial(jax.jit, donate_argnames="state", keep_unused=True, static_argnames=("are_norms", "rebuild"))
 def _ingest(sampler: Sampler, state: SamplerState, indices, scores, scored_at, are_norms: bool, rebuild: bool):
-    indices, scores = jnp.asarray(indices, jnp.int32).reshape(-1), jnp.asarray(scores, jnp.float32).reshape(-1)
+    indices, scores = indices.reshape(-1), scores.reshape(-1)
     state = sampler._write(state, indices, scores, scores if are_norms else None, 1.0, scored_at)
     if rebuild:
         return sampler._rebuilt(state)
-    inside = jnp.clip(indices, 0, sampler.num_examples - 1)
-    v = sampler.proposal.v(state.basis, *state.store.at(inside), state.step)
+    v = sampler.proposal.v(state.basis, *state.store.at(indices), state.step)
     return state.with_table(state.table.write(indices, v))
 
 

@@ -12,10 +12,18 @@ from issgd_jax.devices import memory_bytes
 from issgd_jax.errors import InputError
 from issgd_jax.files import replace_atomically
 from issgd_jax.sampling import kernels
+from issgd_jax.sampling.checks import (
+    MAX_EXAMPLES,
+    MAX_STEP,
+    NO_EXAMPLE,
+    as_indices,
+    as_numbers,
+    as_step,
+    as_whole,
+    check_whole,
+)
 
 NEVER = -1  # scored_at of an example without a score
-NO_EXAMPLE = -1  # index that stands for no example
-MAX_STEP = 2**30  # steps are below it
 BYTES_AN_EXAMPLE = 8
 
 
@@ -78,11 +86,15 @@ class ScoreStore:
         """Returns a store without scores.
 
         Raises:
-          ValueError: num_examples < 1.
+          TypeError: num_examples is no whole number.
+          ValueError: num_examples < 1 or > 2^30.
           InputError: the device has too little memory; names the bytes needed.
         """
+        num_examples = as_whole("num_examples", num_examples)
         if num_examples < 1:
             raise ValueError(f"num_examples must be >= 1, got {num_examples}")
+        if num_examples > MAX_EXAMPLES:
+            raise ValueError(f"num_examples must be <= {MAX_EXAMPLES}, got {num_examples}: split the data")
         _check_memory(num_examples)
         return cls(
             score=jnp.zeros(num_examples, jnp.float32),
@@ -96,30 +108,42 @@ class ScoreStore:
         """Stores scores of some examples; O(m).
 
         Args:
-          indices: i32[m]; those outside [0, N) are padding and ignored.
-          scores: f32[m].
-          step: i32[], learner step of the parameters that gave the scores.
+          indices: i[...], of examples; those outside [0, N) are padding and ignored.
+          scores: f[...] of the same shape, or one for all.
+          step: i[], learner step of the parameters that gave the scores, below 2^30.
 
         Returns:
           The new store, and the scores that were rejected.
 
+        Raises:
+          TypeError: indices or step are not whole numbers, or scores not real numbers.
+          ValueError: indices and scores differ in shape, or step is not one number below 2^30.
+
         Guarantees:
-          - A score that is NaN, infinite or negative leaves the store as it was.
+          - A score that is NaN, infinite or negative leaves the store as it was; so does, inside `jit`, an impossible
+            step.
           - A score of older parameters never replaces one of newer parameters, in whatever order they arrive.
           - Of an index that occurs twice, the last valid score is stored.
         """
-        arrays = self.score, self.scored_at
-        args = *arrays, indices, scores.astype(jnp.float32), jnp.asarray(step, jnp.int32)
+        arrays = self._arrays()
+        indices = as_indices(indices, len(self))
+        scores = as_numbers("a score", scores, indices.shape)
+        args = *arrays, indices.reshape(-1), scores.reshape(-1), as_step("step", step)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         results = *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), number, number
         *arrays, count, index = kernels.on_cpu("write_scores", plain_write, results, *args, aliases={0: 0, 1: 1})
         return ScoreStore(*arrays), Rejected(count, index)
 
     def at(self, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns score f32[m] and scored_at i32[m] of the examples `indices` i32[m], all in [0, N); O(m)."""
-        results = tuple(jax.ShapeDtypeStruct(indices.shape, x.dtype) for x in (self.score, self.scored_at))
+        """Returns score f32[m] and scored_at i32[m] of the examples `indices` i[m]; O(m).
+
+        Those outside [0, N) have no score: 0, of step -1.
+        """
+        indices = as_indices(indices, len(self))
+        arrays = self._arrays()
+        results = tuple(jax.ShapeDtypeStruct(indices.shape, x.dtype) for x in arrays)
         # XLA's CPU backend estimates the cost of a gather by the size of the array, and wakes all threads for it.
-        return kernels.on_cpu("read_scores", plain_read, results, self.score, self.scored_at, indices)
+        return kernels.on_cpu("read_scores", plain_read, results, *arrays, indices)
 
     def check(self, indices, scores) -> None:
         """Validates the arguments of `write` on the host, for callers that want an error instead of a count.
@@ -134,6 +158,7 @@ class ScoreStore:
           ValueError: scores must be finite and >= 0, got -2.0 of example 3
         """
         indices, scores = np.asarray(indices), np.asarray(scores)
+        check_whole(indices)
         if indices.shape != scores.shape or indices.ndim != 1:
             raise ValueError(f"need indices and scores of one shape [m], got {indices.shape} and {scores.shape}")
         self._check_range(indices)
@@ -161,6 +186,7 @@ class ScoreStore:
           >>> len(ScoreStore.init(3).append(2))
           5
         """
+        num_examples = as_whole("num_examples", num_examples)
         if num_examples < 0:
             raise ValueError(f"num_examples must be >= 0, got {num_examples}")
         return self if num_examples == 0 else jax.tree.map(lambda *x: jnp.concatenate(x), self, self.init(num_examples))
@@ -179,7 +205,9 @@ class ScoreStore:
           >>> old_indices.tolist()
           [0, 3]
         """
-        indices = np.unique(np.asarray(indices, np.int64))
+        indices = np.asarray(indices)
+        check_whole(indices)
+        indices = np.unique(indices.astype(np.int64))
         self._check_range(indices)
         kept = np.setdiff1d(np.arange(len(self)), indices)
         if not len(kept):
@@ -303,6 +331,9 @@ class ScoreStore:
             raise InputError(f"{path}: {error}") from error
         return store
 
+    def _arrays(self) -> tuple[jax.Array, jax.Array]:
+        return self.score.astype(jnp.float32), self.scored_at.astype(jnp.int32)
+
     def _check_range(self, indices: np.ndarray) -> None:
         outside = (indices < 0) | (indices >= len(self))
         if np.any(outside):
@@ -311,14 +342,16 @@ class ScoreStore:
 
 def plain_read(score, scored_at, indices):
     """`ScoreStore.at` in plain JAX."""
-    return score[indices], scored_at[indices]
+    inside = (indices >= 0) & (indices < score.size)
+    place = jnp.where(inside, indices, 0)
+    return jnp.where(inside, score[place], 0), jnp.where(inside, scored_at[place], NEVER)
 
 
 def plain_write(score, scored_at, indices, new_scores, step):
     """`ScoreStore.write` in plain JAX: returns score, scored_at, and count and index of the rejected."""
     num_examples = score.size
     inside = (indices >= 0) & (indices < num_examples)
-    valid = jnp.isfinite(new_scores) & (new_scores >= 0)
+    valid = jnp.isfinite(new_scores) & (new_scores >= 0) & (step >= 0) & (step < MAX_STEP)
     newer = step >= scored_at[jnp.where(inside, indices, 0)]
     target = jnp.where(inside & valid & newer, indices, num_examples)
     # A scatter applies duplicates in any order. So each first writes its rank to scored_at, where the largest wins;

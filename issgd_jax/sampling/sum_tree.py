@@ -3,7 +3,8 @@
 All levels are in one flat array, leaves first, each padded with zeros to a multiple of 16. A sum is that of 16
 children, added in pairs: k and k + 8, then k and k + 4, and so on. Sums are f32 and recomputed from their children,
 never changed by a difference, so that errors do not accumulate. Positions have twice the digits of f32: they are not
-rounded over millions of leaves, and a leaf of zero is never drawn.
+rounded over millions of leaves, and a leaf of zero is never drawn. Leaves are 0 or in [2^-64, 2^64], so that neither a
+sum of 2^30 of them nor the low digits of a position leave the range of f32.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import double_float, kernels
+from issgd_jax.sampling import double_float, kernels, uniform
 from issgd_jax.sampling.double_float import Double
 
 # Children of a node: 64 bytes, one line of a processor's cache.
@@ -21,11 +22,28 @@ RADIX = 16
 BITS = RADIX.bit_length() - 1
 # Plain JAX recomputes all sums above a level that has at most this many numbers for each written leaf.
 DENSE = 16
+SMALLEST, LARGEST = 2.0**-64, 2.0**64
+
+
+def is_valid(values: jax.Array) -> jax.Array:
+    """Returns bool[...], whether each value can be a leaf, if need be clipped: finite and >= 0."""
+    return jnp.isfinite(values) & (values >= 0)
+
+
+def clip(values: jax.Array) -> jax.Array:
+    """Returns valid values f32[...] as leaves: those that are not 0 in [2^-64, 2^64]."""
+    return jnp.where(values > 0, jnp.clip(values, SMALLEST, LARGEST), 0)
+
+
+def size(num_leaves: int) -> int:
+    """Returns M, the length of the tree of N leaves."""
+    return _starts(num_leaves)[-1]
 
 
 def build(values: jax.Array) -> jax.Array:
     """Returns the tree f32[M], M about N 16 / 15, of the leaves `values` f32[N], N >= 1; O(N)."""
     levels = []
+    values = values.astype(jnp.float32)
     for _ in _starts(values.size)[:-1]:
         levels.append(jnp.pad(values, (0, -values.size % RADIX)))
         values = _sum_children(levels[-1].reshape(-1, RADIX))
@@ -37,20 +55,25 @@ def total(sums: jax.Array) -> jax.Array:
     return _sum_children(sums[-RADIX:])
 
 
-def write(sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves: int, keep_zeros=False) -> jax.Array:
-    """Returns the tree with new values of some leaves; O(m log N).
+def write(
+    sums: jax.Array, indices: jax.Array, values: jax.Array, *, num_leaves: int, keep_zeros=False
+) -> tuple[jax.Array, jax.Array]:
+    """Writes some leaves; O(m log N).
 
     Args:
       sums: f32[M], the tree.
-      indices: i32[m], of leaves; those outside [0, num_leaves) are ignored. Where one occurs twice, its value must be
-        the same both times.
-      values: f32[m].
+      indices: i32[m], of leaves; those outside [0, num_leaves) are ignored. Where one occurs twice, one of its values
+        is written.
+      values: f32[m]; those that are not valid leave their leaf as it was, the others are clipped.
       num_leaves: N.
       keep_zeros: bool[], whether leaves of zero stay zero.
+
+    Returns:
+      The tree, and i32[], the number of leaves with a value that is not valid.
     """
-    result = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
-    args = sums, indices, values.astype(jnp.float32), jnp.asarray(keep_zeros)
-    return kernels.on_cpu("write_tree", plain_write, result, *args, aliases={0: 0}, num_leaves=np.int64(num_leaves))
+    results = jax.ShapeDtypeStruct(sums.shape, sums.dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    args = sums, indices.astype(jnp.int32), values.astype(jnp.float32), jnp.asarray(keep_zeros)
+    return kernels.on_cpu("write_tree", plain_write, results, *args, aliases={0: 0}, num_leaves=np.int64(num_leaves))
 
 
 def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, count=None):
@@ -65,7 +88,8 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
         a random order, another one in each node. Equal leaves are adjacent; places from `count` on repeat the last.
 
     Returns:
-      Indices of leaves i32[B] and their values f32[B].
+      Indices of leaves i32[B], in [0, N) whatever the tree holds, and their values f32[B]. If all leaves are zero:
+      every leaf with the same probability, and zeros.
     """
     results = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.ShapeDtypeStruct((batch_size,), jnp.float32)
     count, equally_spaced = (batch_size, False) if count is None else (count, True)
@@ -80,30 +104,36 @@ def draw(key: jax.Array, sums: jax.Array, *, num_leaves: int, batch_size: int, c
 def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zeros: jax.Array, *, num_leaves: int):
     """`write` in plain JAX."""
     inside = (indices >= 0) & (indices < num_leaves)
+    valid = is_valid(values)
+    num_rejected = jnp.sum(inside & ~valid, dtype=jnp.int32)
+    inside &= valid
     node = jnp.where(inside, indices, 0)
-    values = jnp.where(keep_zeros & (sums[node] == 0), 0, values)
+    values = jnp.where(keep_zeros & (sums[node] == 0), 0, clip(values))
     starts = _starts(num_leaves)
     for start, end in itertools.pairwise(starts):
         sums = sums.at[jnp.where(inside, start + node, sums.size)].set(values, mode="drop")
         if end - start <= DENSE * indices.size:
-            return jax.lax.dynamic_update_slice(sums, build(sums[start:end]), (start,))
+            return jax.lax.dynamic_update_slice(sums, build(sums[start:end]), (jnp.int32(start),)), num_rejected
         node = node // RADIX
         values = _sum_children(_children(sums, start + RADIX * node))
-    return sums
+    return sums, num_rejected
 
 
 def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
     """`draw` in plain JAX."""
     starts = _starts(num_leaves)
     num_positions = 1 if equally_spaced else batch_size
-    words = jax.random.bits(jax.random.wrap_key_data(key_data, impl=impl), (num_positions + len(starts) - 1, 2))
+    key = jax.random.wrap_key_data(key_data, impl=impl)
+    words = jax.random.bits(key, (num_positions + len(starts) - 1, 2), jnp.uint32)
     position = _uniform(*words[:num_positions].T)
+    place = jnp.minimum(jnp.arange(batch_size, dtype=jnp.int32), count - 1)
     if equally_spaced:
-        rank = jnp.minimum(jnp.arange(batch_size), count - 1).astype(jnp.float32)
+        rank = place.astype(jnp.float32)
         position = double_float.add(position, Double(rank, jnp.zeros_like(rank)))
     root = total(sums)
-    position = double_float.multiply(position, root / count if equally_spaced else root)
+    position = double_float.multiply(position, root / count.astype(jnp.float32) if equally_spaced else root)
     first = jnp.asarray(starts[-2::-1], jnp.int32)
+    last = jnp.asarray([num_nodes - 1 for num_nodes in _level_sizes(num_leaves)[-2::-1]], jnp.int32)
 
     def descend(depth, state):
         node, position, sum_ = state
@@ -116,22 +146,33 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
         for bit, values in enumerate(parts):
             left, right = _select(values, branch), _select(values, branch + 2**bit)
             to_right, position, sum_ = _choose_half(left, right, position, sum_, (mirrored >> bit) & 1 > 0)
-            branch += to_right * 2**bit
-        return RADIX * node + branch, position, sum_
+            branch += to_right.astype(jnp.int32) * 2**bit
+        # Padding is zero and never chosen, unless the tree is not one that `build` and `write` made.
+        return jnp.minimum(RADIX * node + branch, last[depth]), position, sum_
 
     node = jnp.zeros(batch_size, jnp.int32)
     state = node, position, jnp.full(batch_size, root)
     node, _, values = jax.lax.fori_loop(0, len(starts) - 1, descend, state)
-    return node, values
+    cells = uniform.below(num_leaves, *words[:num_positions].T)
+    uniform_node = uniform.spread(cells, num_leaves, batch_size) if equally_spaced else cells
+    is_drawable = (root > 0) & (root < jnp.inf)
+    return jnp.where(is_drawable, node, uniform_node), jnp.where(is_drawable, values, 0)
 
 
 def _starts(num_leaves: int) -> list[int]:
     """Returns the start of each level, leaves first, and the end of the last, which holds one node's children."""
-    starts, size = [0], num_leaves
-    while len(starts) == 1 or size > 1:
-        size = -(-size // RADIX)
-        starts.append(starts[-1] + RADIX * size)
+    starts = [0]
+    for num_nodes in _level_sizes(num_leaves)[1:]:
+        starts.append(starts[-1] + RADIX * num_nodes)
     return starts
+
+
+def _level_sizes(num_leaves: int) -> list[int]:
+    """Returns the number of leaves, of their parents, and so on, up to 1."""
+    sizes = [num_leaves]
+    while len(sizes) == 1 or sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // RADIX))
+    return sizes
 
 
 def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int
     size = num_examples // SUBSET if subset else num_examples
     if batch_size > size:
         raise ValueError(f"an epoch of {size} examples has no minibatch of {batch_size}: lower it")
-    batches = size // batch_size
+    batches, step = size // batch_size, jnp.asarray(step).astype(jnp.int32)
     epoch = step // batches
     positions = step % batches * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     positions = _permute(jax.random.fold_in(key, epoch), positions, size)
@@ -90,7 +90,7 @@ def _permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     """Maps positions in [0, size) by a random permutation: a Feistel network, repeated until the result is inside."""
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = jnp.uint32(2**half - 1)
-    words = jax.random.bits(key, (FEISTEL_ROUNDS,))
+    words = jax.random.bits(key, (FEISTEL_ROUNDS,), jnp.uint32)
 
     def network(x):
         left, right = x >> half, x & mask
@@ -114,27 +114,33 @@ def _mix_bits(x: jax.Array) -> jax.Array:
 
 def plain_draw(key_data, *, num_examples: int, in_parts: bool, impl, batch_size: int) -> jax.Array:
     """`draw` with replacement in plain JAX."""
-    cell = _random_below(jax.random.wrap_key_data(key_data, impl=impl), int(num_examples), batch_size)
-    if not in_parts:
-        return cell
-    # On a line of N * B cells, example n has B cells and part b has N: one cell from each part.
-    starts = np.arange(batch_size, dtype=np.int64) * num_examples
-    return (starts // batch_size).astype(np.int32) + (cell + (starts % batch_size).astype(np.int32)) // batch_size
+    words = jax.random.bits(jax.random.wrap_key_data(key_data, impl=impl), (2, batch_size), jnp.uint32)
+    cells = below(int(num_examples), *words)
+    return spread(cells, int(num_examples), batch_size) if in_parts else cells
 
 
-def _random_below(key: jax.Array, limit: int | jax.Array, size: int) -> jax.Array:
-    """Returns i32[size], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits."""
-    high, low = jax.random.bits(key, (2, size))
-    limit = jnp.full(size, limit, jnp.uint32)
+def below(limit: int | jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """Returns i32[...], uniform in [0, limit) up to limit / 2^64: the upper half of limit times 64 random bits."""
+    limit = jnp.broadcast_to(jnp.asarray(limit).astype(jnp.uint32), high.shape)
     middle = high * limit
     carry = (middle + jax.lax.mulhi(low, limit) < middle).astype(jnp.uint32)
     return (jax.lax.mulhi(high, limit) + carry).astype(jnp.int32)
 
 
+def spread(cells: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
+    """Returns one example i32[B] from each of B equal parts, where `cells` i32[B] or i32[1] in [0, N) say which.
+
+    On a line of N * B cells, example n has B cells and part b has N.
+    """
+    starts = np.arange(batch_size, dtype=np.int64) * num_examples
+    first, before = (starts // batch_size).astype(np.int32), (starts % batch_size).astype(np.int32)
+    return first + (cells + before) // np.int32(batch_size)
+
+
 def _draw_subset(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
     """Returns a uniform subset by Floyd's algorithm (Bentley and Floyd 1987)."""
     last = num_examples - batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-    candidate = _random_below(key, last + 1, batch_size)
+    candidate = below(last + 1, *jax.random.bits(key, (2, batch_size), jnp.uint32))
 
     def choose(i, chosen):
         is_taken = jnp.any(chosen == candidate[i])

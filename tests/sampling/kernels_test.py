@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from issgd_jax.sampling import kernels, store, sum_tree, uniform
+from issgd_jax.sampling.kernels import native
 from tests.helpers import soak
 
 SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled
@@ -55,7 +56,7 @@ def both_draws(key, sums, count, *, equally_spaced, num_leaves):
 @settings(deadline=None, max_examples=soak(40, 100))
 @given(
     num_leaves=SIZES,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from((*KINDS, "all zero")),
     equally_spaced=st.booleans(),
     count=st.integers(1, WRITTEN),
     seed=st.integers(0, 2**32 - 1),
@@ -115,8 +116,93 @@ def test_a_written_tree_equals_the_tree_of_the_new_leaves(num_leaves, kind, keep
     expected[inside] = np.where(keep_zeros & (old[inside] == 0), 0, new[inside])
     values = np.where((indices >= 0) & (indices < num_leaves), new[np.clip(indices, 0, num_leaves - 1)], np.nan)
     fast, plain = both_writes(build(old), indices, values.astype(np.float32), keep_zeros, num_leaves=num_leaves)
-    np.testing.assert_array_equal(fast, build(expected))
-    np.testing.assert_array_equal(plain, build(expected))
+    for sums, num_rejected in (fast, plain):
+        np.testing.assert_array_equal(sums, build(expected))
+        assert int(num_rejected) == 0
+
+
+SPECIAL = (0.0, 1e-45, 1e-30, 1.0, 2.5, 1e20, 3.4e38, np.nan, np.inf, -np.inf, -1.0)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=soak(40, 1000))
+@given(
+    num_leaves=SIZES,
+    values=st.lists(st.sampled_from(SPECIAL), min_size=WRITTEN, max_size=WRITTEN),
+    indices=st.lists(st.integers(-3, 5) | st.integers(-(2**31), 2**31 - 1), min_size=WRITTEN, max_size=WRITTEN),
+    keep_zeros=st.booleans(),
+    equally_spaced=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_misused_the_kernels_do_what_plain_jax_does(num_leaves, values, indices, keep_zeros, equally_spaced, seed):
+    """Red if one clips, counts or falls back to uniform draws where the other does not."""
+    _, first = np.unique(indices, return_index=True)  # of one index twice, either value may be written
+    indices = np.where(np.isin(np.arange(WRITTEN), first), indices, -1).astype(np.int32)
+    old = leaves(num_leaves, "all zero" if seed % 2 else "some zero", seed % 5)
+    fast, plain = both_writes(build(old), indices, np.float32(values), keep_zeros, num_leaves=num_leaves)
+    for x, y in zip(fast, plain):
+        np.testing.assert_array_equal(x, y)
+    drawn = both_draws(
+        jax.random.key(seed), fast[0], jnp.int32(WRITTEN), equally_spaced=equally_spaced, num_leaves=num_leaves
+    )
+    for x, y in zip(*drawn):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("equally_spaced", [True, False])
+def test_from_a_tree_that_is_none_only_leaves_are_drawn(poison, equally_spaced):
+    """Red if a descent follows foreign sums out of the tree: by the kernel and by plain JAX."""
+    sums = np.array(build(leaves(5000, "lognormal")))
+    for place in (3, 5010, len(sums) - 16, len(sums) - 1):
+        sums[place] = poison
+        drawn = both_draws(jax.random.key(1), sums, jnp.int32(9), equally_spaced=equally_spaced, num_leaves=5000)
+        for indices, _ in drawn:
+            assert np.min(indices) >= 0 and np.max(indices) < 5000
+
+
+@needs_kernels
+def test_each_kernel_refuses_arrays_of_other_lengths():
+    """Red if a kernel trusts its caller: what it then reads, or writes, is the memory of others."""
+    f32, s32, one, tree = jnp.zeros(20), jnp.zeros(20, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(48)
+    keep, key, four = jnp.zeros((), bool), jnp.zeros(2, jnp.uint32), jnp.zeros(4, jnp.int32)
+    twenty = {"num_leaves": np.int64(20)}
+    calls = {
+        "read_scores": ((f32, s32[:19], four), (jnp.float32(four), four), {}),
+        "write_scores": ((f32, s32, four, f32[:3], one), (f32, s32, one, one), {}),
+        "write_tree": ((tree, four, f32[:3], keep), (tree, one), twenty),
+        "draw_leaves": ((key, tree[:32], one + 4), (four, jnp.float32(four)), twenty | {"equally_spaced": np.bool_(1)}),
+        "draw_uniform": ((key[:1],), (four,), {"num_examples": np.int64(20), "in_parts": np.bool_(1)}),
+    }
+    assert set(calls) == set(native.FUNCTIONS)
+    for function, (args, results, attributes) in calls.items():
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="of the sampler needs"):
+            jax.ffi.ffi_call(f"issgd_jax_{function}", shapes)(*args, **attributes)
+
+
+@needs_kernels
+@pytest.mark.skipif(soak(True, False), reason="compiles with sanitizers and runs these tests again: make soak")
+def test_sanitizers_find_nothing_while_the_kernels_are_fuzzed(tmp_path):
+    """Red if a kernel reads outside its arrays, overflows an integer or shifts too far, even if results are right."""
+    compiler = tmp_path / "sanitizing"
+    compiler.write_text('#!/bin/sh\nLD_PRELOAD= exec g++ "$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover\n')
+    compiler.chmod(0o755)
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    environment = os.environ | {
+        "CXX": str(compiler),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    tests = ["tests/sampling/kernels_test.py", "tests/sampling/misuse_test.py", "-k", "not sanitizers and not compiler"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert list((tmp_path / "cache").rglob("sampler-*.so"))
 
 
 @functools.partial(jax.jit, static_argnames="num_examples")
@@ -153,7 +239,7 @@ def test_vmapped_kernels_keep_their_trees_apart():
     keys, indices = jax.random.split(jax.random.key(0), 3), jnp.arange(5)
 
     def run(key, v):
-        sums = sum_tree.write(build(v), indices, v[:5] * 2, num_leaves=300)
+        sums, _ = sum_tree.write(build(v), indices, v[:5] * 2, num_leaves=300)
         return sum_tree.draw(key, sums, num_leaves=300, batch_size=8, count=8)
 
     together = jax.jit(jax.vmap(run))(keys, v)

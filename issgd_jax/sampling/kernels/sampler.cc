@@ -1,9 +1,11 @@
 // Inner loops of the sampler for the CPU, called by XLA. Each function equals the plain JAX beside its caller: `store.py`
 // for the scores, `uniform.py` for the uniform draw, and `sum_tree.py`, which also describes the tree, for the rest.
+// Each checks the extents of all its arrays, and reads and writes nothing outside them, whatever they hold.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -16,22 +18,34 @@ using Bool = ffi::Buffer<ffi::PRED>;
 
 constexpr int64_t kRadix = 16;
 constexpr int kBits = 4;
+constexpr int64_t kMaxExamples = int64_t{1} << 30;
+constexpr int32_t kMaxStep = 1 << 30;
+// Leaves that are not zero lie between.
+constexpr float kSmallest = 0x1p-64f, kLargest = 0x1p64f;
+constexpr int32_t kNever = -1;
 // Distance of prefetching, in examples.
 constexpr size_t kAhead = 32;
 // Draws that descend together.
 constexpr int kAbreast = 16;
 
+#define REQUIRE(condition) \
+  if (!(condition)) return ffi::Error::InvalidArgument(std::string(__func__) + " of the sampler needs " #condition)
+
 static ffi::Error ReadScores(F32 score, S32 scored_at, S32 indices, ffi::Result<F32> score_result,
                              ffi::Result<S32> scored_at_result) {
-  const int64_t last = score.element_count() - 1;
+  const int64_t num_examples = score.element_count();
   const size_t count = indices.element_count();
+  REQUIRE(num_examples >= 1 && num_examples <= kMaxExamples);
+  REQUIRE(static_cast<int64_t>(scored_at.element_count()) == num_examples);
+  REQUIRE(score_result->element_count() == count && scored_at_result->element_count() == count);
   for (size_t i = 0; i < count; ++i) {
-    const int64_t ahead = std::clamp<int64_t>(indices.typed_data()[std::min(i + kAhead, count - 1)], 0, last);
+    const int64_t ahead = std::clamp<int64_t>(indices.typed_data()[std::min(i + kAhead, count - 1)], 0, num_examples - 1);
     __builtin_prefetch(score.typed_data() + ahead);
     __builtin_prefetch(scored_at.typed_data() + ahead);
-    const int64_t index = std::clamp<int64_t>(indices.typed_data()[i], 0, last);
-    score_result->typed_data()[i] = score.typed_data()[index];
-    scored_at_result->typed_data()[i] = scored_at.typed_data()[index];
+    const int64_t index = indices.typed_data()[i];
+    const bool inside = index >= 0 && index < num_examples;
+    score_result->typed_data()[i] = inside ? score.typed_data()[index] : 0;
+    scored_at_result->typed_data()[i] = inside ? scored_at.typed_data()[index] : kNever;
   }
   return ffi::Error::Success();
 }
@@ -44,7 +58,12 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
   const int32_t* index = indices.typed_data();
   const int64_t num_examples = score_result->element_count();
   const size_t count = indices.element_count();
+  REQUIRE(num_examples >= 1 && num_examples <= kMaxExamples);
+  REQUIRE(static_cast<int64_t>(scored_at_result->element_count()) == num_examples);
+  REQUIRE(new_scores.element_count() == count && step.element_count() == 1);
+  REQUIRE(num_rejected->element_count() == 1 && last_rejected->element_count() == 1);
   const int32_t now = *step.typed_data();
+  const bool is_step = now >= 0 && now < kMaxStep;
   int32_t rejected = 0, largest = -1;
   for (size_t i = 0; i < count; ++i) {
     const int64_t ahead = index[std::min(i + kAhead, count - 1)];
@@ -54,7 +73,7 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
     }
     if (index[i] < 0 || index[i] >= num_examples) continue;
     const float value = new_scores.typed_data()[i];
-    if (!(value >= 0) || std::isinf(value)) {
+    if (!(value >= 0) || std::isinf(value) || !is_step) {
       ++rejected;
       largest = std::max(largest, index[i]);
     } else if (now >= scored_at[index[i]]) {
@@ -107,12 +126,16 @@ struct Node {
 };
 
 static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64_t num_leaves,
-                            ffi::Result<F32> result) {
+                            ffi::Result<F32> result, ffi::Result<S32> num_rejected) {
   float* sums = result->typed_data();
   const int32_t* index = indices.typed_data();
   const size_t count = indices.element_count();
-  const bool keep = *keep_zeros.typed_data();
+  REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);
   const auto starts = Starts(num_leaves);
+  REQUIRE(static_cast<int64_t>(result->element_count()) == starts.back());
+  REQUIRE(values.element_count() == count && keep_zeros.element_count() == 1 && num_rejected->element_count() == 1);
+  const bool keep = *keep_zeros.typed_data();
+  int32_t rejected = 0;
   std::vector<int32_t> nodes;
   nodes.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -121,8 +144,14 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
       __builtin_prefetch(sums + ahead, 1);
       if (starts.size() > 2) __builtin_prefetch(sums + starts[1] + ahead / kRadix, 1);
     }
-    if (index[i] < 0 || index[i] >= num_leaves || (keep && sums[index[i]] == 0)) continue;
-    sums[index[i]] = values.typed_data()[i];
+    if (index[i] < 0 || index[i] >= num_leaves) continue;
+    const float value = values.typed_data()[i];
+    if (!(value >= 0) || std::isinf(value)) {
+      ++rejected;
+      continue;
+    }
+    if (keep && sums[index[i]] == 0) continue;
+    sums[index[i]] = value > 0 ? std::clamp(value, kSmallest, kLargest) : 0;
     nodes.push_back(index[i] / kRadix);
   }
   for (size_t level = 0; level + 2 < starts.size(); ++level) {
@@ -140,6 +169,7 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
       }
     }
   }
+  *num_rejected->typed_data() = rejected;
   return ffi::Error::Success();
 }
 
@@ -159,13 +189,19 @@ static uint32_t RandomWord(const uint32_t* key, uint32_t i) {
   return x ^ y;
 }
 
+// Returns a number in [0, limit): the upper half of limit times 64 random bits.
+static int64_t Below(uint64_t limit, uint64_t high, uint64_t low) {
+  return static_cast<int64_t>((high * limit + (low * limit >> 32)) >> 32);
+}
+
 static ffi::Error DrawUniform(U32 key_data, int64_t num_examples, bool in_parts, ffi::Result<S32> result) {
-  const uint32_t batch_size = static_cast<uint32_t>(result->element_count());
-  const uint64_t limit = num_examples;
-  for (uint32_t i = 0; i < batch_size; ++i) {
-    const uint64_t high = RandomWord(key_data.typed_data(), i), low = RandomWord(key_data.typed_data(), batch_size + i);
-    const uint64_t cell = (high * limit + (low * limit >> 32)) >> 32;
-    result->typed_data()[i] = static_cast<int32_t>(in_parts ? (i * limit + cell) / batch_size : cell);
+  const int64_t batch_size = result->element_count();
+  REQUIRE(key_data.element_count() == 2);
+  REQUIRE(num_examples >= 1 && num_examples <= kMaxExamples && batch_size <= kMaxExamples);
+  for (int64_t i = 0; i < batch_size; ++i) {
+    const int64_t cell = Below(num_examples, RandomWord(key_data.typed_data(), static_cast<uint32_t>(i)),
+                               RandomWord(key_data.typed_data(), static_cast<uint32_t>(batch_size + i)));
+    result->typed_data()[i] = static_cast<int32_t>(in_parts ? (i * num_examples + cell) / batch_size : cell);
   }
   return ffi::Error::Success();
 }
@@ -180,7 +216,7 @@ struct Rank {
   int32_t node[kAbreast];
 
   // Moves each draw from its node, whose sum is `sum`, to one of the children.
-  void Descend(const float* level, uint32_t multiplier, uint32_t offset, const float* below) {
+  void Descend(const float* level, uint32_t multiplier, uint32_t offset, const float* below, int32_t last) {
     Node nodes[kAbreast];
     uint32_t mirrored[kAbreast];
     int32_t branch[kAbreast] = {};
@@ -207,7 +243,8 @@ struct Rank {
       }
     }
     for (int j = 0; j < kAbreast; ++j) {
-      node[j] = static_cast<int32_t>(kRadix) * node[j] + branch[j];
+      // Padding is zero and never chosen, unless the tree is not one that was built and written here.
+      node[j] = std::min(static_cast<int32_t>(kRadix) * node[j] + branch[j], last);
       if (below != nullptr) __builtin_prefetch(below + kRadix * static_cast<int64_t>(node[j]));
     }
   }
@@ -216,30 +253,49 @@ struct Rank {
 static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leaves, bool equally_spaced,
                              ffi::Result<S32> leaves, ffi::Result<F32> values) {
   const uint32_t* key = key_data.typed_data();
+  REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);
   const auto starts = Starts(num_leaves);
+  REQUIRE(static_cast<int64_t>(tree.element_count()) == starts.back());
+  REQUIRE(key_data.element_count() == 2 && count.element_count() == 1);
+  REQUIRE(values->element_count() == leaves->element_count());
   const int num_levels = static_cast<int>(starts.size()) - 1;
   const int64_t batch_size = leaves->element_count();
+  REQUIRE(batch_size >= 1 && batch_size <= kMaxExamples);
+  const int64_t num_places = equally_spaced ? std::clamp<int64_t>(*count.typed_data(), 1, batch_size) : batch_size;
   const uint32_t num_positions = equally_spaced ? 1 : static_cast<uint32_t>(batch_size);
   const float total = Sum(tree.typed_data() + starts[num_levels - 1]);
-  const float spacing = equally_spaced ? total / static_cast<float>(*count.typed_data()) : total;
-  std::vector<uint32_t> words(2 * (num_positions + num_levels));
-  for (uint32_t i = 0; i < words.size(); ++i) words[i] = RandomWord(key, i);
+  const float spacing = equally_spaced ? total / static_cast<float>(num_places) : total;
+  std::vector<uint32_t> words(2 * (static_cast<size_t>(num_positions) + num_levels));
+  for (size_t i = 0; i < words.size(); ++i) words[i] = RandomWord(key, static_cast<uint32_t>(i));
+  if (!(total > 0) || std::isinf(total)) {  // all leaves are zero: every one with the same probability
+    for (int64_t i = 0; i < batch_size; ++i) {
+      const uint32_t* word = &words[equally_spaced ? 0 : 2 * i];
+      const int64_t cell = Below(num_leaves, word[0], word[1]);
+      leaves->typed_data()[i] = static_cast<int32_t>(equally_spaced ? (i * num_leaves + cell) / batch_size : cell);
+      values->typed_data()[i] = 0;
+    }
+    return ffi::Error::Success();
+  }
   const uint32_t* orders = &words[2 * num_positions];  // one order for each level
   // Places after the last repeat it, so that all ranks are full.
   const int64_t num_ranks = (batch_size + kAbreast - 1) / kAbreast;
   std::vector<Rank> ranks(num_ranks);
   for (int64_t i = 0; i < num_ranks * kAbreast; ++i) {
     Rank& rank = ranks[i / kAbreast];
-    const int64_t place = std::min<int64_t>(i, (equally_spaced ? *count.typed_data() : batch_size) - 1);
+    const int64_t place = std::min<int64_t>(i, num_places - 1);
     const uint32_t* word = &words[equally_spaced ? 0 : 2 * place];
     rank.position[i % kAbreast] = spacing * (Uniform(word[0], word[1]) + (equally_spaced ? place : 0));
     rank.node[i % kAbreast] = 0;
     rank.sum[i % kAbreast] = total;
   }
+  // The number of nodes below each level that are no padding.
+  std::vector<int64_t> sizes = {num_leaves};
+  while (static_cast<int>(sizes.size()) < num_levels) sizes.push_back((sizes.back() + kRadix - 1) / kRadix);
   for (int depth = 0; depth < num_levels; ++depth) {
+    const int32_t last = static_cast<int32_t>(sizes[num_levels - 1 - depth] - 1);
     const float* level = tree.typed_data() + starts[num_levels - 1 - depth];
     const float* below = depth + 1 < num_levels ? tree.typed_data() + starts[num_levels - 2 - depth] : nullptr;
-    for (Rank& rank : ranks) rank.Descend(level, orders[2 * depth], orders[2 * depth + 1], below);
+    for (Rank& rank : ranks) rank.Descend(level, orders[2 * depth], orders[2 * depth + 1], below, last);
   }
   for (int64_t i = 0; i < batch_size; ++i) {
     leaves->typed_data()[i] = ranks[i / kAbreast].node[i % kAbreast];
@@ -266,7 +322,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(write_scores, WriteScores,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     write_tree, WriteTree,
-    ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Arg<Bool>().Attr<int64_t>("num_leaves").Ret<F32>());
+    ffi::Ffi::Bind()
+        .Arg<F32>()
+        .Arg<S32>()
+        .Arg<F32>()
+        .Arg<Bool>()
+        .Attr<int64_t>("num_leaves")
+        .Ret<F32>()
+        .Ret<S32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     draw_uniform, DrawUniform,
