@@ -2,12 +2,13 @@
 
 import argparse
 import difflib
-import pathlib
 import sys
 
 import issgd_jax
 from issgd_jax.errors import InputError
 from issgd_jax.extras import MissingExtraError, check_train
+from issgd_jax.interrupts import ending_at_interrupt
+from issgd_jax.paths import local_path, print_any_name
 
 _USAGE = """\
 usage: issgd-jax COMMAND [ARGUMENTS]
@@ -28,14 +29,19 @@ examples:
 
 def main() -> None:
     """Runs the command that the arguments name; errors that the user can correct are printed as one line."""
-    command, *arguments = sys.argv[1:] or ["--help"]
+    with ending_at_interrupt():
+        _main(*(sys.argv[1:] or ["--help"]))
+
+
+def _main(command: str, *arguments: str) -> None:
+    print_any_name()
     if command in ("--help", "-h", "help"):
         print(_USAGE)
     elif command == "--version":
         print(issgd_jax.__version__)
     else:
         try:
-            _run(command, arguments)
+            _run(command, [*arguments])
         except (InputError, MissingExtraError) as error:
             sys.exit(f"error: {error}")
 
@@ -72,14 +78,15 @@ def _plot() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or running")
     parser.add_argument("--output", default="runs.png", help="picture to write (default: %(default)s)")
     arguments = parser.parse_args()
-    names = [pathlib.Path(run).resolve().name for run in arguments.runs]
+    runs, output = [local_path(run, "RUN") for run in arguments.runs], local_path(arguments.output, "--output")
+    names = [run.resolve().name for run in runs]
     labels = names if len({*names}) == len(names) else arguments.runs
-    figure = plots.runs_figure(dict(zip(labels, map(read_run, arguments.runs))))
+    figure = plots.runs_figure(dict(zip(labels, map(read_run, runs))))
     try:
-        plots.save(figure, arguments.output)
+        plots.save(figure, output)
     except (OSError, ValueError) as error:  # of the disk; of an ending that is no format
         raise InputError(f"--output={arguments.output} cannot be written: {error}") from error
-    print(arguments.output)
+    print(output)
 
 
 def _status() -> None:

@@ -19,13 +19,15 @@ from ml_collections import ConfigDict
 from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
 from issgd_jax import plots
+from issgd_jax.config import parsers
 from issgd_jax.errors import InputError
 from issgd_jax.history import seconds_per_step, steps_to
+from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
-_UNIFORM_RATE = flags.DEFINE_float("uniform_rate", None, "Learning rate of uniform sampling; none: the config's.")
+_UNIFORM_RATE = parsers.define_optional("uniform_rate", float, "Learning rate of uniform sampling; None: the config's.")
 flags.adopt_module_key_flags(main_lib)  # so that --help lists them
 IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
 
@@ -43,7 +45,7 @@ _ROWS = (
 
 
 def compare(
-    config: ConfigDict, workdir: pathlib.Path, *, seeds: int, uniform_rate: float | None, overwrite: bool
+    config: ConfigDict, workdir: str | pathlib.Path, *, seeds: int, uniform_rate: float | None, overwrite: bool
 ) -> Histories:
     """Runs both arms, seed by seed, and writes summary.png.
 
@@ -60,6 +62,7 @@ def compare(
     Raises:
       InputError: the config samples uniformly, or as `issgd_jax.train`.
     """
+    workdir = local_path(workdir, "workdir")
     if not config_lib.samples_by_importance(config):
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
     uniform = config.copy_and_resolve_references()

@@ -20,7 +20,7 @@ def seconds_per_step(histories: list[list[dict]]) -> float:
       0.05
     """
     seconds = [
-        (after.get("step_seconds", 0) - before.get("step_seconds", 0)) / (after["step"] - before["step"])
+        ((after.get("step_seconds") or 0) - (before.get("step_seconds") or 0)) / (after["step"] - before["step"])
         for rows in histories
         for before, after in itertools.pairwise(rows)
     ]

@@ -17,15 +17,21 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from issgd_jax import config as config_lib
-from issgd_jax.config import digits
+from issgd_jax.config import digits, parsers
 from issgd_jax.config.page import help_text
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, ProcessLostError, StoppedError
+from issgd_jax.interrupts import ending_at_interrupt
+from issgd_jax.paths import local_path, print_any_name
 
+parsers.register()
 _USER_ERRORS = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Experiment file; FILE.py:smoke is a run of seconds. Without it: digits.", lock_config=True
+    "config",
+    None,
+    "Experiment file, Python that is EXECUTED; FILE.py:smoke is a run of seconds. Without it: digits.",
+    lock_config=True,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for metrics, events and config of the run.")
+_WORKDIR = parsers.define_optional("workdir", str, "Folder of this machine for metrics, events and config of the run.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the run in workdir; without it, that run is resumed.")
 
 
@@ -53,10 +59,10 @@ def main(argv: list[str]) -> None:
 
 
 def workdir() -> pathlib.Path:
-    """Returns the folder of the flag --workdir; raises InputError if it is missing."""
+    """Returns the folder of the flag --workdir; raises InputError if it is missing, or no folder of this machine."""
     if not _WORKDIR.value:
         raise InputError("--workdir is empty: name a folder for the run, as in --workdir=runs/digits")
-    return pathlib.Path(_WORKDIR.value)
+    return local_path(_WORKDIR.value, "--workdir")
 
 
 def _leave(error: Exception) -> None:
@@ -78,17 +84,38 @@ def parse_flags(argv: list[str]) -> list[str]:
     Raises:
       InputError: a flag, a file or a field does not exist, or a value has another type.
     """
-    if not any(re.match(r"--?config(=|$)", argument) for argument in argv[1:]):
-        argv = [argv[0], f"--config={digits.__file__}", *argv[1:]]
-    for argument in argv[1:]:
-        if match := re.match(r"--?config=([^:]*)", argument):
-            _check_file(pathlib.Path(match[1]))
-        elif match := re.match(r"--?config\.([^=]+)", argument):
-            config_lib.check_field(match[1])
     try:
-        return flags.FLAGS(argv)
+        program, *arguments = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        arguments = _with_one_config(arguments)
+        for argument in arguments:
+            if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+                config_lib.check_field(match[1])
+        return flags.FLAGS([program, *arguments])
     except flags.Error as error:
         raise InputError(error) from error
+
+
+def _with_one_config(arguments: list[str]) -> list[str]:
+    """Returns arguments that begin with the last `--config=FILE.py` of them, or that of digits; checks that file."""
+    config, others, words = digits.__file__, [], iter(arguments)
+    for word in words:
+        if word == "--":
+            others += [word, *words]
+        elif match := re.fullmatch(r"--?config(?:=(.*))?", word, flags=re.DOTALL):
+            config = _find_file(next(words, "") if match[1] is None else match[1])
+        else:
+            others.append(word)
+    return [f"--config={config}", *others]
+
+
+def _find_file(argument: str) -> str:
+    """Returns `FILE.py:options` with `~` expanded; raises InputError if there is no such file."""
+    path = local_path(argument, "--config")
+    if ":" in str(path) and path.is_file():
+        raise InputError(f"config file {path} has a colon in its name, after which options begin: rename it")
+    file, *options = str(path).split(":", 1)
+    _check_file(pathlib.Path(file))
+    return ":".join([file, *options])
 
 
 def _check_file(path: pathlib.Path) -> None:
@@ -103,11 +130,13 @@ def run(program: Callable[[list[str]], None] = main) -> None:
 
     Errors that the user can correct are printed as one line; all others keep their traceback.
     """
+    print_any_name()
     if {"--help", "-help", "-h"} & {*sys.argv[1:]}:
         print(_help(sys.modules[program.__module__]))
         sys.exit()
     try:
-        app.run(program, flags_parser=parse_flags)
+        with ending_at_interrupt():
+            app.run(program, flags_parser=parse_flags)
     except _USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except StoppedError as error:

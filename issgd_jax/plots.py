@@ -3,10 +3,12 @@
 import itertools
 import pathlib
 import statistics
+import warnings
 
 from matplotlib.figure import Figure
 
 from issgd_jax.history import seconds_per_step
+from issgd_jax.paths import local_path
 
 # Colour-blind safe (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -40,7 +42,8 @@ def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
         raise ValueError(f"every run needs at least one row of metrics, got runs {list(runs)}")
     figure = Figure(figsize=(18, 4.6), layout="constrained")
     by_step, by_second, error, noise = figure.subplots(1, 4)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
+    runs = {_literal(label): histories for label, histories in runs.items()}
     for colour, (label, histories) in zip(itertools.cycle(_COLOURS), runs.items()):
         style = {"color": colour, "label": label}
         _plot(by_step, histories, "train/loss", **style)
@@ -84,7 +87,7 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
     for colour, (label, rows) in zip(itertools.cycle(_COLOURS), runs.items()):
         for line, scale in zip(axes, (1.0, seconds_per_step([rows]))):
             for axis, name in zip(line, ("train/loss", "test/error", "variance/actual")):
-                _plot(axis, [rows], name, scale=scale, color=colour, label=label)
+                _plot(axis, [rows], name, scale=scale, color=colour, label=_literal(label))
     for line, unit in zip(axes, ("learner steps", "seconds of training, without compilation")):
         loss, error, noise = line
         loss.set(title="Training loss", yscale="log", ylabel="mean loss, whole split", xlabel=unit)
@@ -96,8 +99,21 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Writes the figure as PNG."""
-    figure.savefig(path, dpi=120)
+    """Writes the figure, as PNG unless the name ends otherwise; errors as `local_path`, and of the disk."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # of a run's name
+        figure.savefig(local_path(path, "path of the figure"), dpi=120)
+
+
+def _literal(text: str) -> str:
+    """Returns text for a figure that shows it as it is: no formula, not hidden, and what UTF-8 lacks escaped.
+
+    Example:
+      >>> _literal("_cost in $"), _literal("\\udcff")
+      (' _cost in \\\\$', '\\\\udcff')
+    """
+    text = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # matplotlib leaves such names out of legends
 
 
 def _decorate(figure: Figure) -> None:

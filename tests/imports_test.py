@@ -11,19 +11,20 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
-    "errors", "extras", "console", "files", "provenance", "config", "history", "plots", "processes", "devices",
-    "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run", "main", "compare", "__main__",
+    "errors", "extras", "console", "interrupts", "paths", "records", "files", "provenance", "config", "history",
+    "plots", "processes", "devices", "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run",
+    "main", "compare", "__main__",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
-    "config": ("schema", "checks", "columns", "page", "digits", "__main__"),
+    "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
         "kernels", "double_float", "sum_tree", "uniform", "table", "store", "state", "moments", "proposal",
         "calibrated", "sampler",
     ),
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),
-    "task": ("data", "models", "losses", "problem", "images"),
+    "task": ("splits", "data", "models", "losses", "problem", "images"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
         "workdir", "metrics", "status", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure",

@@ -194,6 +194,68 @@ def test_without_a_config_the_experiment_is_digits_and_its_fields_can_be_overrid
     assert (saved["data"]["name"], saved["learner"]["batch_size"], saved["steps"]) == ("digits", 16, 2)
 
 
+@pytest.fixture
+def parse(monkeypatch):
+    """`parse(*arguments)`: fields of the config, and the value of every other flag."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        flags.FLAGS.unparse_flags()
+        with flagsaver.flagsaver():
+            assert main_lib.parse_flags(["program", *arguments]) == ["program"]
+            values = {name: flags.FLAGS[name].value for name in ("workdir", "overwrite", "uniform_rate", "seeds")}
+            return config_lib.flatten(flags.FLAGS.config) | values
+
+    return call
+
+
+def test_every_field_that_may_be_none_can_be_set_to_none(parse):
+    """Red if a field becomes the text 'None', or its number is asked for."""
+    optional = [field.name for field in config_lib.FIELDS if field.is_optional]
+    values = parse(*(f"--config.{name}=None" for name in optional))
+    assert len(optional) > 10 and {name: values[name] for name in optional} == dict.fromkeys(optional)
+    assert parse("--config.devices.workers=3", "--config.devices.workers=None")["devices.workers"] is None
+    assert parse("--config.devices.workers=None", "--config.devices.workers=3")["devices.workers"] == 3
+    assert parse("--config.data.dir", "None", "--config.data.name=Nonesuch")["data.name"] == "Nonesuch"
+    values = parse("--uniform_rate=None", "--workdir=None")
+    assert values["uniform_rate"] is None and values["workdir"] is None
+
+
+@pytest.mark.parametrize("field", config_lib.FIELDS, ids=lambda field: field.name)
+def test_a_field_that_may_not_be_none_is_refused_by_its_name(field, parse, tmp_path, run):
+    if field.is_optional:
+        parse(f"--config.{field.name}=None")
+        return
+    done = run(f"--workdir={tmp_path / 'run'}", f"--config.{field.name}=None")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert f"error: {field.name} must be of type {field.type.__name__}, got None" in done.stderr
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts(parse, tmp_path):
+    """Red if tuples are joined, or the first experiment's fields stay."""
+    sizes = "--config.model.mlp.hidden_sizes"
+    assert parse(f"{sizes}=(16,)", f"{sizes}=(32, 8)")["model.mlp.hidden_sizes"] == (32, 8)
+    assert parse(f"{sizes}=(16,)", sizes, "8")["model.mlp.hidden_sizes"] == (8,)
+    assert parse(f"{sizes}=[16, 4]", f"{sizes}=()")["model.mlp.hidden_sizes"] == ()
+    assert parse("--config.steps=3", "--config.steps=5")["steps"] == 5
+    assert parse("--config.learner.nesterov=False", "--config.learner.nesterov")["learner.nesterov"] is True
+    assert parse("--config.learner.nesterov", "--noconfig.learner.nesterov")["learner.nesterov"] is False
+    assert parse("--workdir=a", "--workdir=b", "--overwrite", "--nooverwrite")["workdir"] == "b"
+    (tmp_path / "executed.py").write_text("raise SystemExit('the file that does not count is executed')")
+    twice = [f"--config={tmp_path / 'executed.py'}", f"{sizes}=(16,)", config("digits", ":smoke")]
+    values = parse(*twice, f"{sizes}=(4, 4)")
+    assert values["model.mlp.hidden_sizes"] == (4, 4) and values["steps"] == 40
+    (tmp_path / "flags").write_text(f"{config('digits', ':smoke')}\n--config.seed=7\n")
+    values = parse(f"--flagfile={tmp_path / 'flags'}", "--config.seed=8")
+    assert values["steps"] == 40 and values["seed"] == 8
+
+
+@pytest.mark.parametrize("text", ["(", "16,,8", "f(1)", "None", "'a'", "(1.5,)", "", "(" * 300, "{1: 2}", "9" * 5000])
+def test_a_tuple_that_is_none(text, tmp_path, run):
+    done = run(f"--workdir={tmp_path / 'run'}", f"--config.model.mlp.hidden_sizes={text}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "hidden_sizes" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("program", [main_lib.main, compare.main], ids=["train", "compare"])
 def test_help_lists_every_flag_and_every_field_with_its_default_and_its_documentation(program, run):
     done = run("--help", program=program)

@@ -1,5 +1,6 @@
 """Virtual environments for the libraries that benchmarks compare with, and the hardware of a run."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -8,9 +9,12 @@ import subprocess
 import venv
 from collections.abc import Sequence
 
+from issgd_jax.errors import InputError
+from issgd_jax.paths import cache_folder, local_path, private_folder
+
 # Results of all benchmarks.
 RESULTS = pathlib.Path(__file__).parent / "results"
-CACHE = pathlib.Path.home() / ".cache/issgd_jax"
+CACHE = cache_folder()
 
 
 def make_environment(folder: pathlib.Path, requirements: Sequence[Sequence[str]]) -> None:
@@ -19,7 +23,11 @@ def make_environment(folder: pathlib.Path, requirements: Sequence[Sequence[str]]
     Args:
       folder: of the environment.
       requirements: arguments of consecutive calls of `pip install`.
+
+    Raises:
+      PermissionError: another user could put code there.
     """
+    private_folder(folder)
     complete = folder / "made"
     if complete.exists() and complete.read_text() == repr(requirements):
         return
@@ -29,6 +37,14 @@ def make_environment(folder: pathlib.Path, requirements: Sequence[Sequence[str]]
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages], check=True)
     complete.write_text(repr(requirements))
+
+
+def path_argument(text: str) -> pathlib.Path:
+    """Returns the path that an argument names, for `argparse`; see `local_path`."""
+    try:
+        return local_path(text, "the path")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def installed_versions(folder: pathlib.Path, packages: Sequence[str]) -> dict[str, str]:

@@ -27,7 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmarks.environment import CACHE, RESULTS, hardware, installed_versions, make_environment
+from experiments.benchmarks.environment import (
+    CACHE,
+    RESULTS,
+    hardware,
+    installed_versions,
+    make_environment,
+    path_argument,
+)
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
@@ -160,8 +167,8 @@ def parse():
     parser.add_argument("--seconds", type=float, default=60.0, help="limit on the pairs, of which there are at least 3")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one method on one model")
     parser.add_argument("--batch_size", type=int, help="default: each model's own")
-    parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "peers")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "gradnorm.json")
+    parser.add_argument("--peers_env", type=path_argument, default=CACHE / "peers")
+    parser.add_argument("--results", type=path_argument, default=RESULTS / "gradnorm.json")
     return parser.parse_args()
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.environment import RESULTS, hardware
+from experiments.benchmarks.environment import RESULTS, hardware, path_argument
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import Prefetch, Sampler, value_grad_and_norms
 from issgd_jax.loading.source import as_source
@@ -122,7 +122,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=41)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "prefetch.json")
+    parser.add_argument("--results", type=path_argument, default=RESULTS / "prefetch.json")
     options = parser.parse_args()
     results = {}
     for name, num_examples in CASES.items():

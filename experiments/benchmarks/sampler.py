@@ -15,7 +15,14 @@ import pathlib
 import subprocess
 import sys
 
-from experiments.benchmarks.environment import CACHE, RESULTS, hardware, installed_versions, make_environment
+from experiments.benchmarks.environment import (
+    CACHE,
+    RESULTS,
+    hardware,
+    installed_versions,
+    make_environment,
+    path_argument,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = (("torch==2.13.0", "cpprb==11.0.0", "flashbax==0.1.3", "jax==0.10.2", "scipy", "numpy"),)
@@ -27,8 +34,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=SIZES)
     parser.add_argument("--pairs", type=int, default=50)
-    parser.add_argument("--peers_env", type=pathlib.Path, default=CACHE / "sampler_peers")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS / "sampler.json")
+    parser.add_argument("--peers_env", type=path_argument, default=CACHE / "sampler_peers")
+    parser.add_argument("--results", type=path_argument, default=RESULTS / "sampler.json")
     options = parser.parse_args()
     make_environment(options.peers_env, REQUIREMENTS)
     results = {}

@@ -6,27 +6,25 @@ import sys
 from absl import app, flags, logging
 
 from experiments.paper import results, studies
-from issgd_jax.errors import InputError
+from issgd_jax.config import parsers
+from issgd_jax.errors import InputError, StoppedError
+from issgd_jax.interrupts import ending_at_interrupt
+from issgd_jax.paths import local_path, print_any_name
 
 # Of their own, so that a process may import these commands beside the training program.
 FLAGS = flags.FlagValues()
 _STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.", flag_values=FLAGS)
 _DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.", flag_values=FLAGS)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of all runs; figures and tables: none = the saved results.", flag_values=FLAGS
+_WORKDIR = parsers.define_optional(
+    "workdir", str, "Folder of all runs; figures and tables: None = the saved results.", FLAGS
 )
 _ARMS = flags.DEFINE_list("arms", [], "Only these arms.", flag_values=FLAGS)
-_SEEDS = flags.DEFINE_integer(
-    "seeds",
-    None,
-    "Number of seeds 0, 1, ... of each arm; none: 10 to sweep, else all that are finished.",
-    flag_values=FLAGS,
+_SEEDS = parsers.define_optional(
+    "seeds", int, "Number of seeds 0, 1, ... of each arm; None: 10 to sweep, else all that are finished.", FLAGS
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder of the data; none: TFDS's default.", flag_values=FLAGS)
-_WIDTH = flags.DEFINE_integer(
-    "width", None, "Width of the MLP's four hidden layers; none: the study's.", flag_values=FLAGS
-)
-_STEPS = flags.DEFINE_integer("steps", None, "Learner steps; none: the study's.", flag_values=FLAGS)
+_DATA_DIR = parsers.define_optional("data_dir", str, "TFDS folder of the data; None: TFDS's default.", FLAGS)
+_WIDTH = parsers.define_optional("width", int, "Width of the MLP's four hidden layers; None: the study's.", FLAGS)
+_STEPS = parsers.define_optional("steps", int, "Learner steps; None: the study's.", FLAGS)
 flags.mark_flag_as_required("study", flag_values=FLAGS)
 
 
@@ -40,6 +38,11 @@ def overrides() -> dict:
     return changed
 
 
+def workdir() -> pathlib.Path | None:
+    """Returns the folder of the flag --workdir; None if there is none; InputError if it is no local one."""
+    return None if _WORKDIR.value is None else local_path(_WORKDIR.value, "--workdir")
+
+
 def record() -> dict:
     """Returns the results that the flags select: those saved, or a summary of a workdir, which is saved if complete.
 
@@ -49,7 +52,8 @@ def record() -> dict:
     study = studies.get_study(_STUDY.value)
     arms = studies.with_baselines(study, _ARMS.value)
     studies.choose_arms(study, _DATA.value, arms)
-    if _WORKDIR.value is None:
+    folder = workdir()
+    if folder is None:
         if _SEEDS.value is not None:
             raise InputError(f"--seeds={_SEEDS.value} needs the --workdir of a sweep: saved results are of all seeds")
         saved = results.load(_STUDY.value, _DATA.value)
@@ -57,7 +61,7 @@ def record() -> dict:
             raise InputError(f"the saved results have no arm {missing[0]}, only {', '.join(saved['arms'])}")
         return saved | {"arms": {name: arm for name, arm in saved["arms"].items() if not arms or name in arms}}
     summary = results.summarize(
-        pathlib.Path(_WORKDIR.value),
+        folder,
         _STUDY.value,
         _DATA.value,
         arms=arms,
@@ -83,7 +87,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def run(program) -> None:
-    """Runs `program()` as a command; an InputError is printed as one line."""
+    """Runs `program()` as a command; an InputError is printed as one line, and so is a signal that ends it."""
 
     def main(argv):
         if len(argv) > 1:
@@ -91,7 +95,12 @@ def run(program) -> None:
         logging.set_verbosity(logging.WARNING)  # JAX logs missing backends at INFO
         program()
 
+    print_any_name()
     try:
-        app.run(main, flags_parser=_parse)
+        with ending_at_interrupt():
+            app.run(main, flags_parser=_parse)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signal)

@@ -1,6 +1,5 @@
 """Finished runs of a sweep and their measurements. Imports no jax."""
 
-import json
 import math
 import pathlib
 import statistics
@@ -23,10 +22,10 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """Returns the config of a run, {} if it has not started or its file is cut off."""
+    """Returns the config of a run, {} if it has not started or its file is cut off or malformed."""
     try:
-        return json.loads((folder / workdir_lib.CONFIG_FILE).read_text())["config"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        return workdir_lib.read_record(folder)["config"]
+    except InputError:
         return {}
 
 
@@ -36,7 +35,7 @@ def is_finished(folder: pathlib.Path) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a run that was cut off is not finished
         rows = read_rows(folder)
-    return bool(config and rows) and rows[-1]["step"] == config["steps"]
+    return bool(config and rows) and rows[-1]["step"] == config.get("steps")
 
 
 def check_same(folder: pathlib.Path, config: ConfigDict) -> None:

@@ -14,18 +14,18 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.paper import command, runs, studies
 from issgd_jax import config as config_lib
+from issgd_jax.config import parsers
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
-_AT_ONCE = flags.DEFINE_integer(
-    "at_once", None, "Replicas in one program; none: as memory allows, on a CPU at most 8.", flag_values=command.FLAGS
+_AT_ONCE = parsers.define_optional(
+    "at_once", int, "Replicas in one program; None: as memory allows, on a CPU at most 8.", command.FLAGS
 )
 
 Run = tuple[float, int]  # learning rate, seed
@@ -198,10 +198,11 @@ def _replicas_at_once(config: ConfigDict) -> int:
 
 def main():
     flag = command.FLAGS
-    if flag.workdir is None:
+    workdir = command.workdir()
+    if workdir is None:
         raise InputError("--workdir is missing: name a folder for the runs")
     sweep(
-        pathlib.Path(flag.workdir),
+        workdir,
         study=flag.study,
         data=flag.data,
         num_seeds=10 if flag.seeds is None else flag.seeds,

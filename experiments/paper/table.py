@@ -9,15 +9,13 @@ results are shown. --baseline=ARM compares all arms with that arm, and not each 
 import math
 import statistics
 
-from absl import flags
-
 from experiments.paper import command, cost, results
-from issgd_jax.config import nearest
+from issgd_jax.config import nearest, parsers
 from issgd_jax.errors import InputError
 from issgd_jax.history import steps_to
 
-_BASELINE = flags.DEFINE_string(
-    "baseline", None, "Arm that all are compared with; none: each with its own baseline.", flag_values=command.FLAGS
+_BASELINE = parsers.define_optional(
+    "baseline", str, "Arm that all are compared with; None: each with its own baseline.", command.FLAGS
 )
 
 _COLUMNS = (

@@ -1,10 +1,10 @@
 """Status of the workers as text, from the file that a run keeps beside its heartbeat. Imports no jax and no Ray."""
 
-import json
 import pathlib
 import time
 
-from issgd_jax.errors import InputError
+from issgd_jax import records
+from issgd_jax.paths import local_path
 
 STATUS_FILE = "cluster.json"
 
@@ -16,19 +16,17 @@ def read(workdir: str | pathlib.Path) -> str:
       workdir: folder of the run.
 
     Raises:
-      InputError: the folder holds no status.
+      InputError: the folder holds no status, or one that is malformed.
 
     Example:
       >>> read("runs/none")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       issgd_jax.errors.InputError: runs/none/cluster.json cannot be read (No such file or directory): ...
     """
-    path = pathlib.Path(workdir) / STATUS_FILE
-    try:
-        status, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name a run with workers on a cluster") from error
-    return f"status of {age:,.1f} s ago\n{describe(status)}"
+    path = local_path(workdir, "workdir") / STATUS_FILE
+    with records.reading(path, "name a run with workers on a cluster"):
+        status, age = records.read(path), time.time() - path.stat().st_mtime
+        return f"status of {age:,.1f} s ago\n{describe(status)}"
 
 
 def describe(status: dict) -> str:

@@ -12,7 +12,14 @@ _INTRODUCTION = """\
 Generated from the code: `python -m issgd_jax.config > docs/config.md`.
 
 An experiment is a file with a function `get_config` (see `experiments/configs/`), which changes some of these fields;
-the command line overrides any of them: `--config.learner.batch_size=64`.
+the command line overrides any of them: `--config.learner.batch_size=64`. Of a flag that is given twice the last counts;
+`None` sets a field whose default is None to it again.
+
+**`--config=FILE.py` and `--config.problem=module:function` EXECUTE Python**: name only files that you would run as a
+program. What a run leaves behind (`config.json`, rows of metrics, checkpoints) is read as data and never executed.
+
+Files and folders (`--workdir`, `--config`, `data.dir`, ...) are of this machine and may have any name; `~` is expanded.
+A URL such as `gs://bucket/run` is refused: mount the storage, and name the folder.
 """
 _COLUMNS = """\
 ## Columns of metrics.jsonl

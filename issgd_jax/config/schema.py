@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from issgd_jax import paths
 from issgd_jax.errors import InputError
 
 _LARGEST = 2**31 - 1
@@ -39,6 +40,7 @@ def _one_of(*choices: str) -> Limit:
 
 _ANY = Limit("", lambda value: True)
 _NAME = Limit("a non-empty string", bool)
+_FOLDER = Limit("a folder of this machine, not a URL", lambda value: value != "" and not paths.is_url(value))
 # float32 can square and sum numbers of these sizes.
 _POSITIVE = Limit("> 0 and <= 1e+30", lambda value: 0 < value <= 1e30)
 _NON_NEGATIVE = Limit(">= 0 and <= 1e+30", lambda value: 0 <= value <= 1e30)
@@ -103,7 +105,7 @@ FIELDS = (
         "module:function that returns the issgd_jax.Problem to train; None: data and model as named below.",
     ),
     Field("data.name", "digits", _NAME, "digits, or an image classification data set of TFDS."),
-    Field("data.dir", str, _ANY, "Data folder of TFDS; None: its default."),
+    Field("data.dir", str, _FOLDER, "Data folder of TFDS; ~ is expanded; None: its default ($TFDS_DATA_DIR)."),
     Field("data.train_split", "train", _NAME, "Training split, as in TFDS: train, train[:10%], train+extra."),
     Field("data.test_split", "test", _NAME, "Test split."),
     Field("model.name", "mlp", _one_of("convnet", "gru", "mlp", "transformer"), "Network."),

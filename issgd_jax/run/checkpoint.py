@@ -26,6 +26,7 @@ import numpy as np
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, brief
 from issgd_jax.files import sync_to_disk
+from issgd_jax.paths import plainly_named
 
 _ARRAYS, _STATE, _FILES = "arrays", "state.json", "files.json"
 _NAME = re.compile(r"step_(\d{10})")
@@ -68,7 +69,8 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     partial.mkdir(parents=True)
     try:
         _check_space(partial, checkpoint)
-        _checkpointer().save(partial.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
+        with plainly_named(partial) as plain:
+            _checkpointer().save(plain / _ARRAYS, args=_save_args(checkpoint.arrays))
         _write_synced(partial / _STATE, json.dumps(checkpoint.state))
         _write_synced(partial / _FILES, json.dumps(dict(_checksums(partial))))
         sync_to_disk(partial)
@@ -86,8 +88,8 @@ def read(folder: pathlib.Path) -> Checkpoint:
       DamagedError: a file differs from what was written.
     """
     state = verify(folder)
-    with _noticing_damage(folder):
-        return Checkpoint(_checkpointer().restore(folder.absolute() / _ARRAYS), state)
+    with _noticing_damage(folder), plainly_named(folder) as plain:
+        return Checkpoint(_checkpointer().restore(plain / _ARRAYS), state)
 
 
 def verify(folder: pathlib.Path) -> dict:

@@ -11,10 +11,15 @@ import warnings
 
 from tqdm import tqdm
 
+from issgd_jax import records
 from issgd_jax.console import say
 from issgd_jax.errors import InputError
+from issgd_jax.paths import local_path
 from issgd_jax.run.workdir import METRICS_FILE
 
+_REMEDY = "repair or remove that line, or choose another run"
+# Numbers of which figures and statistics can be made; those that a run measures are float32.
+_LARGEST = 1e100
 # Of the progress bar; as long as 80 columns allow.
 _COMPILING = "{desc}: {n_fmt}/{total_fmt} steps, compiling"
 _STEPS = "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
@@ -30,7 +35,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
       {name: value} for each row. A last line that a crash has cut off is skipped, with a warning.
 
     Raises:
-      InputError: any other line is not a row.
+      InputError: the file cannot be read, any other line is not a row, or steps do not increase.
 
     Example:
       >>> import tempfile
@@ -39,14 +44,17 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
       >>> read_metrics(path)
       [{'step': 0, 'train/loss': 2.3}]
     """
-    rows = []
-    lines = pathlib.Path(path).read_text(errors="replace").split("\n")
-    last = len(lines) - (not lines[-1])
-    for number, line in enumerate(lines[:last], start=1):
+    rows: list[dict] = []
+    path = local_path(path, "path of metrics")
+    with records.reading(path, _REMEDY):
+        *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*lines, last] if last else lines, start=1):
         if row := _row(line):
+            if rows and row["step"] <= rows[-1]["step"]:
+                raise InputError(f"{path} line {number}: step {row['step']} follows {rows[-1]['step']}: {_REMEDY}")
             rows.append(row)
-        elif number < last:
-            raise InputError(f"{path} line {number} is not a row of metrics: {line[:60]!r}")
+        elif number <= len(lines):
+            raise InputError(f"{path} line {number} is not a row of metrics: {line[:60]!r}: {_REMEDY}")
         else:
             warnings.warn(f"{path}: last line {number} is cut off and skipped", stacklevel=2)
     return rows
@@ -67,11 +75,12 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
       ...
       issgd_jax.errors.InputError: runs/none holds no run (no metrics.jsonl): name the --workdir of one
     """
-    path = pathlib.Path(workdir) / METRICS_FILE
-    if not path.is_file():
-        inner = sorted(path.parent.glob(f"*/{METRICS_FILE}"))
-        hint = f"did you mean {inner[0].parent}?" if inner else "name the --workdir of one"
-        raise InputError(f"{workdir} holds no run (no {METRICS_FILE}): {hint}")
+    path = local_path(workdir, "workdir") / METRICS_FILE
+    with records.reading(path, "name the --workdir of a run"):
+        if not path.is_file():
+            inner = sorted(path.parent.glob(f"*/{METRICS_FILE}"))
+            hint = f"did you mean {inner[0].parent}?" if inner else "name the --workdir of one"
+            raise InputError(f"{path.parent} holds no run (no {METRICS_FILE}): {hint}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = read_metrics(path)
@@ -81,11 +90,15 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
 
 
 def _row(line: str) -> dict | None:
+    """Returns a row: `step`, an int >= 0, and numbers or null; None if the line is none."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = records.parse(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    is_row = all(x is None or (type(x) in (int, float) and abs(x) <= _LARGEST) for x in row.values())
+    return row if is_row else None
 
 
 class MetricsWriter:

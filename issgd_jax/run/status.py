@@ -1,13 +1,15 @@
 """Status of a run as text, from the files in its folder. Imports no jax."""
 
-import json
 import pathlib
 import time
+import warnings
 
+from issgd_jax import records
 from issgd_jax.cluster import status as cluster_status
 from issgd_jax.errors import InputError
+from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
-from issgd_jax.run.metrics import read_run
+from issgd_jax.run.metrics import read_metrics
 
 # Of a row of metrics; those that a run does not measure are left out.
 _SHOWN = {
@@ -28,7 +30,7 @@ def read(workdir: str | pathlib.Path) -> str:
       workdir: folder of the run.
 
     Raises:
-      InputError: the folder holds no run.
+      InputError: the folder holds no run, or a file of it is malformed.
 
     Example:
       >>> read("runs/none")
@@ -36,30 +38,32 @@ def read(workdir: str | pathlib.Path) -> str:
       ...
       issgd_jax.errors.InputError: runs/none holds no run: name the --workdir of one
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "workdir")
     if not workdir_lib.holds_run(workdir):
         raise InputError(f"{workdir} holds no run: name the --workdir of one")
-    owner, steps = workdir_lib.owner(workdir), _read(workdir / workdir_lib.CONFIG_FILE).get("config", {}).get("steps")
-    heartbeat = _read(workdir / workdir_lib.HEARTBEAT_FILE)
-    done = heartbeat.get("step") == steps is not None
-    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
-    if heartbeat:
-        lines.append(f"step {heartbeat['step']:,} of {steps:,}, {time.time() - heartbeat['at']:,.1f} s ago")
-    try:
-        lines.append(_describe_row(read_run(workdir)[-1]))
-    except InputError as error:  # before the first measurement
-        lines.append(str(error))
+    owner, (progress, done) = workdir_lib.owner(workdir), _progress(workdir)
+    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}", *progress]
+    metrics_file = workdir / workdir_lib.METRICS_FILE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a last line that is still being written
+        rows = read_metrics(metrics_file) if metrics_file.exists() else []
+    lines.append(_describe_row(rows[-1]) if rows else "no row of metrics yet: wait for the first measurement")
     if (workdir / cluster_status.STATUS_FILE).is_file():
         lines += ["", cluster_status.read(workdir)]
     return "\n".join(lines)
 
 
-def _read(path: pathlib.Path) -> dict:
-    """Returns the content of a file of the run; empty if it is not there yet."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+def _progress(workdir: pathlib.Path) -> tuple[list[str], bool]:
+    """Returns lines about the last finished step, and whether it is the last of the run; none before the first."""
+    config_file, heartbeat_file = workdir / workdir_lib.CONFIG_FILE, workdir / workdir_lib.HEARTBEAT_FILE
+    if not config_file.exists() or not heartbeat_file.exists():
+        return [], False
+    with records.reading(config_file, "name another run, or start it again with --overwrite"):
+        steps = records.whole_number(records.read(config_file)["config"]["steps"])
+    with records.reading(heartbeat_file, "remove it: a run that is running writes it again"):
+        heartbeat = records.read(heartbeat_file)
+        step, seconds = records.whole_number(heartbeat["step"]), time.time() - heartbeat["at"]
+    return [f"step {step:,} of {steps:,}, {seconds:,.1f} s ago"], step == steps
 
 
 def _describe_row(row: dict) -> str:

@@ -31,11 +31,16 @@ class Supervision:
     heartbeat.json has the last finished step and its time, cluster.json the status of the workers on a cluster. Where
     no step finishes for `watchdog_seconds`, the stacks of all threads are written to watchdog.txt, even if one of them
     never lets Python run. The first signal of `SIGNALS` is kept in `signal`, so that the run can stop between two
-    steps; a second SIGINT interrupts at once.
+    steps; a second SIGINT interrupts at once, and so does the first while nothing is done that could be saved.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, watchdog_seconds: float, cluster_status: Callable[[], dict] | None = None
+        self,
+        workdir: pathlib.Path,
+        *,
+        watchdog_seconds: float,
+        cluster_status: Callable[[], dict] | None = None,
+        is_starting: bool = False,
     ):
         """Starts nothing.
 
@@ -43,11 +48,13 @@ class Supervision:
           workdir: folder of the run.
           watchdog_seconds: > 0.
           cluster_status: see `cluster.pool.ClusterPool.status`; None: there is no cluster.
+          is_starting: whether a SIGINT interrupts at once until a step is done, and does not wait for compilations.
         """
         self.signal: int | None = None
         self._cluster_status = cluster_status
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
         self._step, self._finished_at = 0, time.monotonic()
+        self._is_starting, self._first_step = is_starting, None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
         self._handlers = {}
@@ -57,6 +64,9 @@ class Supervision:
     def finished(self, step: int) -> None:
         """Records that so many steps are done."""
         self._step, self._finished_at = step, time.monotonic()
+        if self._is_starting:
+            self._first_step = step if self._first_step is None else self._first_step
+            self._is_starting = step == self._first_step
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # signals can be handled only there
@@ -80,10 +90,11 @@ class Supervision:
                 (self._workdir / WATCHDOG_FILE).unlink()
 
     def _on_signal(self, number, frame):
-        del frame
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
+        is_urgent = number == signal.SIGINT and (self._is_starting or self.signal == number)
         self.signal = number
+        if is_urgent:
+            before = self._handlers[number]
+            (before if callable(before) else signal.default_int_handler)(number, frame)
 
     def _watch(self) -> None:
         """Writes the heartbeat and restarts the watchdog's timer as steps finish; logs a stall once."""

@@ -19,6 +19,7 @@ from issgd_jax.config import flatten
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, NonFiniteLossError
 from issgd_jax.files import write_text_atomically
+from issgd_jax.paths import local_path
 from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
@@ -42,7 +43,7 @@ def train(
 
     Args:
       config: see `issgd_jax.config.default`.
-      workdir: folder of the run; created if it is missing.
+      workdir: folder of the run, on this machine; `~` is expanded; created if it is missing.
       problem: model, loss, data and optimiser of the caller's own; None: those of the config.
       overwrite: whether a run that is there is replaced.
 
@@ -67,7 +68,8 @@ def train(
       >>> [row["step"] for row in rows]
       [0, 10, 20]
     """
-    if not overwrite and (rows := _finished(wiring.resolve(config, problem), pathlib.Path(workdir))):
+    workdir = local_path(workdir, "workdir")
+    if not overwrite and (rows := _finished(wiring.resolve(config, problem), workdir)):
         return rows
     with processes.noticing_loss():
         prepared = wiring.prepare(config, problem)
@@ -107,7 +109,7 @@ def _without_files(prepared: wiring.Prepared) -> wiring.Prepared:
     return dataclasses.replace(prepared, config=config)
 
 
-def _train_in(workdir: str | pathlib.Path, prepared: wiring.Prepared, overwrite: bool) -> list[dict]:
+def _train_in(workdir: pathlib.Path, prepared: wiring.Prepared, overwrite: bool) -> list[dict]:
     config = prepared.config
     fields = config.to_dict()
     workdir_lib.check(workdir, fields, overwrite=overwrite)
@@ -139,7 +141,12 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
         workdir_lib.write_record(workdir, config.to_dict(), about["devices"], record if checkpoint else None)
         status = prepared.pool.status if isinstance(prepared.pool, ClusterPool) else None
         watch = stack.enter_context(
-            Supervision(workdir, watchdog_seconds=config.watchdog_seconds, cluster_status=status)
+            Supervision(
+                workdir,
+                watchdog_seconds=config.watchdog_seconds,
+                cluster_status=status,
+                is_starting=config.distributed.coordinator is None,  # the others would wait for this process
+            )
         )
 
         first_step = checkpoint.state["step"] if checkpoint else 0

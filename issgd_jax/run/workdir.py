@@ -11,9 +11,10 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from issgd_jax import records
 from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.config import default, flatten
-from issgd_jax.errors import InputError
+from issgd_jax.errors import InputError, brief
 from issgd_jax.files import LEFTOVER, write_text_atomically
 from issgd_jax.provenance import git_commit, versions
 
@@ -115,10 +116,12 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     workdir = pathlib.Path(workdir)
     remedy = "choose another --workdir, or replace the run with --overwrite"
     try:
-        record = json.loads((workdir / CONFIG_FILE).read_text())
-        saved = record["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{workdir} holds a run already, but its config cannot be read: {remedy}") from error
+        record = read_record(workdir)
+    except InputError as error:
+        raise InputError(
+            f"{workdir} holds a run already, but its config cannot be read ({brief(error.__cause__)}): {remedy}"
+        ) from error
+    saved = record["config"]
     changed = {name: x for name, x in changes(saved, config).items() if not name.startswith(_NEARLY_HARMLESS)}
     if config["learner"]["lr_schedule"] == "constant":
         changed.pop("steps", None)  # more of the same
@@ -127,6 +130,24 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
     if not _ever_saved(workdir) and (last_step(workdir) == saved.get("steps") or not _saves(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
+    return record
+
+
+def read_record(workdir: pathlib.Path) -> dict:
+    """Returns config.json: `config` in groups, and a list of those that resumed the run.
+
+    Raises:
+      InputError: it is missing or malformed.
+    """
+    path = workdir / CONFIG_FILE
+    with records.reading(path, "repair it"):
+        record = records.read(path)
+        config = record["config"]
+        flatten(config)
+        records.whole_number(config.get("steps", 0))
+        records.whole_number(config.get("checkpoint", {}).get("every_steps", 0))
+        if not isinstance(record.get("resumed", []), list):
+            raise TypeError("resumed is no list")
     return record
 
 
@@ -153,7 +174,7 @@ def _saves(config: dict) -> bool:
 def last_step(workdir: pathlib.Path) -> int | None:
     """Returns the step of the last row of metrics; None if there is none, or it is cut off."""
     try:
-        return json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
+        return records.parse((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 

@@ -6,14 +6,14 @@ import difflib
 import hashlib
 import os
 import pathlib
-import re
 import warnings
-import zipfile
 
 import numpy as np
 
 from issgd_jax.errors import InputError
 from issgd_jax.files import replace_atomically
+from issgd_jax.paths import cache_folder, local_path, plainly_named, private_folder
+from issgd_jax.task import splits as splits_lib
 
 EMBEDDED = "digits"
 _DIGITS_TRAIN = 1437  # of 1,797: 80 %
@@ -65,13 +65,14 @@ def load(name: str, split: str, data_dir: str | None = None, *, rows: tuple[int,
       name: `digits` (scikit-learn's 1,797 real 8x8 digits, grey levels 0 to 16: 1,437 `train`, 360 `test`, in a fixed
         random order) or any image classification data set of TFDS, prepared as array_record: read without TensorFlow,
         decoded once and cached under `~/.cache/issgd_jax`.
-      split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`.
-      data_dir: folder of TFDS; None: its default.
+      split: as in TFDS: `train`, `train+extra`, `train[:10%]`, `test[1000:2000]`; of one example at least.
+      data_dir: folder of TFDS, on this machine; `~` is expanded; None: its default ($TFDS_DATA_DIR).
       rows: (start, stop) of the rows to read; None: all.
 
     Raises:
-      InputError: the name is unknown (names the nearest), the split is unknown, the data is missing (names the command
-        that downloads it), it is not images with class labels, or the split lacks the rows.
+      InputError: the name is unknown (names the nearest), the split is unknown, empty, reversed or beyond the data, the
+        data is missing (names the command that downloads it), it is not images with class labels, or the split lacks
+        the rows.
 
     Example:
       >>> digits = load("digits", "train[:100]")
@@ -136,37 +137,39 @@ def _load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
     splits = {"train": order[:_DIGITS_TRAIN], "test": order[_DIGITS_TRAIN:]}
-    rows = np.concatenate([_part_of_split(part.strip(), splits, split) for part in split.split("+")])
+    parts = _parts(EMBEDDED, split, {name: [len(rows)] for name, rows in splits.items()})
+    rows = np.concatenate([splits[name][part.start : part.stop] for name, part in parts])
     images = bunch.images[rows, :, :, None].astype(np.uint8)
     return images, bunch.target[rows].astype(np.int32)
 
 
-def _part_of_split(part: str, splits: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """Returns the rows of a part such as `train[:50%]`."""
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", part)
-    if not match or match[1] not in splits:
-        raise InputError(f"unknown split {split!r} of digits: use train, test, train+test, or parts as train[:50%]")
-    rows = splits[match[1]]
-
-    def index(text):
-        if text is None:
-            return None
-        return round(int(text[:-1]) / 100 * len(rows)) if text.endswith("%") else int(text)
-
-    return rows[index(match[2]) : index(match[3])]
+def _parts(name: str, split: str, shards: dict[str, list[int]]) -> list[tuple[str, range]]:
+    """Returns the parts of a split of a data set, see `splits.rows`; raises InputError."""
+    try:
+        return splits_lib.rows(split, shards)
+    except ValueError as error:
+        available = ", ".join(f"{key} ({sum(sizes):,})" for key, sizes in shards.items())
+        raise InputError(
+            f"split {split!r} of {name} cannot be read ({error}): use {available}, sums as train+test, or parts as "
+            "train[:50%]"
+        ) from error
 
 
-def _with_tfds(read, *args):
-    """Returns `read(tfds, *args)`."""
+def _with_tfds(read, name: str, split: str, data_dir: str | None, *args):
+    """Returns `read(tfds, name, split, data_dir, *args)`, where data_dir is one that TFDS can read."""
     try:
         import tensorflow_datasets as tfds  # takes seconds
     except ImportError as error:
         raise InputError(
-            f"data set {args[0]!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
+            f"data set {name!r} needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
         ) from error
 
-    with _quiet():
-        return read(tfds, *args)
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        if data_dir:
+            data_dir = str(stack.enter_context(plainly_named(local_path(data_dir, "data.dir"))))
+        return read(tfds, name, split, data_dir, *args)
 
 
 @contextlib.contextmanager
@@ -195,24 +198,21 @@ def _read_tfds(tfds, name: str, split: str, data_dir: str | None, rows: tuple[in
             f"{name} has features {list(features)}: an image classification data set has one image, one label"
         )
     cache = _cache_file(builder, f"{split} {rows}" if rows else split)
-    arrays = _read_cache(cache)
+    arrays = _read_cache(cache) if cache else None
     if arrays is None:
         arrays = _decode(
             source, range(*(rows or (0, len(source)))), keys["image"][0], keys["label"][0], name=f"{name} {split}"
         )
-        _write_cache(cache, arrays)
+        if cache:
+            _write_cache(cache, arrays)
     return Dataset(*arrays, num_classes=features[keys["label"][0]].num_classes)
 
 
 def _find_source(tfds, name: str, split: str, data_dir: str | None):
     """Returns TFDS's builder, and a sequence of the records of the split."""
     builder = _find_builder(tfds, name, data_dir)
-    try:
-        return builder, builder.as_data_source(split=split)
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            f"split {split!r} of {name} cannot be read ({error}): it has {sorted(builder.info.splits)}"
-        ) from error
+    _parts(name, split, {key: info.shard_lengths for key, info in builder.info.splits.items()})
+    return builder, builder.as_data_source(split=split)
 
 
 def _find_builder(tfds, name: str, data_dir: str | None):
@@ -228,9 +228,10 @@ def _find_builder(tfds, name: str, data_dir: str | None):
             f"data set {name!r} cannot be found ({error}): use a name as in `tfds.list_builders()`"
         ) from error
     if not builder.is_prepared():
-        where = f", data_dir={data_dir!r}" if data_dir else ""
+        where = f", data_dir={os.path.realpath(data_dir)!r}" if data_dir else ""  # not the link of `plainly_named`
+        folder = os.path.realpath(builder.data_path)
         raise InputError(
-            f"{name} is not at {builder.data_path} as array_record. With a network (building needs TensorFlow):\n"
+            f"{name} is not at {folder} as array_record. With a network (building needs TensorFlow):\n"
             f"  pip install 'issgd-jax[download]'\n"
             f'  python -c "import tensorflow_datasets as tfds; '
             f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\"\n"
@@ -257,25 +258,32 @@ def _decode(source, rows: range, image_key: str, label_key: str, *, name: str) -
     return np.concatenate(images), np.asarray(labels, np.int32)
 
 
-def _cache_file(builder, split: str) -> pathlib.Path:
-    """Returns a file of its own for each data set, version, split and state of its files: a stale cache is not read."""
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "issgd_jax"
-    files = sorted(pathlib.Path(builder.data_path).iterdir())
-    state = [str(builder.data_path), split, *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
-    return folder / f"{builder.name}-{hashlib.sha256(chr(10).join(state).encode()).hexdigest()[:16]}.npz"
+def _cache_file(builder, split: str) -> pathlib.Path | None:
+    """Returns a file of its own for each data set, version, split and state of its files: a stale cache is not read.
+
+    None, with a warning, for a user who has no cache folder, or one into which others could put data.
+    """
+    try:
+        folder = private_folder(cache_folder())
+    except (OSError, InputError) as error:
+        warnings.warn(f"decoded data could not be cached ({error}): the next run decodes again", stacklevel=2)
+        return None
+    data = pathlib.Path(builder.data_path).resolve()
+    files = sorted(data.iterdir())
+    state = [str(data), split, *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)]
+    return folder / f"{builder.name}-{hashlib.sha256(os.fsencode(chr(10).join(state))).hexdigest()[:16]}.npz"
 
 
 def _read_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # missing or truncated: decode again
+    except Exception:  # missing or damaged, which raises many types: decode again
+        return None
 
 
 def _write_cache(path: pathlib.Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replace_atomically(path) as new, open(new, "wb") as file:
             np.savez(file, images=arrays[0], labels=arrays[1])
     except OSError as error:

@@ -12,7 +12,7 @@ from tests.helpers import smoke
     ("overrides", "message"),
     [
         ({"data__name": "digts"}, "unknown data set 'digts': did you mean digits"),
-        ({"data__train_split": "trian"}, "unknown split 'trian' of digits"),
+        ({"data__train_split": "trian"}, "split 'trian' of digits cannot be read .there is no 'trian'"),
         (
             {"model__name": "mpl"},
             r"model.name must be one of convnet, gru, mlp, transformer, got 'mpl' .*--config.model.name",

@@ -9,8 +9,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from issgd_jax import InputError
-from issgd_jax.task import data
-from tests.helpers import SVHN
+from issgd_jax.task import data, splits
+from tests.helpers import SVHN, soak, soak_seed
 
 TFDS_DIR = os.environ.get("TFDS_DATA_DIR", SVHN)
 
@@ -63,13 +63,85 @@ def test_parts_do_not_overlap():
 
 @pytest.mark.parametrize("split", ["", "training", "train[", "train[:x]", "train[:5%", "train++test"])
 def test_a_split_that_is_not_there(split):
-    with pytest.raises(InputError, match="unknown split .* of digits: use train, test"):
+    with pytest.raises(InputError, match=r"split .* of digits cannot be read .*: use train \(1,437\), test \(360\)"):
         data.load("digits", split)
 
 
-def test_an_empty_part():
-    with pytest.raises(InputError, match="at least one"):
-        data.load("digits", "train[5:5]")
+NUMBERS = [
+    "", "0", "5", "-5", "10", "11", "99", "-99", "100", "101", "999999", "1_0", "1__0", "-0", "1.5", "+5", "--5", "1e3",
+    "x", "50%", "-50%", "33%", "12.5%", ".5%", "0.001%", "100%", "-100%", "100.001%", "200%", "-0%", "%", "5%%", "1_0%",
+    "0shard", "1shard", "-1shard", "9shard", "pct1_dropremainder", "9" * 5000,
+]  # fmt: skip
+PARTS = [f"{name}[{start}:{stop}]" for name in ("train", "test") for start in NUMBERS for stop in NUMBERS]
+PARTS += [f"{name}[{number}]" for name in ("train", "all") for number in NUMBERS]
+PARTS += [
+    "train", "test", "all", "all[:5]", "Train", "", " train", "train ", "train[", "train]", "train[]", "train[:",
+    "train[1:2:3]", "train[:5][:3]", "train[:10%](pct1_dropremainder)", "tes-t", "+train", "train+", "train++test",
+    "train-test",
+]  # fmt: skip
+
+
+def rows_of_tfds(split, shards):
+    """What TFDS itself reads; None where it raises, at once or when it makes a data source of it."""
+    from tensorflow_datasets.core import splits as tfds_splits
+
+    infos = [tfds_splits.SplitInfo(name=name, shard_lengths=sizes, num_bytes=0) for name, sizes in shards.items()]
+    try:
+        parts = tfds_splits._make_absolute_instructions(infos, split)
+    except (ValueError, NotImplementedError):
+        return None
+    sizes = {name: sum(sizes) for name, sizes in shards.items()}
+    rows = [(p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
+    if any(start > stop for _, start, stop in rows) or not any(start < stop for _, start, stop in rows):
+        return None
+    return [(name, range(start, stop)) for name, start, stop in rows]
+
+
+@pytest.mark.parametrize(
+    "shards", [{"train": [1437], "test": [360]}, {"test": [10], "train": [9, 40, 0, 50]}], ids=["digits", "shards"]
+)
+def test_parts_are_those_of_tfds(shards):
+    """Red if a slice is read that TFDS refuses, if one is refused that it reads, or other rows are read."""
+    pairs = np.random.default_rng(soak_seed()).choice(PARTS, (soak(500, 20_000), 2))
+    for split in [*PARTS, *map("+".join, pairs), *map(" + ".join, pairs[:100])]:
+        try:
+            rows = splits.rows(split, shards)
+        except ValueError:
+            rows = None
+        assert rows == rows_of_tfds(split, shards), split[:80]
+
+
+BAD_PARTS = [
+    "train[:200%]", "train[-101%:]", "train[999999:]", "train[:999999]", "train[-999999:]", "train[50:10]",
+    "train[-5:-10]", "train[50%:10%]", "train[5:5]", "train[:0]", "train[:0%]", "train[:0.0001%]", "train[5]",
+    "train[:]", "train[1:2:3]", "train[pct1_dropremainder]", "train[:10%](pct1_dropremainder)", "train[:1.5]",
+    "all[:5]", "train+", "train+extra", "",
+]  # fmt: skip
+BOTH = [("digits", None, 360), *([("svhn_cropped", str(SVHN), 10_000)] if SVHN.is_dir() else [])]
+
+
+@pytest.mark.parametrize("split", [*BAD_PARTS, None, 5, ("train",)], ids=str)
+def test_a_part_that_is_not_there_is_one_error_of_digits_and_tfds(split):
+    for name, folder, _ in BOTH:
+        for read in (data.load, data.count):
+            with pytest.raises(InputError) as error:
+                read(name, split, folder)
+            message = str(error.value)
+            assert message.startswith(f"split {split!r} of {name} cannot be read (") and "\n" not in message
+            assert "): use train (" in message and len(message) < 400
+
+
+def test_parts_of_one_row_and_up_to_the_end():
+    for name, folder, size in BOTH:
+        labels = data.load(name, "test[-20:]", folder).labels
+        for split, expected in {
+            f"test[{size - 10}:{size - 9}]": labels[10:11],
+            "test[-1:]": labels[-1:],
+            f"test[-5:{size}]": labels[-5:],
+            f"test[{size - 1}:]+test[-2:-1]": labels[[-1, -2]],
+            f"test[5:5]+test[{size - 3}:]": labels[-3:],
+        }.items():
+            np.testing.assert_array_equal(data.load(name, split, folder).labels, expected)
 
 
 def test_standardization_is_that_of_the_split_and_leaves_constant_pixels_finite():
@@ -122,7 +194,10 @@ def test_a_truncated_or_foreign_cache_is_rebuilt(tmp_path):
     need_svhn()
     first = data.load("svhn_cropped", "test[:50]", str(SVHN))
     (file,) = (tmp_path / "cache" / "issgd_jax").iterdir()
-    for content in (file.read_bytes()[:5000], b"", b"not a zip file at all"):
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (whole[:5000], b"", b"not a zip file at all", flipped, whole[:40] + bytes(100) + whole[140:]):
         file.write_bytes(content)
         np.testing.assert_array_equal(data.load("svhn_cropped", "test[:50]", str(SVHN)).images, first.images)
 
@@ -133,11 +208,18 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="could not be cached"):
         assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)  # where others could put data
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    with pytest.warns(UserWarning, match="could not be cached .other users can write"):
+        assert len(data.load("svhn_cropped", "test[:50]", str(SVHN))) == 50
 
 
 def test_a_split_that_svhn_does_not_have():
     need_svhn()
-    with pytest.raises(InputError, match=r"split 'extra' of svhn_cropped cannot be read.*it has \['test', 'train'\]"):
+    with pytest.raises(
+        InputError, match=r"split 'extra' of svhn_cropped cannot be read \(there is no 'extra'\): use train"
+    ):
         data.load("svhn_cropped", "extra", str(SVHN))
 
 
