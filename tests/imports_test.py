@@ -26,7 +26,7 @@ ORDER_IN = {
     "task": ("data", "models", "losses", "problem", "images"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "workdir", "metrics", "status", "supervision", "checkpoint", "parts", "run_state", "diagnosis", "measure",
+        "checkpoint", "workdir", "metrics", "status", "supervision", "parts", "run_state", "diagnosis", "measure",
         "rounds", "loop", "wiring", "training",
     ),
 }  # fmt: skip

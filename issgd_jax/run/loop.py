@@ -72,6 +72,8 @@ def run(
       NonFiniteLossError: training diverges.
       BadScoreError: a score is bad and plan.strict is set.
       StoppedError: after a signal.
+      FolderLostError: the run's folder was removed, renamed or replaced.
+      InputError: the last checkpoint could not be written.
     """
     state = state or start(parts)
     rounds = Rounds(parts, state)
@@ -100,7 +102,7 @@ def run(
                 training.count_seconds()
             # The row is of the very parameters and probabilities that this step draws with.
             test_error = training.measure() if is_measured else None
-            saving.maybe_save(snapshot, due=is_due, test_error=test_error)
+            saving.maybe_save(snapshot, due=is_due, test_error=test_error, is_last=is_last)
             if not is_last:
                 training.learn()
     if checkpoints:
@@ -237,13 +239,13 @@ class _Saving:
             wait_for_rounds=self._parts.schedule.is_reproducible,
         )
 
-    def maybe_save(self, snapshot: Snapshot | None, *, due: bool, test_error: float | None) -> None:
+    def maybe_save(self, snapshot: Snapshot | None, *, due: bool, test_error: float | None, is_last: bool) -> None:
         """Saves a snapshot that is due, or whose test error is the least so far."""
         if snapshot is None:
             return
         is_best = test_error is not None and self._state.step > 0 and test_error < self._checkpoints.best_error
         if due or is_best:
-            self._checkpoints.save(snapshot, test_error=test_error)
+            self._checkpoints.save(snapshot, test_error=test_error, is_last=is_last)
 
     def stop(self, number: int, snapshot: Snapshot | None) -> None:
         """Ends the run after a signal, with a checkpoint."""

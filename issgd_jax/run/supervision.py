@@ -17,6 +17,7 @@ import psutil
 
 from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.console import say
+from issgd_jax.errors import FolderLostError
 from issgd_jax.files import write_text_atomically
 from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE
 
@@ -35,7 +36,12 @@ class Supervision:
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, watchdog_seconds: float, cluster_status: Callable[[], dict] | None = None
+        self,
+        workdir: pathlib.Path,
+        *,
+        watchdog_seconds: float,
+        cluster_status: Callable[[], dict] | None = None,
+        check_lock: Callable[[], None] = lambda: None,
     ):
         """Starts nothing.
 
@@ -43,9 +49,11 @@ class Supervision:
           workdir: folder of the run.
           watchdog_seconds: > 0.
           cluster_status: see `cluster.pool.ClusterPool.status`; None: there is no cluster.
+          check_lock: called before anything is written; raises FolderLostError if the folder is no longer the run's.
         """
         self.signal: int | None = None
-        self._cluster_status = cluster_status
+        self._cluster_status, self._check_lock = cluster_status, check_lock
+        self._lost: FolderLostError | None = None
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
         self._step, self._finished_at = 0, time.monotonic()
         self._ended = threading.Event()
@@ -55,7 +63,13 @@ class Supervision:
         self._stacks: TextIO = sys.stderr
 
     def finished(self, step: int) -> None:
-        """Records that so many steps are done."""
+        """Records that so many steps are done.
+
+        Raises:
+          FolderLostError: the folder is no longer that of this run.
+        """
+        if self._lost:
+            raise self._lost
         self._step, self._finished_at = step, time.monotonic()
 
     def __enter__(self):
@@ -64,6 +78,7 @@ class Supervision:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self._handlers[number] = signal.signal(number, self._on_signal)
         with contextlib.suppress(OSError):  # a full disk: to the terminal
+            self._check_lock()
             self._stacks = open(self._workdir / WATCHDOG_FILE, "w")
         self._thread.start()
         return self
@@ -76,8 +91,10 @@ class Supervision:
         faulthandler.cancel_dump_traceback_later()
         if self._stacks is not sys.stderr:
             self._stacks.close()
-            if not (self._workdir / WATCHDOG_FILE).stat().st_size:
-                (self._workdir / WATCHDOG_FILE).unlink()
+            with contextlib.suppress(OSError, FolderLostError):
+                self._check_lock()
+                if not (self._workdir / WATCHDOG_FILE).stat().st_size:
+                    (self._workdir / WATCHDOG_FILE).unlink()
 
     def _on_signal(self, number, frame):
         del frame
@@ -113,7 +130,10 @@ class Supervision:
 
     def _write(self, name: str, values: dict) -> None:
         try:
-            write_text_atomically(self._workdir / name, json.dumps(values) + "\n")
+            self._check_lock()
+            write_text_atomically(self._workdir / name, json.dumps(values) + "\n", sync=False)  # soon written again
+        except FolderLostError as error:
+            self._lost = error
         except OSError as error:
             if not self._heartbeat_failed:
                 say(f"the heartbeat cannot be written, training continues: {error}")
