@@ -6,6 +6,8 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from issgd_jax.errors import InputError
+from issgd_jax.files import reason, replace_atomically
 from issgd_jax.history import seconds_per_step
 
 # Colour-blind safe (Okabe and Ito 2008).
@@ -96,8 +98,17 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Writes the figure as PNG."""
-    figure.savefig(path, dpi=120)
+    """Writes the figure, in the format that the ending of its name tells.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        with replace_atomically(path) as new:
+            figure.savefig(new, dpi=120, format=path.suffix[1:] or "png")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}): make room, or choose another file") from error
 
 
 def _decorate(figure: Figure) -> None:

@@ -25,7 +25,7 @@ def read(workdir: str | pathlib.Path) -> str:
     """
     path = pathlib.Path(workdir) / STATUS_FILE
     try:
-        status, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+        status, age = json.loads(path.read_text()), max(0.0, time.time() - path.stat().st_mtime)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): name a run with workers on a cluster") from error
     return f"status of {age:,.1f} s ago\n{describe(status)}"

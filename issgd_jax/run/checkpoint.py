@@ -83,8 +83,8 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
     partial = folder.with_name(f"{_MAKING}{folder.name}")
     check_lock()
     shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
     try:
+        make_folder(partial)
         _check_space(partial, checkpoint)
         with _naming_disk_errors(partial):
             _checkpointer().save(partial.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))

@@ -44,7 +44,7 @@ def read(workdir: str | pathlib.Path) -> str:
     done = heartbeat.get("step") == steps is not None
     lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
     if heartbeat:
-        lines.append(f"step {heartbeat['step']:,} of {steps:,}, {time.time() - heartbeat['at']:,.1f} s ago")
+        lines.append(f"step {heartbeat['step']:,} of {steps:,}, {max(0.0, time.time() - heartbeat['at']):,.1f} s ago")
     try:
         lines.append(_describe_row(read_run(workdir)[-1]))
     except InputError as error:  # before the first measurement
