@@ -61,14 +61,18 @@ def write_text_atomically(path: str | pathlib.Path, text: str, *, sync: bool = T
         new.write_text(text)
 
 
-def make_folder(path: pathlib.Path) -> None:
-    """Creates a folder and its parents where they are missing; their names are on the disk when this returns.
+def make_folder(path: pathlib.Path, *, parents: bool = True) -> None:
+    """Creates a folder where it is missing; its name is on the disk when this returns.
+
+    Args:
+      path: of the folder.
+      parents: whether the folders that it is in are created too.
 
     Raises:
       OSError: it cannot be created, or is a file.
     """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=parents, exist_ok=True)
     for folder in created:
         sync_to_disk(folder.parent)
 

@@ -73,7 +73,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
     """Writes a checkpoint, completely or not at all: also if the power fails.
 
     Args:
-      folder: the name it gets.
+      folder: the name it gets; created with the folder that it is in, but not with that one's.
       checkpoint: its content.
       check_lock: called before anything is written, renamed or removed; raises if that must not be.
 
@@ -84,7 +84,8 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
     check_lock()
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        make_folder(partial)
+        make_folder(folder.parent, parents=False)
+        partial.mkdir()
         _check_space(partial, checkpoint)
         with _naming_disk_errors(partial):
             _checkpointer().save(partial.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
@@ -160,6 +161,11 @@ def names_in(folder: pathlib.Path) -> list[str]:
     """Returns the names in a folder that are of checkpoints, whole or not; raises InputError if it cannot be read."""
     with reading(folder):
         return [name for name in list_folder(folder) if _OUR_NAME.fullmatch(name)]
+
+
+def is_name(name: str) -> bool:
+    """Returns whether a name of `names_in` is that of a checkpoint that was once complete."""
+    return bool(_NAME.fullmatch(name.removeprefix(_DAMAGED)))
 
 
 def clear(folder: pathlib.Path) -> None:

@@ -138,7 +138,7 @@ def holds_run(workdir: str | pathlib.Path) -> bool:
       InputError: the folder cannot be read.
     """
     names = _names(pathlib.Path(workdir))
-    return METRICS_FILE in names or CONFIG_FILE in names or _ever_saved(pathlib.Path(workdir))
+    return METRICS_FILE in names or CONFIG_FILE in names or _has_checkpoints(pathlib.Path(workdir))
 
 
 def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
@@ -200,12 +200,13 @@ def _check_ours(workdir: pathlib.Path) -> None:
             raise InputError(f"{path} is a folder, where a run has a file: {remedy}")
         if name == CHECKPOINTS and path.is_file():
             raise InputError(f"{path} is a file, where a run has a folder: {remedy}")
-    if _ever_saved(workdir):
+    if _has_checkpoints(workdir):
         return
     record = _read_json(workdir / CONFIG_FILE)
     if record is not None and not _is_record(record):
         raise InputError(f"{workdir / CONFIG_FILE} is not the record of a run: {remedy}")
-    if not holds_run(workdir) and (strange := _names(workdir / CHECKPOINTS)):
+    ours = checkpoint.names_in(workdir / CHECKPOINTS)
+    if not holds_run(workdir) and (strange := sorted({*_names(workdir / CHECKPOINTS)} - {*ours})):
         raise InputError(f"{workdir / CHECKPOINTS} holds {strange[0]}, which no run here wrote: {remedy}")
 
 
@@ -238,6 +239,11 @@ def changes(saved: dict, config: dict) -> dict[str, tuple]:
 def _flat(config: dict) -> dict:
     """Flattens a config as JSON has it; an earlier version gets the defaults of newer fields."""
     return json.loads(json.dumps(flatten(default()) | flatten(config)))
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Returns whether there are checkpoints, whole or damaged."""
+    return any(checkpoint.is_name(name) for name in checkpoint.names_in(workdir / CHECKPOINTS))
 
 
 def _ever_saved(workdir: pathlib.Path) -> bool:

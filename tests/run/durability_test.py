@@ -55,6 +55,7 @@ def check_order(calls, final, content):
 
 def test_everything_in_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
     """Red if one file, Orbax's among them, or one folder is not synced, or a folder before what is in it."""
+    make_folder(tmp_path / "new")
     path = tmp_path / "new" / "checkpoints" / "step_0000000003"
     record = {"config": {"steps": 3}}
     checkpoint.write(path, checkpoint.Checkpoint(made().arrays, made().state, record))
