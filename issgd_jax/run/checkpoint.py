@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import threading
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -33,7 +34,7 @@ _ARRAYS, _STATE, _RECORD, _FILES = "arrays", "state.json", "config.json", "files
 _NAME = re.compile(r"step_([0-9]{10})")
 # Also of what is being written or removed, and of what was found damaged.
 _MAKING, _REMOVING, _DAMAGED = "making_", "removing_", "damaged_"
-_OUR_NAME = re.compile(rf"({_MAKING}|{_REMOVING}|{_DAMAGED})?step_[0-9]{{10}}")
+_OUR_NAME = re.compile(rf"{_MAKING}step_[0-9]{{10}}(\.[0-9a-f]+)?|({_REMOVING}|{_DAMAGED})?step_[0-9]{{10}}")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE)
 
 
@@ -80,9 +81,9 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
     Raises:
       OSError, ValueError: it cannot be written.
     """
-    partial = folder.with_name(f"{_MAKING}{folder.name}")
+    # A name of its own: Orbax creates the folders above it too, even if they are another run's by now.
+    partial = folder.with_name(f"{_MAKING}{folder.name}.{uuid.uuid4().hex[:12]}")
     check_lock()
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         make_folder(folder.parent, parents=False)
         partial.mkdir()
@@ -98,9 +99,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
         partial.rename(folder)
         sync_to_disk(folder.parent)
     except BaseException:
-        with contextlib.suppress(Exception):
-            check_lock()
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -176,8 +175,11 @@ def clear(folder: pathlib.Path) -> None:
     """
     for name in names_in(folder):
         with writing(folder / name):
-            _remove(folder / name)
-    with contextlib.suppress(OSError):  # a link, or something else is in it
+            if is_name(name):
+                _remove(folder / name)
+            else:
+                shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is a link, or something else is in it
         folder.rmdir()
 
 
@@ -187,10 +189,9 @@ def _path(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 def _remove(path: pathlib.Path) -> None:
     """Removes a checkpoint; of a killed process nothing stays that has the name of a checkpoint."""
-    if match := _NAME.fullmatch(path.name):
-        removing = path.with_name(f"{_REMOVING}{match[0]}")
-        shutil.rmtree(removing, ignore_errors=True)
-        path = path.rename(removing)
+    removing = path.with_name(f"{_REMOVING}{path.name.removeprefix(_DAMAGED)}")
+    shutil.rmtree(removing, ignore_errors=True)
+    path = path.rename(removing)
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:

@@ -263,7 +263,7 @@ def last_step(workdir: pathlib.Path) -> int | None:
     with reading(workdir / METRICS_FILE):
         try:
             return json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, IndexError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, IndexError):
             return None
 
 
