@@ -331,17 +331,17 @@ class Checkpoints:
         return steps_in(self._folder)
 
     def newest(self, obstacle: Callable[[dict], str | None] = lambda state: None) -> Checkpoint | None:
-        """Returns the newest checkpoint that is intact and has no obstacle; if all have one, the newest; None if none.
+        """Returns the newest checkpoint that is intact, or one of the `keep` newest without an obstacle; None if none.
 
         Damaged ones are logged and renamed. What cannot be read is not damaged: it ends the run and changes nothing.
 
         Args:
-          obstacle: returns why a state had better not be used; None if it can. May raise InputError.
+          obstacle: returns why one before had better be used, if one has no obstacle; else None. May raise InputError.
 
         Raises:
           InputError: a checkpoint cannot be read now, or all are damaged.
         """
-        hindered = None
+        hindered: list[tuple[pathlib.Path, dict]] = []
         for step in reversed(self.steps):
             path = self._path(step)
             try:
@@ -357,12 +357,15 @@ class Checkpoints:
                 )
             if why:
                 say(f"the checkpoint of step {step:,} cannot be used ({why}): the one before is tried")
-                hindered = hindered or (path, state)
+                hindered.append((path, state))
+                if len(hindered) == self._keep:  # from one still older too many steps would be done again
+                    break
             else:
                 return _restore(path, state)
         if hindered:
-            say(f"so it is with all checkpoints: the newest is used, of step {hindered[1]['step']:,}")
-            return _restore(*hindered)
+            path, state = hindered[0]
+            say(f"nor can those before it: the newest is used all the same, of step {state['step']:,}")
+            return _restore(path, state)
         if damaged := [name for name in names_in(self._folder) if name.startswith(_DAMAGED)]:
             raise InputError(
                 f"none of the {len(damaged)} checkpoint(s) in {self._folder} can be used, as their files differ from "

@@ -11,7 +11,7 @@ import numpy as np
 
 from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
-from issgd_jax.errors import StoppedError
+from issgd_jax.errors import FolderLostError, InputError, StoppedError
 from issgd_jax.learning import payoff
 from issgd_jax.run import diagnosis, metrics, supervision
 from issgd_jax.run.checkpoint import Checkpoints
@@ -250,10 +250,15 @@ class _Saving:
     def stop(self, number: int, snapshot: Snapshot | None) -> None:
         """Ends the run after a signal, with a checkpoint."""
         jax.block_until_ready(self._state.train_state)  # other processes need this one's part of the last step
-        if snapshot:
-            self._checkpoints.save(snapshot)
-        name, hint = signal.Signals(number).name, _resume_hint(self._checkpoints)
-        raise StoppedError(f"stopped by {name} at step {self._state.step:,}; {hint}", number)
+        try:
+            if snapshot:
+                self._checkpoints.save(snapshot, is_last=True)
+            hint = _resume_hint(self._checkpoints)
+        except FolderLostError:
+            raise
+        except InputError as error:  # of the checkpoint
+            hint = str(error)
+        raise StoppedError(f"stopped by {signal.Signals(number).name} at step {self._state.step:,}; {hint}", number)
 
 
 def _resume_hint(checkpoints: Checkpoints | None) -> str:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ import pytest
 
 import issgd_jax
 from issgd_jax import InputError
-from issgd_jax.run import checkpoint, run_state
+from issgd_jax.errors import StoppedError
+from issgd_jax.run import checkpoint, loop, run_state
 from issgd_jax.run.checkpoint import Checkpoints, DamagedError
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
 from tests.helpers import arrays_of, check_same, path_of, small, steps_of
@@ -173,6 +175,18 @@ def test_damaged_metrics_hide_no_parameters(how, run, capsys):
         assert (run / "damaged_metrics.jsonl").exists()
     assert issgd_jax.train(small(steps=21), run) == history
     assert "has done its 21 steps" in capsys.readouterr().err
+
+
+def test_for_lost_rows_no_checkpoint_is_used_that_is_too_old(tmp_path, capsys):
+    """Red if a run does nearly all its steps again, from its best checkpoint, as that alone has all its rows."""
+    with Checkpoints(tmp_path, every_steps=1, keep=2) as checkpoints:
+        for step, error in ((1, 0.1), (8, 0.5), (9, 0.5)):
+            checkpoints.save(State(step, lambda step=step: made(step)), test_error=error)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 8, 9]
+        assert checkpoints.newest(lambda state: "no rows" if state["step"] > 1 else None).state["step"] == 9
+        assert checkpoints.newest(lambda state: "no rows" if state["step"] > 8 else None).state["step"] == 8
+        assert checkpoints.steps == [1, 8, 9]
 
 
 def test_a_metrics_file_that_is_taken_away_is_begun_again(tmp_path, capsys):
@@ -365,6 +379,21 @@ def test_a_disk_too_full_for_anything_is_an_error(tmp_path):
     done = in_small_disk(tmp_path / "disk", 4096, FULL_AT_THE_END)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "cannot be written (No space left on device)" in done.stderr
+
+
+def test_a_stop_whose_checkpoint_fails_says_so(tmp_path, monkeypatch):
+    """Red if a signal's message promises the parameters of a step that were not saved."""
+
+    def refuse(folder, checkpoint, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write", refuse)
+    monkeypatch.setattr(loop.supervision.Supervision, "finished", lambda watch, step: signal.raise_signal(15))
+    with pytest.raises(
+        StoppedError, match="stopped by SIGTERM at step 0; .*, of step 0, could not be written"
+    ) as error:
+        issgd_jax.train(small(steps=8), tmp_path)
+    assert "No space left on device" in str(error.value)
 
 
 def test_a_last_checkpoint_that_fails_ends_the_run_with_an_error(tmp_path, monkeypatch):

@@ -154,6 +154,7 @@ with workdir.locked(run) as lock:
         checkpoints.save(State(3, made))
         checkpoints.wait()
         assert checkpoints.steps == [3]
+        shutil.copyfile(image, copies / "end")
 os._exit(0)
 """
 # What a copy of the disk holds when it is mounted again.
@@ -170,6 +171,7 @@ else:
         assert checkpoint.read(path).state["step"] == 3
         assert all(file.stat().st_size for file in path.rglob("*") if file.is_file())
         assert checkpoint.read(path).record["config"]
+    assert sys.argv[2] != "end" or checkpoint.steps_in(run / "checkpoints") == [3]
 """
 
 
@@ -204,7 +206,7 @@ def test_a_power_cut_after_a_name_is_given_loses_nothing(tmp_path):
     make_image(image)
     done = in_image(image, disk, POWER_CUT, image, copies)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in copies.iterdir()} == {"step_0000000003", "config.json"}
+    assert {path.name for path in copies.iterdir()} == {"step_0000000003", "config.json", "end"}
     for copy in copies.iterdir():
         done = in_image(copy, disk, AFTERWARDS, copy.name)
         assert done.returncode == 0, (copy.name, done.stderr)
