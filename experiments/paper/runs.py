@@ -9,6 +9,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from issgd_jax.errors import InputError
+from issgd_jax.files import reading
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
@@ -23,11 +24,17 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """Returns the config of a run, {} if it has not started or its file is cut off."""
-    try:
-        return json.loads((folder / workdir_lib.CONFIG_FILE).read_text())["config"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return {}
+    """Returns the config of a run, {} if it has not started or its file is cut off.
+
+    Raises:
+      InputError: it cannot be read now.
+    """
+    path = folder / workdir_lib.CONFIG_FILE
+    with reading(path):  # else a finished run would be taken for none, and trained again
+        try:
+            return json.loads(path.read_text())["config"]
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return {}
 
 
 def is_finished(folder: pathlib.Path) -> bool:

@@ -162,9 +162,28 @@ def names_in(folder: pathlib.Path) -> list[str]:
         return [name for name in list_folder(folder) if _OUR_NAME.fullmatch(name)]
 
 
-def is_name(name: str) -> bool:
-    """Returns whether a name of `names_in` is that of a checkpoint that was once complete."""
-    return bool(_NAME.fullmatch(name.removeprefix(_DAMAGED)))
+def written_in(folder: pathlib.Path) -> list[str]:
+    """Returns the names of checkpoints that were once complete, and not of others' folders with such a name.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
+    with reading(folder):
+        return [name for name in names_in(folder) if not _is_leftover(name) and _was_complete(folder / name)]
+
+
+def leftovers_in(folder: pathlib.Path) -> list[str]:
+    """Returns the names of what an interrupted write or removal left; raises InputError if it cannot be read."""
+    return [name for name in names_in(folder) if _is_leftover(name)]
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith((_MAKING, _REMOVING))
+
+
+def _was_complete(path: pathlib.Path) -> bool:
+    is_folder = path.is_dir() or path.is_symlink()
+    return is_folder and not {_STATE, _FILES}.isdisjoint(list_folder(path))
 
 
 def clear(folder: pathlib.Path) -> None:
@@ -173,12 +192,11 @@ def clear(folder: pathlib.Path) -> None:
     Raises:
       InputError: one cannot be removed.
     """
-    for name in names_in(folder):
+    for name in written_in(folder):
         with writing(folder / name):
-            if is_name(name):
-                _remove(folder / name)
-            else:
-                shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
+    for name in leftovers_in(folder):
+        shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # it is a link, or something else is in it
         folder.rmdir()
 
@@ -423,18 +441,17 @@ class Checkpoints:
     def _remove_old(self) -> None:
         best = min(self._test_errors, key=self._test_errors.get, default=None)
         for step in self.steps[: -self._keep]:
-            if step != best:
+            if step != best and _was_complete(self._path(step)):
                 self._check_lock()
                 _remove(self._path(step))
                 self._test_errors.pop(step, None)
 
     def _remove_partial(self) -> None:
         """Removes what interrupted and failed writes left: threads of Orbax may write for a moment after an error."""
-        for name in names_in(self._folder):
-            if name.startswith((_MAKING, _REMOVING)):
-                with writing(self._folder):
-                    self._check_lock()
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+        for name in leftovers_in(self._folder):
+            with writing(self._folder):
+                self._check_lock()
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _least_error(self) -> float:
         return min(self._test_errors.values(), default=math.inf)
@@ -473,7 +490,7 @@ def _checkpointer():
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_is_not_orbax)
-    sys.excepthook = functools.partial(_print_unless_late, sys.excepthook)
+    sys.unraisablehook = functools.partial(_print_unless_late, sys.unraisablehook)
     # Of the processes of a run the first alone writes; the others would never reach a barrier.
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     # Noise does not compress, and the time would be taken from the learner.
@@ -486,11 +503,11 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _print_unless_late(print_error: Callable, kind: type, error: BaseException, traceback) -> None:
-    """Prints an error, but not those of Orbax's threads that outlive a failed write: that has raised its own."""
-    is_late = kind is RuntimeError and str(error) == "Event loop is closed"
+def _print_unless_late(print_error: Callable, raised) -> None:
+    """Prints an error that nobody can catch, but not those of threads of Orbax that outlive a failed write."""
+    is_late = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
     if not is_late or threading.current_thread() is threading.main_thread():
-        print_error(kind, error, traceback)
+        print_error(raised)
 
 
 @contextlib.contextmanager

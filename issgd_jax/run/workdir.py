@@ -205,8 +205,8 @@ def _check_ours(workdir: pathlib.Path) -> None:
     record = _read_json(workdir / CONFIG_FILE)
     if record is not None and not _is_record(record):
         raise InputError(f"{workdir / CONFIG_FILE} is not the record of a run: {remedy}")
-    ours = checkpoint.names_in(workdir / CHECKPOINTS)
-    if not holds_run(workdir) and (strange := sorted({*_names(workdir / CHECKPOINTS)} - {*ours})):
+    others = {*_names(workdir / CHECKPOINTS)} - {*checkpoint.leftovers_in(workdir / CHECKPOINTS)}
+    if not holds_run(workdir) and (strange := sorted(others)):
         raise InputError(f"{workdir / CHECKPOINTS} holds {strange[0]}, which no run here wrote: {remedy}")
 
 
@@ -243,7 +243,7 @@ def _flat(config: dict) -> dict:
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
     """Returns whether there are checkpoints, whole or damaged."""
-    return any(checkpoint.is_name(name) for name in checkpoint.names_in(workdir / CHECKPOINTS))
+    return bool(checkpoint.written_in(workdir / CHECKPOINTS))
 
 
 def _ever_saved(workdir: pathlib.Path) -> bool:

@@ -57,6 +57,7 @@ def run(finished, tmp_path):
     [
         ("checkpoints/epoch_1.pt", "checkpoints holds epoch_1.pt, which no run here wrote.*choose another --workdir"),
         ("checkpoints/step_1000/model", "checkpoints holds step_1000, which no run here wrote"),
+        ("checkpoints/step_0000001000/model", "checkpoints holds step_0000001000, which no run here wrote"),
         ("config.json", "config.json is not the record of a run.*choose another --workdir"),
         ("metrics.jsonl/rows", "metrics.jsonl is a folder, where a run has a file"),
         ("lock/x", "lock is a folder, where a run has a file"),
@@ -88,6 +89,7 @@ def test_only_files_with_names_of_a_run_are_removed(run):
         "data.npz",
         "checkpoints/epoch_1.pt",
         "checkpoints/step_12",
+        "checkpoints/step_0000000012/model",
         "sub/metrics.jsonl",
     ]
     for name in theirs:
@@ -106,10 +108,10 @@ def test_checkpoints_behind_a_link_are_removed_too(run, tmp_path):
     (run / "checkpoints").symlink_to(tmp_path / "large")
     workdir.clear(run)
     assert (run / "checkpoints").is_symlink() and list((tmp_path / "large").iterdir()) == []
-    (tmp_path / "theirs").mkdir()
+    write(tmp_path / "theirs" / "state.json")
     (tmp_path / "large" / "step_0000000007").symlink_to(tmp_path / "theirs")
     workdir.clear(run)
-    assert (tmp_path / "theirs").is_dir() and list((tmp_path / "large").iterdir()) == []
+    assert (tmp_path / "theirs" / "state.json").exists() and list((tmp_path / "large").iterdir()) == []
 
 
 @pytest.mark.parametrize("lost", [("config.json",), ("config.json", "metrics.jsonl"), "emptied"])
