@@ -8,17 +8,12 @@ another name and renamed when all of it is on the disk.
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
-import functools
 import json
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import sys
-import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,13 +24,13 @@ import numpy as np
 from issgd_jax.console import say
 from issgd_jax.errors import FolderLostError, InputError, brief
 from issgd_jax.files import list_folder, make_folder, reading, sync_to_disk, sync_tree_to_disk, writing
+from issgd_jax.run import orbax
 
 _ARRAYS, _STATE, _RECORD, _FILES = "arrays", "state.json", "config.json", "files.json"
 _NAME = re.compile(r"step_([0-9]{10})")
 # Also of what is being written or removed, and of what was found damaged.
 _MAKING, _REMOVING, _DAMAGED = "making_", "removing_", "damaged_"
 _OUR_NAME = re.compile(rf"{_MAKING}step_[0-9]{{10}}(\.[0-9a-f]+)?|({_REMOVING}|{_DAMAGED})?step_[0-9]{{10}}")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE)
 
 
 class DamagedError(Exception):
@@ -87,9 +82,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[
     try:
         make_folder(folder.parent, parents=False)
         partial.mkdir()
-        _check_space(partial, checkpoint)
-        with _naming_disk_errors(partial):
-            _checkpointer().save(partial.absolute() / _ARRAYS, args=_save_args(checkpoint.arrays))
+        orbax.save(partial / _ARRAYS, checkpoint.arrays)
         (partial / _STATE).write_text(json.dumps(checkpoint.state))
         if checkpoint.record is not None:
             (partial / _RECORD).write_text(json.dumps(checkpoint.record))
@@ -249,7 +242,7 @@ def _noticing_missing(path: pathlib.Path) -> Iterator[None]:
 def _restore(folder: pathlib.Path, state: dict) -> Checkpoint:
     """Reads a verified checkpoint."""
     try:
-        arrays = _checkpointer().restore(folder.absolute() / _ARRAYS)
+        arrays = orbax.load(folder / _ARRAYS)
         record = _parsed(folder / _RECORD) if (folder / _RECORD).is_file() else None
     except Exception as error:  # of the disk, of too many open files, or of another version of Orbax
         raise InputError(
@@ -483,57 +476,6 @@ def _test_errors(folder: pathlib.Path) -> Iterator[tuple[int, float]]:
             error = _parsed(path).get("test_error")
             if isinstance(error, float):
                 yield step, error
-
-
-@functools.cache
-def _checkpointer():
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").addFilter(_is_not_orbax)
-    sys.unraisablehook = functools.partial(_print_unless_late, sys.unraisablehook)
-    # Of the processes of a run the first alone writes; the others would never reach a barrier.
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-    # Noise does not compress, and the time would be taken from the learner.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=True, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Drops Orbax's log, tracebacks included: its errors arrive as exceptions too."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _print_unless_late(print_error: Callable, raised) -> None:
-    """Prints an error that nobody can catch, but not those of threads of Orbax that outlive a failed write."""
-    is_late = raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
-    if not is_late or threading.current_thread() is threading.main_thread():
-        print_error(raised)
-
-
-@contextlib.contextmanager
-def _naming_disk_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns Orbax's long errors of the disk into the OSErrors that they tell of."""
-    try:
-        yield
-    except Exception as error:
-        for number in _DISK_ERRORS:
-            if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number), str(path.parent)) from error
-        raise
-
-
-def _check_space(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
-    """Raises OSError if the disk is too full: interrupted, every thread of Orbax would print a traceback."""
-    needed, free = sum(array.nbytes for array in checkpoint.arrays.values()), shutil.disk_usage(folder).free
-    if needed > free:
-        message = f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
-        raise OSError(errno.ENOSPC, message, str(folder.parent))
-
-
-def _save_args(arrays: dict[str, np.ndarray]):
-    import orbax.checkpoint as ocp
-
-    return ocp.args.PyTreeSave(arrays)
 
 
 def _checksums(folder: pathlib.Path) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.errors import StoppedError
-from issgd_jax.run import checkpoint, loop, run_state
+from issgd_jax.run import checkpoint, loop, orbax, run_state
 from issgd_jax.run.checkpoint import Checkpoints, DamagedError
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
 from tests.helpers import arrays_of, check_same, path_of, small, steps_of
@@ -82,7 +82,7 @@ def test_too_many_open_files_condemn_nothing(tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError(), OSError(errno.ESTALE, os.strerror(errno.ESTALE)), PermissionError(errno.EACCES, "denied")]
 )
-@pytest.mark.parametrize("where", ["_checksum", "_checkpointer"])
+@pytest.mark.parametrize("where", [(checkpoint, "_checksum"), (orbax, "load")], ids=["checksum", "arrays"])
 def test_other_errors_that_pass_condemn_nothing(where, error, tmp_path, monkeypatch):
     """Those that this machine cannot be brought to; also while the arrays are restored, after all bytes were right."""
     write_three(tmp_path)
@@ -90,7 +90,7 @@ def test_other_errors_that_pass_condemn_nothing(where, error, tmp_path, monkeypa
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(checkpoint, where, fail)
+    monkeypatch.setattr(*where, fail)
     with pytest.raises(InputError, match="cannot be read.*Nothing was changed"):
         Checkpoints(tmp_path, every_steps=1, keep=9).newest()
     monkeypatch.undo()
