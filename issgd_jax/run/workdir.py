@@ -176,7 +176,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and (last_step(workdir) == saved.get("steps") or not _saves(saved)):
+    if not _ever_saved(workdir) and not _was_before_checkpoints(workdir, _flat(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 
@@ -250,8 +250,11 @@ def _ever_saved(workdir: pathlib.Path) -> bool:
     return bool(checkpoint.names_in(workdir / CHECKPOINTS))
 
 
-def _saves(config: dict) -> bool:
-    return config.get("checkpoint", {}).get("every_steps", 0) > 0
+def _was_before_checkpoints(workdir: pathlib.Path, saved: dict) -> bool:
+    """Returns whether a run may have stopped before its first checkpoint; `saved`: its flattened config."""
+    last, every_steps = last_step(workdir) or 0, saved["checkpoint.every_steps"]
+    # Rows after the second are written only when the first was complete, or could not be.
+    return every_steps > 0 and last < saved["steps"] and last <= 2 * every_steps
 
 
 def last_step(workdir: pathlib.Path) -> int | None:
@@ -262,7 +265,8 @@ def last_step(workdir: pathlib.Path) -> int | None:
     """
     with reading(workdir / METRICS_FILE):
         try:
-            return json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
+            step = json.loads((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
+            return step if isinstance(step, int) else None
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, IndexError):
             return None
 

@@ -127,6 +127,17 @@ def test_checkpoints_alone_are_resumed_from(lost, run, finished, capsys):
     assert json.loads((run / "config.json").read_text())["config"]["steps"] == 9
 
 
+def test_rows_whose_checkpoints_were_removed_are_kept(run):
+    """Red if a run begins again, and cuts off its rows, as somebody has removed its checkpoints."""
+    shutil.rmtree(run / "checkpoints")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15}\n')
+    before = contents(run)
+    with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
+        workdir.check(run, small(steps=20).to_dict(), overwrite=False)
+    assert contents(run) == before
+
+
 def test_checkpoints_without_any_config_are_refused(run):
     """As an earlier version wrote them."""
     (run / "config.json").unlink()
