@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class FolderLostError(InputError):
+    """The folder of a run was removed, renamed or replaced while the run was using it; names the folder."""
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient is NaN or infinite; names the step, the minibatch and the last good metrics.
 

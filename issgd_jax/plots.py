@@ -7,6 +7,8 @@ import warnings
 
 from matplotlib.figure import Figure
 
+from issgd_jax.errors import InputError
+from issgd_jax.files import reason, replace_atomically
 from issgd_jax.history import seconds_per_step
 from issgd_jax.paths import local_path
 
@@ -99,10 +101,18 @@ def runs_figure(runs: dict[str, Rows]) -> Figure:
 
 
 def save(figure: Figure, path: str | pathlib.Path) -> None:
-    """Writes the figure, as PNG unless the name ends otherwise; errors as `local_path`, and of the disk."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # of a run's name
-        figure.savefig(local_path(path, "path of the figure"), dpi=120)
+    """Writes the figure, in the format that the ending of its name tells, else as PNG.
+
+    Raises:
+      InputError: it cannot be written, or as `local_path`.
+    """
+    path = local_path(path, "path of the figure")
+    try:
+        with replace_atomically(path) as new, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # of a run's name
+            figure.savefig(new, dpi=120, format=path.suffix[1:] or "png")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}): make room, or choose another file") from error
 
 
 def _literal(text: str) -> str:

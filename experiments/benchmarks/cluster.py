@@ -23,6 +23,7 @@ import json
 
 from experiments.benchmarks import cluster_learner, cluster_pool
 from experiments.benchmarks.environment import RESULTS, hardware
+from issgd_jax.files import write_text_atomically
 from issgd_jax.provenance import versions
 
 FILE = RESULTS / "cluster.json"
@@ -53,7 +54,7 @@ def main():
             "hardware": hardware(),
             "versions": versions(),
         }
-        FILE.write_text(json.dumps(kept, indent=2) + "\n")
+        write_text_atomically(FILE, json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":

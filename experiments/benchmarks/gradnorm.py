@@ -39,6 +39,7 @@ from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
 from experiments.benchmarks.measuring import median_ratio
+from issgd_jax.files import write_text_atomically
 from issgd_jax.gradnorm import per_example_grad_norms, value_grad_and_norms
 from issgd_jax.provenance import versions
 
@@ -216,7 +217,7 @@ def main():
         "results": results,
     }
     options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

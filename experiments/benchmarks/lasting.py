@@ -23,6 +23,7 @@ import time
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
+from issgd_jax.files import write_text_atomically
 from issgd_jax.provenance import versions
 from issgd_jax.run.metrics import read_metrics
 
@@ -157,7 +158,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    (RESULTS / "lasting.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(RESULTS / "lasting.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio
+from issgd_jax.files import write_text_atomically
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.provenance import versions
 from issgd_jax.sampling import Sampler, Uniform
@@ -175,7 +176,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    (RESULTS / "learner_step.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(RESULTS / "learner_step.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import optax
 import issgd_jax
 from experiments.benchmarks.environment import RESULTS, hardware
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
+from issgd_jax.files import write_text_atomically
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.provenance import versions
 from issgd_jax.task import losses, models
@@ -143,7 +144,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    (RESULTS / "outside_loop.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(RESULTS / "outside_loop.json", json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

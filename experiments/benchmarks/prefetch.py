@@ -31,6 +31,7 @@ import optax
 from experiments.benchmarks.environment import RESULTS, hardware, path_argument
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import Prefetch, Sampler, value_grad_and_norms
+from issgd_jax.files import write_text_atomically
 from issgd_jax.loading.source import as_source
 from issgd_jax.provenance import versions
 from issgd_jax.task import losses, models
@@ -138,7 +139,7 @@ def main():
         "versions": versions(),
         "results": results,
     }
-    options.results.write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

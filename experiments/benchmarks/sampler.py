@@ -23,6 +23,7 @@ from experiments.benchmarks.environment import (
     make_environment,
     path_argument,
 )
+from issgd_jax.files import write_text_atomically
 
 ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = (("torch==2.13.0", "cpprb==11.0.0", "flashbax==0.1.3", "jax==0.10.2", "scipy", "numpy"),)
@@ -64,7 +65,7 @@ def main():
         "results": results,
     }
     options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=2) + "\n")
+    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.paper import command, results, studies
+from issgd_jax.files import write_text_atomically
 from issgd_jax.provenance import versions
 from issgd_jax.run import metrics
 
@@ -48,7 +49,7 @@ def save(measured: dict) -> None:
     saved = json.loads(path.read_text()) if path.exists() else measured
     if all(saved[name] == measured[name] for name in ("network", "hardware", "versions")):
         measured = measured | {name: saved[name] | measured[name] for name in ("ratio", "milliseconds")}
-    path.write_text(json.dumps(measured, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(measured, indent=2) + "\n")
 
 
 def charged(step: float, owner: float, learners: int) -> float:

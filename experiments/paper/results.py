@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.paper import runs, studies
 from issgd_jax.errors import InputError
+from issgd_jax.files import write_text_atomically
 from issgd_jax.run import workdir as workdir_lib
 
 FOLDER = pathlib.Path(__file__).parent / "results"
@@ -60,7 +61,7 @@ def save(results: dict) -> pathlib.Path:
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(merged(_read(path), results), indent=1)
     # A list of numbers is one line.
-    path.write_text(re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
+    write_text_atomically(path, re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
     return path
 
 

@@ -8,6 +8,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from issgd_jax.errors import InputError
+from issgd_jax.files import reading
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
@@ -22,7 +23,17 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
 
 
 def read_config(folder: pathlib.Path) -> dict:
-    """Returns the config of a run, {} if it has not started or its file is cut off or malformed."""
+    """Returns the config of a run, {} if it has not started or its file is cut off or malformed.
+
+    Raises:
+      InputError: it cannot be read now.
+    """
+    path = folder / workdir_lib.CONFIG_FILE
+    with reading(path):  # else a finished run would be taken for none, and trained again
+        try:
+            path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
     try:
         return workdir_lib.read_record(folder)["config"]
     except InputError:

@@ -142,19 +142,21 @@ class _ArmSweep:
         if len(group) == 1:
             yield self._train_alone(configs[0], folders[0])
             return
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            workdir_lib.clear(folder)
         import jax
 
         from experiments.paper.replicas import train_replicas
 
         kinds = {"learner and worker": [device.device_kind for device in jax.local_devices()]}
-        for folder, config in zip(folders, configs):
-            workdir_lib.write_record(folder, config.to_dict(), kinds)
         num_rows = configs[0].steps // configs[0].eval_every + 1
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(metrics.MetricsWriter(folder, tensorboard=False)) for folder in folders]
+            writers = []
+            for folder, config in zip(folders, configs):
+                lock = stack.enter_context(workdir_lib.locked(folder))
+                workdir_lib.check(folder, config.to_dict(), overwrite=True)  # that the folder is one of runs
+                workdir_lib.clear(folder)
+                workdir_lib.write_record(folder, config.to_dict(), kinds)
+                writer = metrics.MetricsWriter(folder, tensorboard=False, check_lock=lock.check)
+                writers.append(stack.enter_context(writer))
             for rows in train_replicas(configs[0], [(seed, rate) for rate, seed in group]):
                 for writer, row in zip(writers, rows):
                     writer.write(row)

@@ -25,7 +25,7 @@ def read(workdir: str | pathlib.Path) -> str:
     """
     path = local_path(workdir, "workdir") / STATUS_FILE
     with records.reading(path, "name a run with workers on a cluster"):
-        status, age = records.read(path), time.time() - path.stat().st_mtime
+        status, age = records.read(path), max(0.0, time.time() - path.stat().st_mtime)
         return f"status of {age:,.1f} s ago\n{describe(status)}"
 
 

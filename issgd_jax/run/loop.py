@@ -11,7 +11,7 @@ import numpy as np
 
 from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
-from issgd_jax.errors import StoppedError
+from issgd_jax.errors import FolderLostError, InputError, StoppedError
 from issgd_jax.learning import payoff
 from issgd_jax.run import diagnosis, metrics, supervision
 from issgd_jax.run.checkpoint import Checkpoints
@@ -72,6 +72,8 @@ def run(
       NonFiniteLossError: training diverges.
       BadScoreError: a score is bad and plan.strict is set.
       StoppedError: after a signal.
+      FolderLostError: the run's folder was removed, renamed or replaced.
+      InputError: the last checkpoint could not be written.
     """
     state = state or start(parts)
     rounds = Rounds(parts, state)
@@ -100,7 +102,7 @@ def run(
                 training.count_seconds()
             # The row is of the very parameters and probabilities that this step draws with.
             test_error = training.measure() if is_measured else None
-            saving.maybe_save(snapshot, due=is_due, test_error=test_error)
+            saving.maybe_save(snapshot, due=is_due, test_error=test_error, is_last=is_last)
             if not is_last:
                 training.learn()
     if checkpoints:
@@ -237,21 +239,26 @@ class _Saving:
             wait_for_rounds=self._parts.schedule.is_reproducible,
         )
 
-    def maybe_save(self, snapshot: Snapshot | None, *, due: bool, test_error: float | None) -> None:
+    def maybe_save(self, snapshot: Snapshot | None, *, due: bool, test_error: float | None, is_last: bool) -> None:
         """Saves a snapshot that is due, or whose test error is the least so far."""
         if snapshot is None:
             return
         is_best = test_error is not None and self._state.step > 0 and test_error < self._checkpoints.best_error
         if due or is_best:
-            self._checkpoints.save(snapshot, test_error=test_error)
+            self._checkpoints.save(snapshot, test_error=test_error, is_last=is_last)
 
     def stop(self, number: int, snapshot: Snapshot | None) -> None:
         """Ends the run after a signal, with a checkpoint."""
         jax.block_until_ready(self._state.train_state)  # other processes need this one's part of the last step
-        if snapshot:
-            self._checkpoints.save(snapshot)
-        name, hint = signal.Signals(number).name, _resume_hint(self._checkpoints)
-        raise StoppedError(f"stopped by {name} at step {self._state.step:,}; {hint}", number)
+        try:
+            if snapshot:
+                self._checkpoints.save(snapshot, is_last=True)
+            hint = _resume_hint(self._checkpoints)
+        except FolderLostError:
+            raise
+        except InputError as error:  # of the checkpoint
+            hint = str(error)
+        raise StoppedError(f"stopped by {signal.Signals(number).name} at step {self._state.step:,}; {hint}", number)
 
 
 def _resume_hint(checkpoints: Checkpoints | None) -> str:

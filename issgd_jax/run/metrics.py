@@ -4,18 +4,21 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
 import socket
 import time
 import warnings
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from issgd_jax import records
 from issgd_jax.console import say
-from issgd_jax.errors import InputError
+from issgd_jax.errors import FolderLostError, InputError
+from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, writing
 from issgd_jax.paths import local_path
-from issgd_jax.run.workdir import METRICS_FILE
+from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
 
 _REMEDY = "repair or remove that line, or choose another run"
 # Numbers of which figures and statistics can be made; those that a run measures are float32.
@@ -89,7 +92,7 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
     return rows
 
 
-def _row(line: str) -> dict | None:
+def _row(line: str | bytes) -> dict | None:
     """Returns a row: `step`, an int >= 0, and numbers or null; None if the line is none."""
     try:
         row = records.parse(line)
@@ -101,10 +104,33 @@ def _row(line: str) -> dict | None:
     return row if is_row else None
 
 
+def missing_rows(path: pathlib.Path, position: int) -> str | None:
+    """Says which of the rows in the first `position` bytes of metrics.jsonl are lost; None: none.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    content = _content(path)[:position]
+    if len(content) < position:
+        return f"{path} has {len(content):,} bytes and had {position:,}"
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    damaged = [number for number, line in enumerate(lines, start=1) if _row(line) is None]
+    return f"{path} line {damaged[0]} is not a row of metrics" if damaged else None
+
+
+def _content(path: pathlib.Path) -> bytes:
+    with reading(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+
 class MetricsWriter:
     """Writes rows of metrics as they are measured; a context manager.
 
-    Rows that a full or broken disk refuses are logged, kept, and written with the next that can be.
+    Rows that a full or broken disk refuses are logged, kept, and written with the next that can be. If the file is
+    removed or spoiled while the run writes it, the rows that are left are kept, with a message.
 
     Attributes:
       path: of metrics.jsonl.
@@ -112,73 +138,114 @@ class MetricsWriter:
       position: bytes of all rows so far.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, position: int = 0):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        tensorboard: bool,
+        position: int = 0,
+        check_lock: Callable[[], None] = lambda: None,
+    ):
         """Opens the files.
 
         Args:
           workdir: folder of the run.
           tensorboard: whether TensorBoard events are written too.
-          position: bytes of the rows of a run that is resumed; what comes after them is cut off.
+          position: bytes of the rows of a run that is resumed; what comes after them is cut off. Where some are lost,
+            the file as it is gets another name, and the others are kept.
+          check_lock: called before anything is written; raises FolderLostError if the folder is no longer the run's.
 
         Raises:
-          InputError: the files cannot be written.
+          InputError: the files cannot be read or written.
         """
-        self.path, self._waiting = workdir / METRICS_FILE, b""
-        try:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
-            self._file.truncate(position)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}): choose another --workdir") from error
-        self._written = position
+        self.path, self._waiting, self._check_lock = workdir / METRICS_FILE, b"", check_lock
+        with writing(self.path):
+            self._check_lock()
+            self._open(position)
         rows = read_metrics(self.path)
         self.last: dict | None = rows[-1] if rows else None
         self._events = _Events(workdir) if tensorboard else None
 
     @property
     def position(self) -> int:
-        return self._written + len(self._waiting)
+        return self._size + len(self._waiting)
 
     def write(self, row: dict) -> None:
-        """Appends one row: `step` and numbers. JSON has no value for numbers that are not finite: they become null."""
+        """Appends one row: `step` and numbers. JSON has no value for numbers that are not finite: they become null.
+
+        Raises:
+          FolderLostError: the folder is no longer that of this run.
+        """
         self.last = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._waiting += json.dumps(self.last).encode() + b"\n"
         try:
             self._write_waiting()
-        except OSError as error:
+        except FolderLostError:
+            raise
+        except (OSError, InputError) as error:
             say(f"the metrics of step {row['step']:,} cannot be written yet, training continues: {error}")
         if self._events:
             self._events.add(self.last)
 
+    def _open(self, position: int) -> None:
+        """Opens the file with its rows in the first `position` bytes, and nothing else, in it."""
+        if why := missing_rows(self.path, position):
+            content = _content(self.path)[:position]
+            kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1] if _row(line))
+            if content:
+                self.path.replace(self.path.with_name(DAMAGED_METRICS_FILE))
+                why += f"; it is renamed to {DAMAGED_METRICS_FILE}"
+            say(f"rows of metrics are lost, the run goes on without them: {why}")
+            with replace_atomically(self.path) as new:
+                new.write_bytes(kept)
+            position = len(kept)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
+        self._file.truncate(position)
+        self._size = position
+        sync_to_disk(self.path.parent)
+
     def _write_waiting(self) -> None:
         """Writes whole lines or nothing: what a full disk took of a line is cut off again."""
+        self._check_lock()
+        if self._is_spoiled():
+            spoiled = self._file
+            self._open(self._size)
+            spoiled.close()
+        self._file.truncate(self._size)
+        taken = 0
         try:
-            while self._waiting:
-                taken = self._file.write(self._waiting)
-                self._waiting = self._waiting[taken:]
-                self._written += taken
-        except OSError:
-            self._waiting = self._cut_line() + self._waiting
-            raise
+            while taken < len(self._waiting):
+                taken += self._file.write(self._waiting[taken:])
+        finally:
+            whole = self._waiting.rfind(b"\n", 0, taken) + 1
+            self._waiting = self._waiting[whole:]
+            self._size += whole
+            if taken > whole:
+                self._file.truncate(self._size)
 
-    def _cut_line(self) -> bytes:
-        """Removes an incomplete last line from the file, and returns it."""
-        with open(self.path, "rb") as file:
-            text = file.read()[: self._written]
-        end = text.rfind(b"\n") + 1
-        self._file.truncate(end)
-        self._written = end
-        return text[end:]
+    def _is_spoiled(self) -> bool:
+        """Returns whether the file was removed, replaced or cut off by others."""
+        try:
+            there, ours = os.stat(self.path), os.fstat(self._file.fileno())
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(there, ours) or there.st_size < self._size
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, error_type, *error):
         try:
             self._write_waiting()
-        except OSError as error:
-            raise InputError(
-                f"{self.path} lacks the last {len(self._waiting)} bytes of metrics ({error.strerror}): make room"
-            ) from error
+            sync_to_disk(self.path)
+        except FolderLostError:
+            if error_type is None:  # else the error that is there already tells why
+                raise
+        except (OSError, InputError) as problem:
+            message = f"{self.path} lacks the last {len(self._waiting)} bytes of metrics ({reason(problem)}): make room"
+            if error_type is None:
+                raise InputError(message) from problem
+            say(message)
         finally:
             self._file.close()
             if self._events:
@@ -202,7 +269,7 @@ class _Events:
             else:
                 self._write(row)
             self._writer.flush()
-        except OSError as error:
+        except (OSError, InputError) as error:
             say(f"the TensorBoard events of step {row['step']:,} cannot be written yet, training continues: {error}")
             self.close()
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -77,6 +78,28 @@ _COUNTERS = (
 )
 
 
+# Form of what JSON holds of a state: integers are >= 0, lists have any length, tuples theirs.
+_FORM = {
+    **dict.fromkeys(_COUNTERS, 0),
+    **dict.fromkeys(("step_seconds", "window_seconds", "wall_seconds"), 0.0),
+    "cursor": {"item": 0, "workers": 0},
+    "payoff_state": {
+        "active": True,
+        "left": 0,
+        "idle": 0,
+        "moments": (0.0, 0.0, 0.0),
+        "gains": [0.0],
+        "active_seconds": [0.0],
+        "idle_seconds": [0.0],
+    },
+    "pending_step": 0,
+    "metrics_bytes": 0,
+    "rounds": [{"step": 0, "num_examples": 0}],
+}
+_OPTIONAL = ("cursor", "pending_step")
+_ANY = object()
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """A copy of a run's state on its devices; `read` makes a checkpoint of it.
@@ -124,13 +147,10 @@ class Snapshot:
         return cls(state.step, arrays, finite, loss_and_moments, tuple(state.in_flight), described, **options)
 
     def read(self) -> Checkpoint | None:
-        """Waits for the arrays and returns the checkpoint; None if the parameters or the pending loss are not finite.
-
-        Raises:
-          OSError: the rows of metrics cannot be written.
-        """
+        """Waits, and returns the checkpoint; None if the parameters or the pending loss are not finite."""
         if self.metrics_path:
-            sync_to_disk(self.metrics_path)
+            with contextlib.suppress(OSError):  # without rows of metrics the parameters are worth keeping too
+                sync_to_disk(self.metrics_path)
         rounds, described = _read_rounds(r for r in self.rounds if self.wait_for_rounds or r.is_ready())
         train_state, sampler_state = self.arrays
         finite, arrays = jax.device_get((self.finite, _tree(train_state, sampler_state, self.loss_and_moments, rounds)))
@@ -158,6 +178,51 @@ def _read_rounds(rounds) -> tuple[list, list[dict]]:
     return arrays, described
 
 
+def check_fields(state: dict, others: Iterable[str] = ()) -> None:
+    """Checks that the state of a checkpoint has the fields that `restore` needs, and no others.
+
+    Args:
+      state: as it was read.
+      others: names of further fields, with any value.
+
+    Raises:
+      InputError: a field is missing, unknown or of another kind, naming it.
+    """
+    if difference := _difference(state, _FORM | dict.fromkeys(others, _ANY), ()):
+        raise InputError(
+            f"the checkpoint of step {state.get('step')} {difference}. Resume with the version that wrote it, choose "
+            "another --workdir, or start again with --overwrite"
+        )
+
+
+def _difference(value, form, path: tuple[str, ...]) -> str | None:
+    """Says in what a value that JSON can hold differs in form from another; None: in nothing."""
+    name = ".".join(path)
+    if form is _ANY or (value is None and name in _OPTIONAL):
+        return None
+    if isinstance(form, dict) and isinstance(value, dict):
+        if missing := [key for key in form if key not in value]:
+            return f"has no {'.'.join((*path, missing[0]))!r}: an earlier version of issgd_jax wrote it"
+        if unknown := [key for key in value if key not in form]:
+            return f"has the unknown field {'.'.join((*path, unknown[0]))!r}: a later version of issgd_jax wrote it"
+        parts = ((value[key], form[key], (*path, key)) for key in form)
+    elif isinstance(form, list) and isinstance(value, list):
+        parts = ((part, form[0], (*path, str(i))) for i, part in enumerate(value))
+    elif isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
+        parts = ((part, form[i], (*path, str(i))) for i, part in enumerate(value))
+    else:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_alike = is_number if isinstance(form, float) else type(value) is type(form) and value >= 0
+        return None if is_alike else f"has {name} = {value!r}, where this version has {_described_form(form)}"
+    return next(filter(None, (_difference(*part) for part in parts)), None)
+
+
+def _described_form(form) -> str:
+    """Returns what a value of this form is, in words."""
+    words = {dict: "fields", list: "a list", tuple: "three numbers", int: "an integer >= 0", float: "a number"}
+    return words.get(type(form), "true or false")
+
+
 def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sharding, *, moments: bool) -> RunState:
     """Returns the state that a checkpoint holds.
 
@@ -168,18 +233,13 @@ def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sha
       moments: whether the metrics of a step have moments.
 
     Raises:
-      InputError: the checkpoint is of a run with other arrays, naming one, or of an earlier version.
+      InputError: the checkpoint is of a run with other arrays, naming one.
     """
     described = checkpoint.state
-    if missing := [name for name in (*_COUNTERS, "payoff_state") if name not in described]:
-        raise InputError(
-            f"the checkpoint of step {described['step']:,} has no {missing[0]!r}: an earlier version of issgd_jax "
-            "wrote it. Resume with that version, choose another --workdir, or start again with --overwrite"
-        )
     number = np.zeros((), np.float32)
     pending_step, rounds = described["pending_step"], described["rounds"]
     pending = None if pending_step is None else (number, Moments(number, number, number) if moments else None)
-    template = _tree(fresh.train_state, fresh.sampler_state, pending, [(number, number)] * len(rounds))
+    template = _tree(fresh.train_state, fresh.sampler_state, pending, [(np.int32(0), number)] * len(rounds))
     expected = _by_path(template)
     _check_arrays(checkpoint, expected)
     leaves = put([checkpoint.arrays[name] for name in expected], placement)
@@ -202,17 +262,22 @@ def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sha
 
 
 def _check_arrays(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
-    """Raises InputError unless the checkpoint has these arrays; those of rounds may have any shape."""
+    """Raises InputError unless the checkpoint has these arrays and no others; those of rounds may have any shape."""
+    step = f"the checkpoint of step {checkpoint.state['step']:,}"
+    remedy = (
+        "The data or the network are not those it was made with, or another version wrote it: choose another "
+        "--workdir, or start again with --overwrite"
+    )
     for name, array in expected.items():
         saved = checkpoint.arrays.get(name)
-        any_shape = name.startswith("rounds.")
-        if saved is None or not (any_shape or (saved.shape, saved.dtype) == (array.shape, array.dtype)):
+        shape = array.shape
+        if name.startswith("rounds.") and saved is not None:  # both of a round have one shape
+            shape = getattr(checkpoint.arrays.get(f"{name[:-1]}0"), "shape", None)
+        if saved is None or (saved.shape, saved.dtype) != (shape, array.dtype):
             has = "no such array" if saved is None else f"{saved.dtype}{saved.shape}"
-            raise InputError(
-                f"the checkpoint of step {checkpoint.state['step']:,} has {has} where this run has {name}: "
-                f"{array.dtype}{array.shape}. The data or the network are not those it was made with: choose another "
-                "--workdir, or start again with --overwrite"
-            )
+            raise InputError(f"{step} has {has} where this run has {name}: {array.dtype}{shape}. {remedy}")
+    if unknown := sorted(checkpoint.arrays.keys() - expected.keys()):
+        raise InputError(f"{step} has the array {unknown[0]}, which this run does not have. {remedy}")
 
 
 def _tree(train_state, sampler_state, pending, rounds: list) -> dict[str, Any]:

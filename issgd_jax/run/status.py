@@ -62,7 +62,7 @@ def _progress(workdir: pathlib.Path) -> tuple[list[str], bool]:
         steps = records.whole_number(records.read(config_file)["config"]["steps"])
     with records.reading(heartbeat_file, "remove it: a run that is running writes it again"):
         heartbeat = records.read(heartbeat_file)
-        step, seconds = records.whole_number(heartbeat["step"]), time.time() - heartbeat["at"]
+        step, seconds = records.whole_number(heartbeat["step"]), max(0.0, time.time() - heartbeat["at"])
     return [f"step {step:,} of {steps:,}, {seconds:,.1f} s ago"], step == steps
 
 

@@ -17,6 +17,7 @@ import psutil
 
 from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.console import say
+from issgd_jax.errors import FolderLostError
 from issgd_jax.files import write_text_atomically
 from issgd_jax.run.workdir import HEARTBEAT_FILE, WATCHDOG_FILE
 
@@ -41,6 +42,7 @@ class Supervision:
         watchdog_seconds: float,
         cluster_status: Callable[[], dict] | None = None,
         is_starting: bool = False,
+        check_lock: Callable[[], None] = lambda: None,
     ):
         """Starts nothing.
 
@@ -49,9 +51,11 @@ class Supervision:
           watchdog_seconds: > 0.
           cluster_status: see `cluster.pool.ClusterPool.status`; None: there is no cluster.
           is_starting: whether a SIGINT interrupts at once until a step is done, and does not wait for compilations.
+          check_lock: called before anything is written; raises FolderLostError if the folder is no longer the run's.
         """
         self.signal: int | None = None
-        self._cluster_status = cluster_status
+        self._cluster_status, self._check_lock = cluster_status, check_lock
+        self._lost: FolderLostError | None = None
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
         self._step, self._finished_at = 0, time.monotonic()
         self._is_starting, self._first_step = is_starting, None
@@ -62,7 +66,13 @@ class Supervision:
         self._stacks: TextIO = sys.stderr
 
     def finished(self, step: int) -> None:
-        """Records that so many steps are done."""
+        """Records that so many steps are done.
+
+        Raises:
+          FolderLostError: the folder is no longer that of this run.
+        """
+        if self._lost:
+            raise self._lost
         self._step, self._finished_at = step, time.monotonic()
         if self._is_starting:
             self._first_step = step if self._first_step is None else self._first_step
@@ -74,6 +84,7 @@ class Supervision:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self._handlers[number] = signal.signal(number, self._on_signal)
         with contextlib.suppress(OSError):  # a full disk: to the terminal
+            self._check_lock()
             self._stacks = open(self._workdir / WATCHDOG_FILE, "w")
         self._thread.start()
         return self
@@ -86,8 +97,10 @@ class Supervision:
         faulthandler.cancel_dump_traceback_later()
         if self._stacks is not sys.stderr:
             self._stacks.close()
-            if not (self._workdir / WATCHDOG_FILE).stat().st_size:
-                (self._workdir / WATCHDOG_FILE).unlink()
+            with contextlib.suppress(OSError, FolderLostError):
+                self._check_lock()
+                if not (self._workdir / WATCHDOG_FILE).stat().st_size:
+                    (self._workdir / WATCHDOG_FILE).unlink()
 
     def _on_signal(self, number, frame):
         is_urgent = number == signal.SIGINT and (self._is_starting or self.signal == number)
@@ -124,7 +137,10 @@ class Supervision:
 
     def _write(self, name: str, values: dict) -> None:
         try:
-            write_text_atomically(self._workdir / name, json.dumps(values) + "\n")
+            self._check_lock()
+            write_text_atomically(self._workdir / name, json.dumps(values) + "\n", sync=False)  # soon written again
+        except FolderLostError as error:
+            self._lost = error
         except OSError as error:
             if not self._heartbeat_failed:
                 say(f"the heartbeat cannot be written, training continues: {error}")

@@ -18,7 +18,7 @@ from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.config import flatten
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, NonFiniteLossError
-from issgd_jax.files import write_text_atomically
+from issgd_jax.files import write_text_atomically, writing
 from issgd_jax.paths import local_path
 from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, run_state, wiring
@@ -76,7 +76,7 @@ def train(
         if processes.is_first():
             return _train_in(workdir, prepared, overwrite)
         with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:
-            return _train(_without_files(prepared), pathlib.Path(folder), None)
+            return _train(_without_files(prepared), pathlib.Path(folder), None, check_lock=lambda: None)
 
 
 def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
@@ -87,15 +87,19 @@ def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
     if config.distributed.coordinator or workdir_lib.last_step(workdir) != config.steps:
         return None
     workdir_lib.check(workdir, config.to_dict(), overwrite=False)
+    folder = workdir / workdir_lib.CHECKPOINTS
     with (
-        workdir_lib.locked(workdir),
-        Checkpoints(workdir / workdir_lib.CHECKPOINTS, **config.checkpoint) as checkpoints,
+        workdir_lib.locked(workdir) as lock,
+        Checkpoints(folder, check_lock=lock.check, **config.checkpoint) as checkpoints,
     ):
-        if not checkpoints.is_intact(config.steps, functools.partial(_missing_rows, workdir)):
+        if not checkpoints.is_intact(config.steps):
             return None
         if config_lib.samples_by_importance(config) and not (workdir / workdir_lib.SCORES_FILE).is_file():
             return None
-        rows = metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
+        path = workdir / workdir_lib.METRICS_FILE
+        if metrics.missing_rows(path, path.stat().st_size):
+            return None
+        rows = metrics.read_metrics(path)
     raised = "raise --config.steps to continue, or " if config.learner.lr_schedule == "constant" else ""
     say(f"the run in {workdir} has done its {config.steps:,} steps: {raised}start again with --overwrite")
     return rows
@@ -116,18 +120,30 @@ def _train_in(workdir: pathlib.Path, prepared: wiring.Prepared, overwrite: bool)
     with (
         jax.default_device(prepared.roles.learner),
         prepared.pool or contextlib.nullcontext(),
-        workdir_lib.locked(workdir) as folder,
+        workdir_lib.locked(workdir) as lock,
     ):
         if config.log.explain:
             print(explain_norms(prepared.problem))
         record = workdir_lib.check(workdir, fields, overwrite=overwrite)  # locked now: no other program can change it
+        with writing(lock.folder):
+            lock.check()
         if record is None:
-            workdir_lib.clear(folder)
-        return _train(prepared, folder, record)
+            workdir_lib.clear(lock.folder)
+        workdir_lib.clear_leftovers(lock.folder)
+        return _train(prepared, lock.folder, record, check_lock=lock.check)
 
 
-def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None) -> list[dict]:
-    """Trains in a locked folder; record: content of config.json of the run to resume."""
+def _train(
+    prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None, *, check_lock: Callable[[], None]
+) -> list[dict]:
+    """Trains in a locked folder.
+
+    Args:
+      prepared: the run.
+      workdir: folder of the run.
+      record: content of config.json of the run to resume; None: a new one starts.
+      check_lock: see `workdir.Lock.check`; called before anything is written.
+    """
     config, roles = prepared.config, prepared.roles
     workers = prepared.pool.device_kinds if prepared.pool else []
     about = {
@@ -136,15 +152,18 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
     }
     with contextlib.ExitStack() as stack:
         folder = workdir / workdir_lib.CHECKPOINTS
-        checkpoints = stack.enter_context(Checkpoints(folder, about=about, **config.checkpoint))
+        checkpoints = Checkpoints(folder, about=about, check_lock=check_lock, **config.checkpoint)
+        stack.enter_context(checkpoints)
         checkpoint = _from_first(_newest(checkpoints, workdir, config, about) if record else None, config)
-        workdir_lib.write_record(workdir, config.to_dict(), about["devices"], record if checkpoint else None)
+        resumed = record if checkpoint else None
+        checkpoints.record = workdir_lib.write_record(workdir, config.to_dict(), about["devices"], resumed)
         status = prepared.pool.status if isinstance(prepared.pool, ClusterPool) else None
         watch = stack.enter_context(
             Supervision(
                 workdir,
                 watchdog_seconds=config.watchdog_seconds,
                 cluster_status=status,
+                check_lock=check_lock,
                 is_starting=config.distributed.coordinator is None,  # the others would wait for this process
             )
         )
@@ -166,7 +185,9 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
         if checkpoint:
             state = run_state.restore(checkpoint, state, roles.placement, moments=parts.payoff is not None)
         position = checkpoint.state["metrics_bytes"] if record and checkpoint else 0
-        with metrics.MetricsWriter(workdir, tensorboard=config.log.tensorboard, position=position) as writer:
+        tensorboard = config.log.tensorboard
+        writer = metrics.MetricsWriter(workdir, tensorboard=tensorboard, position=position, check_lock=check_lock)
+        with writer:
             progress.measured(writer.last or {})
             try:
                 sampler_state = loop.run(
@@ -178,11 +199,12 @@ def _train(prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None
                     watch=watch,
                 )
             except NonFiniteLossError as error:
-                _write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE)
+                _write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE, check_lock)
                 raise
         if config_lib.samples_by_importance(config):
             path = workdir / workdir_lib.SCORES_FILE
-            with workdir_lib.writing(path):
+            with writing(path):
+                check_lock()
                 sampler_state.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
@@ -204,7 +226,7 @@ def _noticing_compilations(notice: Callable[[], None]) -> Iterator[None]:
 
 def _newest(checkpoints: Checkpoints, workdir: pathlib.Path, config: ConfigDict, about: dict) -> Checkpoint | None:
     """Returns the checkpoint to resume from, and logs it; None if the run was stopped before the first."""
-    checkpoint = checkpoints.newest(functools.partial(_missing_rows, workdir))
+    checkpoint = checkpoints.newest(functools.partial(_missing_rows, workdir, about))
     if checkpoint is None:
         say("the run here was stopped before its first checkpoint: it starts again")
         return None
@@ -220,13 +242,14 @@ def _newest(checkpoints: Checkpoints, workdir: pathlib.Path, config: ConfigDict,
     return checkpoint
 
 
-def _missing_rows(workdir: pathlib.Path, state: dict) -> str | None:
-    """Says why a run cannot resume from a checkpoint: the rows that were written before it must be there."""
-    path = workdir / workdir_lib.METRICS_FILE
-    size = path.stat().st_size if path.is_file() else 0
-    if size < state["metrics_bytes"]:
-        return f"{path} has {size:,} bytes and had {state['metrics_bytes']:,}"
-    return None
+def _missing_rows(workdir: pathlib.Path, about: dict, state: dict) -> str | None:
+    """Says why a run had better not resume from a checkpoint: rows that were written before it are lost.
+
+    Raises:
+      InputError: the state has other fields than this version's.
+    """
+    run_state.check_fields(state, {*about, "test_error"})
+    return metrics.missing_rows(workdir / workdir_lib.METRICS_FILE, state["metrics_bytes"])
 
 
 def _from_first(checkpoint: Checkpoint | None, config: ConfigDict) -> Checkpoint | None:
@@ -244,13 +267,14 @@ def _from_first(checkpoint: Checkpoint | None, config: ConfigDict) -> Checkpoint
     return Checkpoint(arrays, state) if state else None
 
 
-def _write_minibatch(error: NonFiniteLossError, path: pathlib.Path) -> None:
+def _write_minibatch(error: NonFiniteLossError, path: pathlib.Path, check_lock: Callable[[], None]) -> None:
     """Writes the minibatch of an error, if it has one; losses that are not finite, which JSON cannot hold, as text."""
     if not error.batch:
         return
     losses = error.batch.get("losses", [])
     batch = error.batch | ({"losses": [x if math.isfinite(x) else str(x) for x in losses]} if losses else {})
     try:
+        check_lock()
         write_text_atomically(path, json.dumps(batch) + "\n")
-    except OSError as problem:  # the error itself matters more
+    except (OSError, InputError) as problem:  # the error itself matters more
         say(f"{path} cannot be written: {problem}")

@@ -1,22 +1,25 @@
 """Folder of a run: its lock, the experiment that is there, and whether that can be resumed. Imports no jax."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
 import os
 import pathlib
-import shutil
+import re
 import socket
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from issgd_jax import records
 from issgd_jax.cluster.status import STATUS_FILE
 from issgd_jax.config import default, flatten
-from issgd_jax.errors import InputError, brief
-from issgd_jax.files import LEFTOVER, write_text_atomically
+from issgd_jax.errors import FolderLostError, InputError, brief
+from issgd_jax.files import LEFTOVER, list_folder, make_folder, reading, reason, write_text_atomically, writing
 from issgd_jax.provenance import git_commit, versions
+from issgd_jax.run import checkpoint
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
@@ -24,18 +27,21 @@ SCORES_FILE = "scores.npz"
 HEARTBEAT_FILE = "heartbeat.json"
 WATCHDOG_FILE = "watchdog.txt"
 NONFINITE_FILE = "nonfinite.json"
+DAMAGED_METRICS_FILE = "damaged_metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 _LOCK_FILE = "lock"
-_RUN_FILES = (
+_FILES = (
     METRICS_FILE,
     CONFIG_FILE,
     SCORES_FILE,
     HEARTBEAT_FILE,
     WATCHDOG_FILE,
     NONFINITE_FILE,
+    DAMAGED_METRICS_FILE,
     STATUS_FILE,
-    "events.out.tfevents.*",
 )
+_RUN_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))}|events\.out\.tfevents\..+)")
+_LEFTOVER_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))})\.[0-9a-f]+{re.escape(LEFTOVER)}")
 
 # Fields that do not change what a run computes.
 HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite")
@@ -43,35 +49,74 @@ HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite
 _NEARLY_HARMLESS = ("devices.workers", "devices.host_platform_count", "distributed.", "cluster.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Lock:
+    """Lock of a run on its folder.
+
+    Attributes:
+      folder: of the run.
+    """
+
+    folder: pathlib.Path
+    _file: TextIO
+
+    def check(self) -> None:
+        """Returns if the folder still is the one that was locked; to be called before anything there is changed.
+
+        Raises:
+          FolderLostError: the lock in the folder is missing, or that of another run.
+          OSError: the folder cannot be read now.
+        """
+        try:
+            is_held = os.path.samestat(os.stat(self.folder / _LOCK_FILE), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            is_held = False
+        if not is_held:
+            raise FolderLostError(
+                f"{self.folder} was removed, renamed or replaced while this run was using it: the run ends, and "
+                "touches nothing that is there now"
+            )
+
+
 @contextlib.contextmanager
-def locked(workdir: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def locked(workdir: str | pathlib.Path) -> Iterator[Lock]:
     """Creates the folder if it is missing, and locks it against other programs while the context lasts.
 
     The lock belongs to the process: however that ends, the folder is free again.
 
     Raises:
-      InputError: another program has the lock, naming it; or the folder cannot be written.
+      InputError: another program has the lock, naming it; or the folder cannot be written or locked.
+      FolderLostError: another program has just replaced the folder.
     """
     workdir = pathlib.Path(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        list_folder(workdir)  # says where a link leads
+        make_folder(workdir)
         file = open(workdir / _LOCK_FILE, "a+")  # noqa: SIM115, closed below
     except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from error
+        raise InputError(f"workdir {workdir} cannot be written ({reason(error)}): choose another --workdir") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             program = file.read().strip() or "another program"
             raise InputError(
                 f"{workdir} is in use by {program}: wait until that ends, or choose another --workdir"
             ) from None
+        except OSError as error:  # ENOSYS, ENOTSUP, ENOLCK, ...
+            raise InputError(
+                f"workdir {workdir} cannot be locked ({reason(error)}), so that two programs could write there at "
+                "once: choose a --workdir on a file system that has locks, such as a local disk"
+            ) from error
+        lock = Lock(workdir, file)
+        with writing(workdir):
+            lock.check()
         with contextlib.suppress(OSError):  # the owner is only for the message; a full disk must not matter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        yield workdir
+        yield lock
 
 
 def owner(workdir: pathlib.Path) -> str | None:
@@ -93,15 +138,14 @@ def holds_run(workdir: str | pathlib.Path) -> bool:
     Raises:
       InputError: the folder cannot be read.
     """
-    workdir = pathlib.Path(workdir)
-    try:
-        return workdir.is_dir() and any((workdir / name).exists() for name in (METRICS_FILE, CONFIG_FILE))
-    except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be read ({error.strerror}): choose another --workdir") from error
+    names = _names(pathlib.Path(workdir))
+    return METRICS_FILE in names or CONFIG_FILE in names or _has_checkpoints(pathlib.Path(workdir))
 
 
 def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
     """Returns the record (config.json) of the run to resume; None if a new one starts. Writes nothing.
+
+    Where config.json is damaged or missing, the record is that of the newest checkpoint.
 
     Args:
       workdir: folder of the run.
@@ -109,18 +153,21 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
       overwrite: whether a run that is there is to be replaced.
 
     Raises:
-      InputError: the run there is of another experiment, naming the fields; or it cannot be resumed.
+      InputError: the folder is not that of a run, or cannot be read; the run there is of another experiment, naming the
+        fields; or it cannot be resumed.
     """
-    if overwrite or not holds_run(workdir):
-        return None
     workdir = pathlib.Path(workdir)
+    _check_ours(workdir)
+    if overwrite:
+        return None
+    if not holds_run(workdir):
+        if strange := [name for name in _names(workdir) if _RUN_FILE.fullmatch(name)]:
+            raise InputError(
+                f"{workdir} holds {strange[0]}, but no run: choose another --workdir, or delete it by --overwrite"
+            )
+        return None
     remedy = "choose another --workdir, or replace the run with --overwrite"
-    try:
-        record = read_record(workdir)
-    except InputError as error:
-        raise InputError(
-            f"{workdir} holds a run already, but its config cannot be read ({brief(error.__cause__)}): {remedy}"
-        ) from error
+    record = _find_record(workdir, remedy)
     saved = record["config"]
     changed = {name: x for name, x in changes(saved, config).items() if not name.startswith(_NEARLY_HARMLESS)}
     if config["learner"]["lr_schedule"] == "constant":
@@ -128,7 +175,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and (last_step(workdir) == saved.get("steps") or not _saves(saved)):
+    if not _ever_saved(workdir) and not _was_before_checkpoints(workdir, _flat(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 
@@ -151,6 +198,61 @@ def read_record(workdir: pathlib.Path) -> dict:
     return record
 
 
+def _find_record(workdir: pathlib.Path, remedy: str) -> dict:
+    """Returns the content of config.json, or else that in the newest checkpoint; InputError if neither can be used."""
+    _read_json(workdir / CONFIG_FILE)  # what cannot be read now may be good
+    try:
+        return read_record(workdir)
+    except InputError as error:
+        if record := checkpoint.record_in(workdir / CHECKPOINTS):
+            return record
+        raise InputError(
+            f"{workdir} holds a run already, but its config cannot be read ({brief(error.__cause__)}): {remedy}"
+        ) from error
+
+
+def _names(workdir: pathlib.Path) -> list[str]:
+    """Returns the names in the folder, sorted; [] if there is none. Raises InputError if it cannot be read."""
+    try:
+        return list_folder(workdir)
+    except NotADirectoryError as error:
+        raise InputError(f"workdir {workdir} cannot be written ({reason(error)}): choose another --workdir") from error
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be read ({reason(error)}): choose another --workdir") from error
+
+
+def _check_ours(workdir: pathlib.Path) -> None:
+    """Raises InputError if what a run would write or delete is there and of another kind."""
+    remedy = "this is not the folder of a run: choose another --workdir"
+    for name in _names(workdir):
+        path = workdir / name
+        if (_RUN_FILE.fullmatch(name) or name == _LOCK_FILE) and path.is_dir():
+            raise InputError(f"{path} is a folder, where a run has a file: {remedy}")
+        if name == CHECKPOINTS and path.is_file():
+            raise InputError(f"{path} is a file, where a run has a folder: {remedy}")
+    if _has_checkpoints(workdir):
+        return
+    record = _read_json(workdir / CONFIG_FILE)
+    if record is not None and not _is_record(record):
+        raise InputError(f"{workdir / CONFIG_FILE} is not the record of a run: {remedy}")
+    others = {*_names(workdir / CHECKPOINTS)} - {*checkpoint.leftovers_in(workdir / CHECKPOINTS)}
+    if not holds_run(workdir) and (strange := sorted(others)):
+        raise InputError(f"{workdir / CHECKPOINTS} holds {strange[0]}, which no run here wrote: {remedy}")
+
+
+def _read_json(path: pathlib.Path) -> object:
+    """Returns the content of a JSON file; None if it is missing or damaged. Raises InputError if it cannot be read."""
+    with reading(path):
+        try:
+            return json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+
+
+def _is_record(values: object) -> bool:
+    return isinstance(values, dict) and "config" in values
+
+
 def changes(saved: dict, config: dict) -> dict[str, tuple]:
     """Returns {dotted field: (saved, now)} where two configs differ in what a run computes."""
     old, new = (_flat(values) for values in (saved, config))
@@ -163,34 +265,63 @@ def _flat(config: dict) -> dict:
     return json.loads(json.dumps(flatten(default()) | flatten(config)))
 
 
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Returns whether there are checkpoints, whole or damaged."""
+    return bool(checkpoint.written_in(workdir / CHECKPOINTS))
+
+
 def _ever_saved(workdir: pathlib.Path) -> bool:
-    return any(path.is_dir() for path in (workdir / CHECKPOINTS).glob("*"))
+    return bool(checkpoint.names_in(workdir / CHECKPOINTS))
 
 
-def _saves(config: dict) -> bool:
-    return config.get("checkpoint", {}).get("every_steps", 0) > 0
+def _was_before_checkpoints(workdir: pathlib.Path, saved: dict) -> bool:
+    """Returns whether a run may have stopped before its first checkpoint; `saved`: its flattened config."""
+    last, every_steps = last_step(workdir) or 0, saved["checkpoint.every_steps"]
+    # Rows after the second are written only when the first was complete, or could not be.
+    return every_steps > 0 and last < saved["steps"] and last <= 2 * every_steps
 
 
 def last_step(workdir: pathlib.Path) -> int | None:
-    """Returns the step of the last row of metrics; None if there is none, or it is cut off."""
-    try:
-        return records.parse((workdir / METRICS_FILE).read_text().splitlines()[-1])["step"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
+    """Returns the step of the last row of metrics; None if there is none, or it is cut off.
+
+    Raises:
+      InputError: the metrics cannot be read.
+    """
+    path = workdir / METRICS_FILE
+    with reading(path):
+        try:
+            step = records.parse(path.read_text().splitlines()[-1])["step"]
+            return step if isinstance(step, int) else None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, IndexError):
+            return None
 
 
 def clear(workdir: pathlib.Path) -> None:
-    """Removes an earlier run's files, and no others."""
-    for pattern in (*_RUN_FILES, f"*{LEFTOVER}"):
-        for file in workdir.glob(pattern):
-            file.unlink()
-    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+    """Removes an earlier run's files and checkpoints, and no others.
+
+    Raises:
+      InputError: one cannot be removed.
+    """
+    checkpoint.clear(workdir / CHECKPOINTS)  # first: a run without its metrics could no longer be resumed
+    for name in _names(workdir):
+        if _RUN_FILE.fullmatch(name):
+            with writing(workdir / name):
+                (workdir / name).unlink()
+    clear_leftovers(workdir)
+
+
+def clear_leftovers(workdir: pathlib.Path) -> None:
+    """Removes incomplete files of a run that was killed."""
+    for name in _names(workdir):
+        if _LEFTOVER_FILE.fullmatch(name):
+            with writing(workdir / name):
+                (workdir / name).unlink()
 
 
 def write_record(
     workdir: pathlib.Path, config: dict, devices: dict[str, list[str]], resumed: dict | None = None
-) -> None:
-    """Writes config.json: the config, command, versions, devices and commit, and those of every resumption.
+) -> dict:
+    """Writes and returns config.json: config, command, versions, devices and commit, and those of every resumption.
 
     Args:
       workdir: folder of the run.
@@ -205,14 +336,4 @@ def write_record(
         record = resumed | {"config": config, "resumed": [*resumed.get("resumed", []), {"at": at, **now}]}
     with writing(workdir / CONFIG_FILE):
         write_text_atomically(workdir / CONFIG_FILE, json.dumps(record, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-    """Turns an OSError into an InputError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): make room, or choose another --workdir"
-        ) from error
+    return record

@@ -187,7 +187,9 @@ def test_each_kernel_refuses_arrays_of_other_lengths():
 def test_sanitizers_find_nothing_while_the_kernels_are_fuzzed(tmp_path):
     """Red if a kernel reads outside its arrays, overflows an integer or shifts too far, even if results are right."""
     compiler = tmp_path / "sanitizing"
-    compiler.write_text('#!/bin/sh\nLD_PRELOAD= exec g++ "$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover\n')
+    compiler.write_text(
+        '#!/bin/sh\nLD_PRELOAD= exec g++ "$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover\n'
+    )
     compiler.chmod(0o755)
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
