@@ -67,7 +67,9 @@ def _listening_address(coordinator: str, *, is_first: bool) -> str:
     address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise InputError(f"distributed.coordinator must be auto or HOST:PORT with a port from 1 to 65535, got {address!r}")
+        raise InputError(
+            f"distributed.coordinator must be auto or HOST:PORT with a port from 1 to 65535, got {address!r}"
+        )
     if is_first:
         try:
             hosts = _bind(host.strip("[]"), int(port))

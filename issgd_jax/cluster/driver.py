@@ -8,10 +8,13 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+
+import psutil
 
 from issgd_jax.cluster import machines
 from issgd_jax.cluster.channel import Inlet, Packed
@@ -22,6 +25,7 @@ from issgd_jax.errors import InputError, brief
 STATUS_SECONDS = 0.5
 END_SECONDS = 10.0  # until a driver whose Ray does not answer ends without it
 _RETRY_SECONDS = 1.0
+_DAEMONS = ("gcs_server", "raylet")  # of a local cluster, children of the driver
 # The learner decides when to stop, and ends the driver.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -139,9 +143,20 @@ async def _drive(connection: Connection, send: Callable[[tuple], None], plan: Pl
 
 
 async def _report(dispatcher: Dispatcher, send: Callable[[tuple], None]) -> None:
+    """Sends the status from time to time; ends this process when Ray has, of which Ray itself takes a minute to tell."""
+    daemons = {process.name(): process for process in psutil.Process().children() if process.name() in _DAEMONS}
     while True:
         await asyncio.sleep(STATUS_SECONDS)
         send(("status", dispatcher.status()))
+        if ended := [name for name, process in daemons.items() if _has_ended(process)]:
+            print(f"Ray's {ended[0]} has ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 class _Receiver:
