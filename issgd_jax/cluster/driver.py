@@ -70,9 +70,7 @@ def main(descriptor: int) -> None:
             connection.send(message)
 
     plan = connection.recv()
-    niceness = 0
-    if plan.address == machines.LOCAL:
-        niceness = int(os.environ.get("RAY_worker_niceness", machines.NICENESS))
+    niceness = machines.niceness_of_workers(plan.address)
     _ignore_signals()
     try:
         with machines.connected(plan.address, plan.code_folders):
@@ -143,7 +141,7 @@ async def _drive(connection: Connection, send: Callable[[tuple], None], plan: Pl
 
 
 async def _report(dispatcher: Dispatcher, send: Callable[[tuple], None]) -> None:
-    """Sends the status from time to time; ends this process when Ray has, of which Ray itself takes a minute to tell."""
+    """Sends the status from time to time; ends this process with Ray, which itself would take a minute to do so."""
     daemons = {process.name(): process for process in psutil.Process().children() if process.name() in _DAEMONS}
     while True:
         await asyncio.sleep(STATUS_SECONDS)

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from issgd_jax.cluster import channel
+from issgd_jax.cluster import channel, machines
 from issgd_jax.cluster.driver import END_SECONDS, Plan
 from issgd_jax.cluster.rounds import Broadcast, LeasedRound
 from issgd_jax.console import say
@@ -22,6 +23,10 @@ from issgd_jax.errors import ClusterLostError, InputError, brief
 
 # Drivers lost in a row without a result of a worker, after which the cluster is given up.
 MAX_LOST = 3
+# A driver sends its status twice a second; one that sends nothing for so long is ended.
+SILENT_SECONDS = 120.0
+# Seconds between two messages while Ray is being joined.
+TELL_SECONDS = 15.0
 # Seconds before a lost driver is restarted; doubled after each that has given no result.
 BACKOFF_SECONDS = 1.0
 # Finds the package where the learner has found it; not a module of the user's program, which would run once more.
@@ -52,7 +57,7 @@ class Link:
         self._outbox: queue.SimpleQueue = queue.SimpleQueue()  # lists of rounds, and ends of new drivers
         self._rounds: dict[int, LeasedRound] = {}  # of each lease without scores
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._closing = threading.Event()
+        self._is_joined, self._closing = threading.Event(), threading.Event()
         self._connection: Connection | None = None
         self._outlet: channel.Outlet | None = None
         self._process: subprocess.Popen | None = None
@@ -75,6 +80,9 @@ class Link:
         """
         for thread in self._threads:
             thread.start()
+        began = time.monotonic()
+        while not self._is_joined.wait(TELL_SECONDS):
+            say(f"waiting for Ray at {self._plan.address!r} ({time.monotonic() - began:.0f} s)")
         self._started.result()
 
     def submit(self, rounds: list[LeasedRound]) -> None:
@@ -113,6 +121,7 @@ class Link:
         finally:
             if not self._started.done():
                 self._started.set_exception(self.error or InputError("the cluster has been closed"))
+            self._is_joined.set()
             self._outbox.put(None)
 
     def _keep_driver_running(self) -> None:
@@ -134,10 +143,14 @@ class Link:
 
     def _run_driver(self) -> str:
         """Starts a driver, and receives what it sends until it ends; returns why it has ended."""
-        refused = None
+        refused, self._patience = None, self._plan.start_seconds
         with tempfile.TemporaryFile() as log, self._driver(log) as process:
             with contextlib.suppress(EOFError, OSError):
                 while True:
+                    if not self._connection.poll(self._patience):
+                        refused = f"the process that speaks with Ray has sent nothing for {self._patience:g} s"
+                        process.kill()
+                        break
                     message = self._connection.recv()
                     if message[0] == "refused":
                         refused = message[1]
@@ -149,7 +162,7 @@ class Link:
             lines = log.read()[-10_000:].decode(errors="replace").strip().splitlines()
         if refused:
             return refused
-        folder = f"; Ray's logs are in {self._log_folder}" if self._log_folder else ""
+        folder = f"; Ray's logs are in {self._log_folder or machines.log_folder()}"
         last = f": {lines[-1][:400]}" if lines else ""
         return f"the process that speaks with Ray has ended with status {process.returncode}{last}{folder}"
 
@@ -190,7 +203,8 @@ class Link:
             case "status", (status,):
                 self._status = status
             case "joined", (width, layout, log_folder):
-                self._log_folder = log_folder
+                self._log_folder, self._patience = log_folder, SILENT_SECONDS
+                self._is_joined.set()
                 if not self._started.done():
                     self.width, self.layout = width, layout
                     self._plan = dataclasses.replace(self._plan, layout=layout)

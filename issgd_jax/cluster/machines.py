@@ -27,7 +27,7 @@ _PATIENT = {
     "RAY_health_check_failure_threshold": "60",
     "RAY_worker_niceness": "0",
 }
-NICENESS = 15  # Ray's own for workers
+_NICENESS = 15  # Ray's own for workers
 _CONNECT_SECONDS = 5.0
 
 
@@ -88,6 +88,15 @@ def connected(address: str, code_folders: Sequence[str] = ()) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def niceness_of_workers(address: str) -> int:
+    """Returns the niceness that workers are to take once they have started; to be called before `connected`.
+
+    Args:
+      address: of the cluster; in one that is not `local` they keep that which Ray gives them.
+    """
+    return int(os.environ.get("RAY_worker_niceness", _NICENESS)) if address == LOCAL else 0  # noqa: SIM112
 
 
 def import_ray(address: str) -> Any:

@@ -40,7 +40,8 @@ def describe(status: dict) -> str:
     Example:
       >>> worker = {"worker": "worker 0", "machine": "node-1", "process": 12, "devices": ["cpu"], "alive": True,
       ...           "leases": 8, "restarts": 0, "seconds_since_last_result": 0.1, "problem": None}
-      >>> status = {"drivers_lost": 0, "seconds": 4.0, "workers": [worker], "broadcasts": 3, "broadcast_step": 80, "leases_done": 8,
+      >>> status = {"seconds": 4.0, "workers": [worker], "broadcasts": 3, "broadcast_step": 80,
+      ...           "leases_done": 8,
       ...           "leases_waiting": 1, "leases_running": 2, "leases_reissued": 0, "results_discarded": 0,
       ...           "typical_lease_seconds": None, "bytes_out": 1e6, "bytes_in": 2e5}
       >>> print(describe(status))
@@ -49,9 +50,10 @@ def describe(status: dict) -> str:
       worker      machine              process  state     leases restarts   age s  devices
       worker 0    node-1                    12  alive          8        0     0.1  cpu
     """
-    typical, lost = status["typical_lease_seconds"], status["drivers_lost"]
+    typical, lost = status["typical_lease_seconds"], status.get("drivers_lost", 0)
+    since = f" since Ray was last lost, {lost} times in all" if lost else ""
     lines = [
-        f"{status['seconds']:,.0f} s{f' since Ray was lost, {lost} in all' if lost else ''}; latest parameters of step {status['broadcast_step']}, "
+        f"{status['seconds']:,.0f} s{since}; latest parameters of step {status['broadcast_step']}, "
         f"{status['broadcasts']:,} broadcasts, {status['bytes_out'] / 1e6:,.1f} MB sent, "
         f"{status['bytes_in'] / 1e6:,.1f} MB of scores received",
         f"leases: {status['leases_done']:,} done, {status['leases_running']} running, {status['leases_waiting']} "

@@ -180,7 +180,10 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     wait_for_end(processes)
 
 
-def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster, capsys):
+ENDS = {psutil.Process.kill: "status -9", psutil.Process.suspend: "has sent nothing for 5 s"}
+
+
+def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster, monkeypatch, capsys):
     """Also after the process that speaks with Ray has been killed."""
     num_examples, others = 37, children()
     work = make_work(num_examples)
@@ -197,12 +200,14 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
             np.add.at(times, round_.indices, 1)
             found[round_.indices] = round_.scores
         status = wait_for_status(pool, lambda status: status["leases_done"] >= 2 * pool.rounds_per_sweep)
-        (driver,) = children() - others
-        driver.kill()
-        rounds = pool.score_next(params, 8, num_rounds=pool.rounds_per_sweep)
-        again = {int(i): score for round_ in rounds for i, score in zip(round_.indices, round_.scores)}
-        assert pool.status()["drivers_lost"] == 1 and "status -9" in capsys.readouterr().err
-    np.testing.assert_array_equal([again[i] for i in range(num_examples)], found)
+        monkeypatch.setattr(link, "SILENT_SECONDS", soak(120.0, 5.0))
+        for end, reason in soak(list(ENDS.items())[:1], ENDS.items()):
+            (driver,) = children() - others
+            end(driver)
+            rounds = pool.score_next(params, 8, num_rounds=pool.rounds_per_sweep)
+            again = {int(i): score for round_ in rounds for i, score in zip(round_.indices, round_.scores)}
+            assert pool.status()["drivers_lost"] > 0 and reason in capsys.readouterr().err
+            np.testing.assert_array_equal([again[i] for i in range(num_examples)], found)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert times.min() >= 1
     assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_discarded"] == 0
@@ -299,10 +304,8 @@ def test_training_continues_without_workers_where_ray_cannot_be_had_again(tmp_pa
     rows = issgd_jax.train(small(steps=40, eval_every=20, checkpoint__every_steps=20, cluster__workers=1), tmp_path)
     told = capsys.readouterr().err
     assert rows[-1]["step"] == 40 and told.count("training continues without workers") == 1, told
-    assert (
-        "Ray's gcs_server has ended" in told
-        and "drivers of Ray in a row are lost (" in told
-        and "no Ray any more" in told
+    assert all(
+        x in told for x in ("Ray's gcs_server has ended", "drivers of Ray in a row are lost (", "no Ray any more")
     )
     assert steps_of(tmp_path)[-1] == 40
 
@@ -466,6 +469,21 @@ def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, mon
 
     monkeypatch.setattr(Dispatcher, "_serve", dies_at_the_end)
     assert asyncio.run(ends_with_news())
+
+
+def test_ray_that_ends_while_workers_start_ends_in_one_error_that_names_the_log(cluster, monkeypatch):
+    others = children()
+    receive = link.Link._receive
+
+    def kill_when_joined(self, kind, *values):
+        receive(self, kind, *values)
+        if kind == "joined":
+            (driver,) = children() - others
+            driver.kill()
+
+    monkeypatch.setattr(link.Link, "_receive", kill_when_joined)
+    with pytest.raises(InputError, match="has ended with status -9.*Ray's logs are in .*/logs"), start(make_work):
+        pass
 
 
 def dies_while_it_starts(file, times):
