@@ -143,19 +143,21 @@ class Link:
 
     def _run_driver(self) -> str:
         """Starts a driver, and receives what it sends until it ends; returns why it has ended."""
-        refused, self._patience = None, self._plan.start_seconds
+        refused, silent, self._patience = None, False, self._plan.start_seconds
         with tempfile.TemporaryFile() as log, self._driver(log) as process:
-            with contextlib.suppress(EOFError, OSError):
-                while True:
-                    if not self._connection.poll(self._patience):
-                        refused = f"the process that speaks with Ray has sent nothing for {self._patience:g} s"
-                        process.kill()
-                        break
-                    message = self._connection.recv()
-                    if message[0] == "refused":
-                        refused = message[1]
-                    else:
-                        self._receive(*message)
+            while True:
+                try:
+                    message = self._connection.recv() if self._connection.poll(self._patience) else None
+                except (EOFError, OSError):
+                    break
+                if message is None:
+                    silent = True
+                    process.kill()
+                    break
+                if message[0] == "refused":
+                    refused = message[1]
+                else:
+                    self._receive(*message)
             self._outlet.is_free.set()
             _end(process)
             log.seek(0)
@@ -164,7 +166,8 @@ class Link:
             return refused
         folder = f"; Ray's logs are in {self._log_folder or machines.log_folder()}"
         last = f": {lines[-1][:400]}" if lines else ""
-        return f"the process that speaks with Ray has ended with status {process.returncode}{last}{folder}"
+        end = f"sent nothing for {self._patience:g} s" if silent else f"ended with status {process.returncode}"
+        return f"the process that speaks with Ray has {end}{last}{folder}"
 
     @contextlib.contextmanager
     def _driver(self, log):
