@@ -23,7 +23,9 @@ from issgd_jax.errors import ClusterLostError, InputError, brief
 
 # Drivers lost in a row without a result of a worker, after which the cluster is given up.
 MAX_LOST = 3
-# A driver sends its status twice a second; one that sends nothing for so long is ended.
+# Longest wait for a driver to join Ray.
+JOIN_SECONDS = 300.0
+# Then it sends its status twice a second; one that sends nothing for so long is ended.
 SILENT_SECONDS = 120.0
 # Seconds between two messages while Ray is being joined.
 TELL_SECONDS = 15.0
@@ -143,7 +145,7 @@ class Link:
 
     def _run_driver(self) -> str:
         """Starts a driver, and receives what it sends until it ends; returns why it has ended."""
-        refused, silent, self._patience = None, False, self._plan.start_seconds
+        refused, silent, self._patience = None, False, JOIN_SECONDS
         with tempfile.TemporaryFile() as log, self._driver(log) as process:
             while True:
                 try:

@@ -518,7 +518,7 @@ def test_a_worker_that_never_starts_is_told_of_and_not_waited_for_without_limit(
     told = []
 
     async def wait():
-        one = make_dispatcher(lambda: time.sleep(3600), told, start_seconds=2.0)
+        one = make_dispatcher(lambda: time.sleep(3600), told, start_seconds=4.0)
         running = asyncio.create_task(one.run())
         try:
             if has_started:
@@ -531,7 +531,7 @@ def test_a_worker_that_never_starts_is_told_of_and_not_waited_for_without_limit(
             await asyncio.wait([running])
 
     missing = r"worker 0 on .* \(\d+ s: (Ray has not started its process: PENDING|its process runs, and is loading)"
-    message = f"none of the 1 worker.* has started within 2 s: {missing}.*; see .*, and Ray's logs in .*/logs"
+    message = f"none of the 1 worker.* has started within 4 s: {missing}.*; see .*, and Ray's logs in .*/logs"
     with pytest.raises(InputError, match=message):
         asyncio.run(wait())
     assert any(re.search(f"waiting for {missing}", text) for _, text in told), told
