@@ -245,9 +245,12 @@ class Dispatcher:
         """Logs who is missing, for how long, and why; ends a wait that has no end."""
         shortest, longest = TELL_SECONDS
         interval, told_at = shortest, time.monotonic()
+        last_alive = told_at
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
+            if any(slot.alive for slot in self.slots):
+                last_alive = now
             missing = [slot for slot in self.slots if not slot.alive and not slot.problem]
             overdue = [slot for slot in missing if now - slot.missing_since >= shortest]
             if not overdue:
@@ -255,16 +258,15 @@ class Dispatcher:
             elif now - told_at >= interval:
                 interval, told_at = min(longest, 2 * interval), now
                 self._say(f"waiting for {await self._describe(overdue)}")
-            last_alive = max((slot.missing_since for slot in self.slots), default=now)
-            is_awaited = any(self._parameters.values())
-            if is_awaited and not any(slot.alive for slot in self.slots) and now - last_alive > self._start_seconds:
+            is_awaited = any(self._parameters.values())  # by a schedule that waits
+            if is_awaited and now - last_alive > self._start_seconds:
                 raise InputError(await self._none_has_started())
 
     async def _describe(self, missing: list[Slot]) -> str:
         """Returns who is missing, for how long, and why."""
         now, texts = time.monotonic(), []
         for slot in missing[:_NUM_NAMED]:
-            why = "it restarts soon"
+            why = slot.problem or "it restarts soon"
             if slot.actor is not None:
                 why = await asyncio.to_thread(machines.explain_start, slot.actor, slot.machine)
             texts.append(f"{slot.label} ({now - slot.missing_since:.0f} s: {why})")

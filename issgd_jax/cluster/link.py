@@ -135,7 +135,7 @@ class Link:
                 return
             if not self._started.done():
                 raise InputError(reason)
-            self._mark_lost(reason)
+            self._mark_lost()
             is_useful = self._num_results > num_results
             num_lost, delay = (1, BACKOFF_SECONDS) if is_useful else (num_lost + 1, 2 * delay)
             if num_lost > MAX_LOST:
@@ -223,9 +223,9 @@ class Link:
             case "lost", (message,):
                 self._give_up(ClusterLostError(message))
 
-    def _mark_lost(self, reason: str) -> None:
+    def _mark_lost(self) -> None:
         self._num_restarts += 1
-        workers = [worker | {"alive": False, "problem": reason} for worker in self._status.get("workers", [])]
+        workers = [worker | {"alive": False} for worker in self._status.get("workers", [])]
         self._status = self._status | {"workers": workers}
 
     def _give_up(self, error: BaseException) -> None:

@@ -494,7 +494,9 @@ def dies_while_it_starts(file, times):
             deaths.write("x")
         if file.stat().st_size <= times:
             os.kill(os.getpid(), signal.SIGKILL)
-        return make_work(37)
+        from tests.cluster import pool_test  # noqa: PLW0406, takes seconds, which those that die save
+
+        return pool_test.make_work(37)
 
     return make
 
