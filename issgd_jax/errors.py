@@ -45,6 +45,10 @@ class ProcessLostError(Exception):
     """Another process of a distributed learner has ended; names the remedy."""
 
 
+class ClusterLostError(Exception):
+    """No worker of a cluster can score any more; names the reason. Training can continue without them."""
+
+
 def brief(error: Exception) -> str:
     """Returns an error in one line; of an error with several lines the first and the last.
 

@@ -7,6 +7,7 @@ A step that they share fails in all of them when one is lost; where the hardware
 import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from issgd_jax.console import say
 from issgd_jax.errors import InputError, ProcessLostError, brief
 
 AUTO = "auto"
@@ -31,7 +33,12 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       num_processes, process_id: of all, and of this one; None with "auto".
 
     Raises:
-      InputError: JAX runs already, or the processes do not find each other.
+      InputError: JAX runs already, process 0 cannot listen at the coordinator's address, or the processes do not find
+        each other.
+
+    Guarantees:
+      The coordinator listens at the host that is given and nowhere else, unless JAX_COORDINATOR_BIND_ADDRESS names
+      another; with "auto" JAX chooses, and it listens on all interfaces unless that is set.
     """
     if coordinator is None:
         return
@@ -42,7 +49,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
                 f"{jax.process_index()} of {jax.process_count()} already: start a new process"
             )
         return
-    place = {} if coordinator == AUTO else {"coordinator_address": coordinator, "process_id": process_id}
+    place = {}
+    if coordinator != AUTO:
+        place = {"coordinator_address": coordinator, "process_id": process_id}
+        place["coordinator_bind_address"] = _listening_address(coordinator, is_first=process_id == 0)
     try:
         jax.distributed.initialize(num_processes=num_processes, **place)
     except (RuntimeError, ValueError) as error:
@@ -50,6 +60,48 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"distributed.coordinator is {coordinator}, but the processes cannot be joined there ({brief(error)}): "
             "start a new process, or see --config.distributed"
         ) from error
+
+
+def _listening_address(coordinator: str, *, is_first: bool) -> str:
+    """Returns where process 0 listens; raises InputError where it cannot, for which JAX would abort the process."""
+    address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise InputError(
+            f"distributed.coordinator must be auto or HOST:PORT with a port from 1 to 65535, got {address!r}"
+        )
+    if is_first:
+        try:
+            hosts = _bind(host.strip("[]"), int(port))
+        except OSError as error:
+            raise InputError(
+                f"distributed.coordinator is {coordinator}, but process 0 cannot listen at {address} ({error}): give "
+                "an address of its machine and a free port, or set JAX_COORDINATOR_BIND_ADDRESS where another machine "
+                "passes connections on to it"
+            ) from error
+        if not _is_loopback(host) and all(map(_is_loopback, hosts)):
+            say(f"distributed.coordinator is {coordinator}, here {', '.join(hosts)}: no other machine can join")
+    return address
+
+
+def _bind(host: str, port: int) -> list[str]:
+    """Returns the addresses of a host at which this machine can listen; raises OSError if there are none."""
+    hosts, errors = [], []
+    for family, kind, *_, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(place)
+                hosts.append(place[0])
+            except OSError as error:
+                errors.append(error)
+    if not hosts:
+        raise errors[0]
+    return hosts
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
 def is_first() -> bool:

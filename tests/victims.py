@@ -51,16 +51,15 @@ def train(workdir, begun, overrides):
     training.train(config(**overrides), workdir)
 
 
-def start_command(arguments, log, port=0):
-    """Starts the program with these arguments; `port` is where the processes of one run meet. Returns the process."""
-    process = server().Process(target=command, args=(arguments, log, port))
+def start_command(arguments, log):
+    """Starts the program with these arguments and returns the process."""
+    process = server().Process(target=command, args=(arguments, log))
     process.start()
     return process
 
 
-def command(arguments, log, port):
+def command(arguments, log):
     """The program with these arguments, its output in a file; beside that the history that it returns."""
-    os.environ["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"
     jax.config.update("jax_platforms", "cpu")
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

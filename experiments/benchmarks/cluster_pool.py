@@ -53,7 +53,6 @@ def measure_round() -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
     from issgd_jax.sampling import Sampler
     from issgd_jax.scoring.workers import WorkerPool
@@ -84,10 +83,7 @@ def measure_round() -> dict:
     devices = jax.devices()[1 : DEVICES + 1]
     local = time_rounds(WorkerPool(lambda p, x: 1 + x, examples, devices=devices, chunk_size=chunk_size))
     work = functools.partial(make_work, num_examples, 0.0)
-    with (
-        machines.connected("local"),
-        ClusterPool(work, num_examples=num_examples, chunk_size=DEVICES * chunk_size, num_workers=2) as pool,
-    ):
+    with ClusterPool(work, num_examples=num_examples, chunk_size=DEVICES * chunk_size, num_workers=2) as pool:
         cluster = time_rounds(pool)
     return {
         "devices": DEVICES,
@@ -102,7 +98,6 @@ def measure_database() -> dict:
     import jax
     import numpy as np
 
-    from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
     from issgd_jax.sampling import Sampler
 
@@ -114,34 +109,33 @@ def measure_database() -> dict:
     work = functools.partial(make_work, num_examples, 0.0)
     options = {"num_examples": num_examples, "num_workers": num_workers}
     per_second, gigabytes = [], []
-    with machines.connected("local"):
-        with ClusterPool(work, chunk_size=chunk_size, reproducible=False, **options) as pool:
-            for step in range(9):
-                begun, rounds = time.perf_counter(), pool.score_next(params, step, num_rounds=pool.rounds_per_sweep)
-                for round_ in rounds:
-                    arrays = jax.device_put((round_.indices, round_.scores, np.int32(step)))
-                    state = sampler.ingest(state, *arrays, rebuild=False)
-                jax.block_until_ready(state)
-                per_second.append(num_examples / (time.perf_counter() - begun))
-        rebuilds = []
-        for _ in range(7):
+    with ClusterPool(work, chunk_size=chunk_size, reproducible=False, **options) as pool:
+        for step in range(9):
+            begun, rounds = time.perf_counter(), pool.score_next(params, step, num_rounds=pool.rounds_per_sweep)
+            for round_ in rounds:
+                arrays = jax.device_put((round_.indices, round_.scores, np.int32(step)))
+                state = sampler.ingest(state, *arrays, rebuild=False)
+            jax.block_until_ready(state)
+            per_second.append(num_examples / (time.perf_counter() - begun))
+    rebuilds = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        state = jax.block_until_ready(sampler.rebuild(state))
+        rebuilds.append(time.perf_counter() - begun)
+    with ClusterPool(work, chunk_size=1000, reproducible=False, **options) as pool:
+        flying, done, begun = collections.deque(), 0, None
+        while done < 6000:
+            flying.extend(pool.score_next(params, 0, num_rounds=pool.rounds_ahead - len(flying)))
+            flying.popleft().scores  # noqa: B018, waits for it
+            done += 1
+            begun = time.perf_counter() if done == 1000 else begun
+        leases = 5000 / (time.perf_counter() - begun)
+    with ClusterPool(work, chunk_size=1, **options) as pool:
+        for step in range(15):
             begun = time.perf_counter()
-            state = jax.block_until_ready(sampler.rebuild(state))
-            rebuilds.append(time.perf_counter() - begun)
-        with ClusterPool(work, chunk_size=1000, reproducible=False, **options) as pool:
-            flying, done, begun = collections.deque(), 0, None
-            while done < 6000:
-                flying.extend(pool.score_next(params, 0, num_rounds=pool.rounds_ahead - len(flying)))
-                flying.popleft().scores  # noqa: B018, waits for it
-                done += 1
-                begun = time.perf_counter() if done == 1000 else begun
-            leases = 5000 / (time.perf_counter() - begun)
-        with ClusterPool(work, chunk_size=1, **options) as pool:
-            for step in range(15):
-                begun = time.perf_counter()
-                (round_,) = pool.score_next(large, step)
-                np.asarray(round_.scores)  # once every worker has read the parameters
-                gigabytes.append(num_workers * num_bytes / 1e9 / (time.perf_counter() - begun))
+            (round_,) = pool.score_next(large, step)
+            np.asarray(round_.scores)  # once every worker has read the parameters
+            gigabytes.append(num_workers * num_bytes / 1e9 / (time.perf_counter() - begun))
     return {
         "workers": num_workers,
         "examples": num_examples,
@@ -157,7 +151,6 @@ def measure_database() -> dict:
 
 def measure_scaling() -> dict:
     """Measures leases a second against the number of machines."""
-    from issgd_jax.cluster import machines
     from issgd_jax.cluster.pool import ClusterPool
 
     gradnorm = json.loads((RESULTS / "gradnorm.json").read_text())["results"]["mlp"]["ours_norms"]
@@ -165,20 +158,19 @@ def measure_scaling() -> dict:
     seconds = chunk_size / 256 * 1e-3 * gradnorm["ms"]  # of the paper's network on these cores
     params, rates = make_params(1_000_000), {}
     work = functools.partial(make_work, num_examples, seconds)
-    with machines.connected("local"):
-        for num_workers in (1, 2, 4, 8):
-            options = {"num_examples": num_examples, "chunk_size": chunk_size, "num_workers": num_workers}
-            with ClusterPool(work, reproducible=False, **options) as pool:
-                flying, done, step, begun = collections.deque(), 0, 0, None
-                while done < 35 * num_workers:
-                    flying.extend(pool.score_next(params, step, num_rounds=pool.rounds_ahead - len(flying)))
-                    ready = [round_ for round_ in flying if round_.is_ready()]
-                    flying = collections.deque(round_ for round_ in flying if round_ not in ready)
-                    done, step = done + len(ready), step + 1
-                    if begun is None and done >= 5 * num_workers:  # all are compiled
-                        begun, before = time.perf_counter(), done
-                    time.sleep(0.002)
-                rates[num_workers] = (done - before) / (time.perf_counter() - begun)
+    for num_workers in (1, 2, 4, 8):
+        options = {"num_examples": num_examples, "chunk_size": chunk_size, "num_workers": num_workers}
+        with ClusterPool(work, reproducible=False, **options) as pool:
+            flying, done, step, begun = collections.deque(), 0, 0, None
+            while done < 35 * num_workers:
+                flying.extend(pool.score_next(params, step, num_rounds=pool.rounds_ahead - len(flying)))
+                ready = [round_ for round_ in flying if round_.is_ready()]
+                flying = collections.deque(round_ for round_ in flying if round_ not in ready)
+                done, step = done + len(ready), step + 1
+                if begun is None and done >= 5 * num_workers:  # all are compiled
+                    begun, before = time.perf_counter(), done
+                time.sleep(0.002)
+            rates[num_workers] = (done - before) / (time.perf_counter() - begun)
     return {
         "seconds a chunk": round(seconds, 3),
         "leases a second": {str(k): round(x, 3) for k, x in rates.items()},

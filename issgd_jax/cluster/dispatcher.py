@@ -4,29 +4,52 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from issgd_jax.cluster import machines
+from issgd_jax.cluster.channel import Packed
 from issgd_jax.cluster.leases import Layout, Leases
-from issgd_jax.cluster.rounds import Broadcast, LeasedRound
-from issgd_jax.cluster.worker import Handshake, Work, versions
-from issgd_jax.console import say
-from issgd_jax.errors import brief
+from issgd_jax.cluster.worker import Handshake, versions
+from issgd_jax.errors import InputError, brief
 
 # Two, so that the next lease is on its way while a worker scores one.
 LEASES_PER_WORKER = 2
 # Shortest and longest delay before a lost worker is restarted; doubled after each worker that completes no lease.
 BACKOFF_SECONDS = (1.0, 30.0)
-# Leases that fail in a row before the worker is restarted.
+# Leases that fail in a row before the worker is restarted; processes that die in a row before they have started.
 MAX_FAILURES = 3
+# Shortest and longest time between two messages about workers that are missing; doubled after each.
+TELL_SECONDS = (10.0, 60.0)
+_NUM_NAMED = 3  # of the missing workers, in one message
 _POLL_SECONDS = 0.05  # until an idle worker asks again
 _WATCH_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Parameters:
+    """Parameters of one step in Ray's object store.
+
+    Attributes:
+      number: of the broadcast, from 0.
+      step: learner step of the parameters.
+      reference: Ray's.
+      num_bytes: their size.
+      num_served: leases that began with them.
+      is_served: whether as many began as there are workers, of which the learner is told.
+      workers: names of the workers that have fetched them.
+    """
+
+    number: int
+    step: int
+    reference: Any
+    num_bytes: int
+    num_served: int = 0
+    is_served: bool = False
+    workers: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -39,10 +62,13 @@ class Slot:
       handshake: of the latest worker process.
       devices: kinds of its devices.
       alive: whether it scores.
+      has_started: whether it has ever been alive.
       num_leases: leases completed.
       restarts: worker processes that were lost.
       last_seen: time of the latest result, in seconds.
       problem: why no worker can run here.
+      actor: Ray's handle of the worker process; None between two of them.
+      missing_since: when it was last seen alive, or its place was made.
     """
 
     name: str
@@ -50,10 +76,13 @@ class Slot:
     handshake: Handshake | None = None
     devices: list[str] = dataclasses.field(default_factory=list)
     alive: bool = False
+    has_started: bool = False
     num_leases: int = 0
     restarts: int = 0
     last_seen: float | None = None
     problem: str | None = None
+    actor: Any = None
+    missing_since: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def label(self) -> str:
@@ -84,34 +113,43 @@ class Dispatcher:
     """Keeps the workers of a cluster supplied with leases.
 
     One worker runs on each machine, also on those that join later; or `num_workers` where Ray places them.
-    Only `run` and `submit` must be called in the event loop; everything else may be read from any thread.
+    Everything must be called in the event loop.
 
     Args:
-      make_work: called in every worker process; pickled by value.
+      make_work: packed; called in every worker process.
       layout: partition of the examples.
       cluster: the machines at the start.
       num_workers: None: one on each machine except the learner's.
+      send: called with what the learner is to know: `("say", message)`, `("scores", lease, step, scores)`, and
+        `("served", number)` of parameters that every worker has been given.
+      start_seconds: longest wait for workers while there is none.
+      niceness: see `Worker`.
 
     Attributes:
       slots: one for each worker.
-      newest: latest parameters, for rounds that have none of their own.
-      has_started: whether training has begun; from then on problems are logged, and no longer raised by the pool.
+      newest: latest parameters, for leases that have none of their own.
+      has_started: whether training has begun; from then on problems are logged, and no longer raised.
     """
 
     def __init__(
         self,
-        make_work: Callable[[], Work],
+        make_work: Packed,
         layout: Layout,
         cluster: Sequence[machines.Machine],
         num_workers: int | None,
+        *,
+        send: Callable[[tuple], None],
+        start_seconds: float,
+        niceness: int = 0,
     ):
-        self._make_work, self._layout, self._cluster = make_work, layout, cluster
+        self._work, self._layout, self._cluster = (make_work, layout, niceness), layout, cluster
         self._one_per_machine, self._numbers = num_workers is None, itertools.count()
+        self._send, self._start_seconds = send, start_seconds
         self.slots = [self._make_slot(machine) for machine in machines.place_workers(cluster, num_workers)]
-        self.newest: Broadcast | None = None
+        self.newest: Parameters | None = None
         self.has_started = False
         self._leases = Leases(layout)
-        self._rounds: dict[int, LeasedRound] = {}  # of each lease without a result
+        self._parameters: dict[int, Parameters | None] = {}  # of each lease without a result; None: the newest
         self._bytes_out = self._bytes_in = self._num_broadcasts = self._num_discarded = 0
         self._began = time.monotonic()
         self._changed = asyncio.Event()  # replaced whenever a lease may have become available
@@ -119,10 +157,8 @@ class Dispatcher:
     def _make_slot(self, machine: machines.Machine | None) -> Slot:
         return Slot(f"worker {next(self._numbers)}", machine)
 
-    def fail(self, error: BaseException) -> None:
-        """Makes every reader of an unfinished round raise this error."""
-        for round_ in self._rounds.values():
-            round_.fail(error)
+    def _say(self, message: str) -> None:
+        self._send(("say", message))
 
     def status(self) -> dict[str, Any]:
         """Returns workers, leases, bytes and ages, as JSON values; see `status.describe`."""
@@ -143,25 +179,99 @@ class Dispatcher:
         }
 
     async def run(self) -> None:
-        """Runs all workers until it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for slot in self.slots:
-                group.create_task(self._keep_running(slot))
-            if self._one_per_machine:
-                group.create_task(self._watch_machines(group))
+        """Runs all workers until it is cancelled.
 
-    def submit(self, rounds: list[LeasedRound]) -> None:
-        """Issues the leases of these rounds."""
-        for round_ in rounds:
-            for lease in round_.leases:
-                self._rounds[lease] = round_
-                self._leases.issue(lease, time.monotonic())
+        Raises:
+          InputError: a lease that must be scored with its own parameters has waited for start_seconds, and no worker
+            is alive.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch_missing())
+                for slot in self.slots:
+                    group.create_task(self._keep_running(slot))
+                if self._one_per_machine:
+                    group.create_task(self._watch_machines(group))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def wait_for_workers(self) -> None:
+        """Waits until all workers score, or start_seconds are over.
+
+        Raises:
+          InputError: a machine cannot be used, naming it; or no worker has started.
+        """
+        end = time.monotonic() + self._start_seconds
+        while time.monotonic() < end and any(not slot.alive and not slot.problem for slot in self.slots):
+            await asyncio.sleep(_POLL_SECONDS)
+        if problems := [slot.problem for slot in self.slots if slot.problem]:
+            raise InputError("; ".join(problems))
+        missing = [slot for slot in self.slots if not slot.alive]
+        if missing and len(missing) == len(self.slots):
+            raise InputError(await self._none_has_started())
+        if missing:
+            self._say(
+                f"training begins without {await self._describe(missing)}; they join when they have started. Ray's "
+                f"logs are in {machines.log_folder()}"
+            )
+
+    async def _none_has_started(self) -> str:
+        return (
+            f"none of the {len(self.slots)} worker(s) has started within {self._start_seconds:g} s: "
+            f"{await self._describe(self.slots)}; see `ray status`, and Ray's logs in {machines.log_folder()}"
+        )
+
+    def submit(self, parameters: Parameters, leases: list[int], fixed: bool) -> None:
+        """Issues leases.
+
+        Args:
+          parameters: the latest; a new broadcast, or the one before.
+          leases: their numbers.
+          fixed: whether they must be scored with these parameters, and not with the newest when each begins.
+        """
+        self._num_broadcasts += parameters is not self.newest
+        self.newest = parameters
+        for lease in leases:
+            self._parameters[lease] = parameters if fixed else None
+            self._leases.issue(lease, time.monotonic())
         self._notify()
 
     def _notify(self) -> None:
         """Wakes all workers that wait for a lease."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def _watch_missing(self) -> None:
+        """Logs who is missing, for how long, and why; ends a wait that has no end."""
+        shortest, longest = TELL_SECONDS
+        interval, told_at = shortest, time.monotonic()
+        last_alive = told_at
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            if any(slot.alive for slot in self.slots):
+                last_alive = now
+            missing = [slot for slot in self.slots if not slot.alive and not slot.problem]
+            overdue = [slot for slot in missing if now - slot.missing_since >= shortest]
+            if not overdue:
+                interval, told_at = shortest, now - shortest
+            elif now - told_at >= interval:
+                interval, told_at = min(longest, 2 * interval), now
+                self._say(f"waiting for {await self._describe(overdue)}")
+            is_awaited = any(self._parameters.values())  # by a schedule that waits
+            if is_awaited and now - last_alive > self._start_seconds:
+                raise InputError(await self._none_has_started())
+
+    async def _describe(self, missing: list[Slot]) -> str:
+        """Returns who is missing, for how long, and why."""
+        now, texts = time.monotonic(), []
+        for slot in missing[:_NUM_NAMED]:
+            why = slot.problem or "it restarts soon"
+            if slot.actor is not None:
+                why = await asyncio.to_thread(machines.explain_start, slot.actor, slot.machine)
+            texts.append(f"{slot.label} ({now - slot.missing_since:.0f} s: {why})")
+        more = [f"{len(missing) - _NUM_NAMED} more"] if len(missing) > _NUM_NAMED else []
+        return ", ".join([*texts, *more])
 
     async def _watch_machines(self, group: asyncio.TaskGroup) -> None:
         """Starts a worker on every machine that joins."""
@@ -185,40 +295,47 @@ class Dispatcher:
         from ray.exceptions import RayError
 
         delay, (shortest, longest) = 0.0, BACKOFF_SECONDS
+        num_deaths = 0  # in a row, of processes that had not started
         while True:
             num_leases, reason = slot.num_leases, None
             try:
                 await self._run_worker(slot)
             except _RefusedError as error:
                 if self.has_started and not slot.problem:
-                    say(f"{slot.name} is not used: {error}")
+                    self._say(f"{slot.name} is not used: {error}")
                 slot.problem = str(error)
             except RayError as error:
                 reason = _reason(error)
-                if slot.handshake is None:  # no worker has ever started here: the next one would fail too
-                    slot.problem = f"{slot.label} cannot start: {reason}"
-            slot.alive = False
+                num_deaths = 0 if slot.alive else num_deaths + 1
+                if not slot.has_started and (reason != _DIED or num_deaths >= MAX_FAILURES):
+                    slot.problem = (
+                        f"{slot.label} cannot start: {reason}; see the newest worker-*.err and raylet.out there in "
+                        f"{machines.log_folder()}"
+                    )
+            if slot.alive:
+                slot.alive, slot.missing_since = False, time.monotonic()
             if slot.machine and slot.machine.node not in {machine.node for machine in await self._list_machines()}:
-                say(f"{slot.label} is lost: its machine has left the cluster")
+                self._say(f"{slot.label} is lost: its machine has left the cluster")
                 self.slots.remove(slot)
                 return
             delay = shortest if slot.num_leases > num_leases else min(longest, max(shortest, 2 * delay))
             if reason and (self.has_started or not slot.problem):
                 slot.restarts += 1
-                say(f"{slot.label} is lost and restarts in {delay:.0f} s ({reason})")
+                self._say(f"{slot.label} is lost and restarts in {delay:.0f} s ({reason})")
             await asyncio.sleep(delay)
 
     async def _run_worker(self, slot: Slot) -> None:
         """Starts a worker and gives it leases until it is lost; raises RayError or _RefusedError."""
-        actor = machines.start_worker(slot.machine, self._make_work, self._layout)
+        actor = slot.actor = machines.start_worker(slot.machine, *self._work)
         worker = object()
         try:
             slot.handshake = await actor.handshake.remote()
             await self._check(slot, actor)
-            slot.alive, slot.problem = True, None
+            slot.alive, slot.has_started, slot.problem = True, True, None
             self._leases.add_worker(worker)
             raise await _first_error([self._serve(slot, actor, worker) for _ in range(LEASES_PER_WORKER)])
         finally:
+            slot.actor = None
             self._leases.remove_worker(worker)
             self._notify()
             machines.stop_worker(actor)
@@ -257,14 +374,9 @@ class Dispatcher:
             except ray.exceptions.RayTaskError as error:  # of the worker's code; its process still runs
                 num_failures += 1
                 self._leases.release(lease, worker)
-                say(f"{slot.label} has failed to score, others try: {brief(error.cause)}")
+                self._say(f"{slot.label} has failed to score, others try: {brief(error.cause)}")
                 if num_failures == MAX_FAILURES:
                     raise
-                await asyncio.sleep(BACKOFF_SECONDS[0])
-            except ray.exceptions.ObjectStoreFullError as error:
-                self._leases.release(lease, worker)
-                here = socket.gethostname()
-                say(f"the parameters do not fit the object store of {here}, training continues: {brief(error)}")
                 await asyncio.sleep(BACKOFF_SECONDS[0])
             else:
                 num_failures = 0
@@ -276,7 +388,8 @@ class Dispatcher:
         slot.last_seen = time.monotonic()
         self._bytes_in += scores.nbytes
         if self._leases.complete(lease, slot.last_seen):
-            self._rounds.pop(lease).add_scores(lease, step, scores)
+            del self._parameters[lease]
+            self._send(("scores", lease, step, scores))
         else:
             self._num_discarded += 1
         self._notify()
@@ -292,29 +405,17 @@ class Dispatcher:
 
     async def _score(self, slot: Slot, actor, worker, lease: int) -> tuple[int, np.ndarray]:
         """Has a worker score a lease; returns the step of the parameters, and the scores."""
-        broadcast = self._rounds[lease].broadcast or self.newest
-        broadcast.num_served += 1
-        if broadcast.reference is None:
-            broadcast.reference = asyncio.ensure_future(asyncio.to_thread(_put, broadcast.params))
-            self._num_broadcasts += 1
-        try:
-            reference = await asyncio.shield(broadcast.reference)
-            broadcast.params = None  # they are in Ray's object store
-        except Exception:
-            broadcast.reference = None
-            raise
-        if slot.name not in broadcast.workers:
-            broadcast.workers.add(slot.name)
-            self._bytes_out += broadcast.num_bytes
-        scores = await actor.score.remote(reference, broadcast.step, lease, self._leases.shards_held_by(worker))
-        return broadcast.step, scores
-
-
-def _put(params):
-    """Copies parameters into Ray's object store."""
-    import ray
-
-    return ray.put(jax.device_get(params))
+        parameters = self._parameters[lease] or self.newest
+        parameters.num_served += 1
+        if parameters.num_served >= len(self.slots) and not parameters.is_served:
+            parameters.is_served = True
+            self._send(("served", parameters.number))
+        if slot.name not in parameters.workers:
+            parameters.workers.add(slot.name)
+            self._bytes_out += parameters.num_bytes
+        shards = self._leases.shards_held_by(worker)
+        scores = await actor.score.remote(parameters.reference, parameters.number, lease, shards)
+        return parameters.step, scores
 
 
 async def _first_error(endless: list[Coroutine]) -> BaseException:
@@ -332,8 +433,11 @@ async def _first_error(endless: list[Coroutine]) -> BaseException:
     return done.pop().exception()
 
 
+_DIED = "its process has died"
+
+
 def _reason(error: Exception) -> str:
     import ray
 
     died = isinstance(error, ray.exceptions.ActorDiedError) and not isinstance(error.__cause__, Exception)
-    return "its process has died" if died else brief(error)
+    return _DIED if died else brief(error)

@@ -1,6 +1,5 @@
 """Broadcasts of parameters to the workers, and rounds of scores from them, which the learner may wait for."""
 
-import asyncio
 import concurrent.futures
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax.cluster.channel import Packed, pack
 from issgd_jax.cluster.leases import Layout
 
 _copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
@@ -21,22 +21,25 @@ class Broadcast:
       params: pytree of arrays.
 
     Attributes:
-      params: the copy; None once it is in Ray's object store.
-      num_bytes: size of the parameters.
-      reference: Ray's reference to them; None: not yet requested.
-      num_served: leases that began with them.
-      workers: names of the workers that have fetched them.
+      is_served: whether every worker has been given them.
 
     Example:
-      >>> Broadcast(3, {"kernel": jnp.zeros((2, 5))}).num_bytes
-      40
+      >>> broadcast = Broadcast(3, {"kernel": jnp.zeros((2, 5))})
+      >>> from issgd_jax.cluster.channel import unpack
+      >>> unpack(broadcast.pack())["kernel"].shape
+      (2, 5)
     """
 
     def __init__(self, step: int, params):
-        self.step, self.params, self.num_served = step, _copy(params), 0
-        self.num_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-        self.reference: asyncio.Future | None = None
-        self.workers: set[str] = set()
+        self.step, self.is_served = step, False
+        self._params, self._packed = _copy(params), None
+
+    def pack(self) -> Packed:
+        """Returns the parameters on the host; waits for them, and gives the copy on the devices up."""
+        if self._packed is None:
+            self._packed = pack(jax.device_get(self._params))
+            self._params = None
+        return self._packed
 
 
 class _Scored(NamedTuple):
@@ -79,6 +82,11 @@ class LeasedRound:
     def is_ready(self) -> bool:
         """Returns whether the scores can be read without waiting."""
         return self._scored.done()
+
+    @property
+    def missing(self) -> list[int]:
+        """Leases without scores."""
+        return [lease for lease in self.leases if lease not in self._chunks]
 
     @property
     def step(self) -> int:

@@ -38,7 +38,8 @@ def describe(status: dict) -> str:
     Example:
       >>> worker = {"worker": "worker 0", "machine": "node-1", "process": 12, "devices": ["cpu"], "alive": True,
       ...           "leases": 8, "restarts": 0, "seconds_since_last_result": 0.1, "problem": None}
-      >>> status = {"seconds": 4.0, "workers": [worker], "broadcasts": 3, "broadcast_step": 80, "leases_done": 8,
+      >>> status = {"seconds": 4.0, "workers": [worker], "broadcasts": 3, "broadcast_step": 80,
+      ...           "leases_done": 8,
       ...           "leases_waiting": 1, "leases_running": 2, "leases_reissued": 0, "results_discarded": 0,
       ...           "typical_lease_seconds": None, "bytes_out": 1e6, "bytes_in": 2e5}
       >>> print(describe(status))
@@ -47,9 +48,10 @@ def describe(status: dict) -> str:
       worker      machine              process  state     leases restarts   age s  devices
       worker 0    node-1                    12  alive          8        0     0.1  cpu
     """
-    typical = status["typical_lease_seconds"]
+    typical, lost = status["typical_lease_seconds"], status.get("drivers_lost", 0)
+    since = f" since Ray was last lost, {lost} times in all" if lost else ""
     lines = [
-        f"{status['seconds']:,.0f} s; latest parameters of step {status['broadcast_step']}, "
+        f"{status['seconds']:,.0f} s{since}; latest parameters of step {status['broadcast_step']}, "
         f"{status['broadcasts']:,} broadcasts, {status['bytes_out'] / 1e6:,.1f} MB sent, "
         f"{status['bytes_in'] / 1e6:,.1f} MB of scores received",
         f"leases: {status['leases_done']:,} done, {status['leases_running']} running, {status['leases_waiting']} "

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from issgd_jax import provenance
+from issgd_jax.cluster.channel import Packed, unpack
 from issgd_jax.cluster.leases import Layout
 
 _VERSIONS = ("python", "issgd-jax", "jax", "jaxlib")
@@ -67,12 +68,13 @@ class Worker:
     """Ray actor that scores leases. It keeps only the shards in memory that it is told to keep.
 
     Args:
-      make_work: called in this process, at the first use.
+      make_work: packed `() -> Work`, called in this process, at the first use.
       layout: partition of the examples.
+      niceness: least of this process, once it has started; 0: as Ray has set it.
     """
 
-    def __init__(self, make_work: Callable[[], Work], layout: Layout):
-        self._make_work, self._layout = make_work, layout
+    def __init__(self, make_work: Packed, layout: Layout, niceness: int = 0):
+        self._make_work, self._layout, self._niceness = make_work, layout, niceness
         self._pools: dict[int, Any] = {}  # of each shard in memory
         self._version, self._params = None, None
 
@@ -86,13 +88,15 @@ class Worker:
         Raises:
           InputError: the machine lacks the data or the devices.
         """
-        return self._work.num_examples, [device.device_kind for device in self._work.devices]
+        prepared = self._work.num_examples, [device.device_kind for device in self._work.devices]
+        os.nice(max(0, self._niceness - os.nice(0)))
+        return prepared
 
-    def score(self, params, version: int, lease: int, keep: Sequence[int]) -> np.ndarray:
+    def score(self, params: Packed, version: int, lease: int, keep: Sequence[int]) -> np.ndarray:
         """Scores the chunk of a lease.
 
         Args:
-          params: pytree of arrays.
+          params: packed pytree of arrays.
           version: of params; they are copied to the devices when it changes.
           lease: its number.
           keep: shards that stay in memory.
@@ -103,7 +107,7 @@ class Worker:
         import jax
 
         if version != self._version:
-            self._version, self._params = version, jax.device_put(params)
+            self._version, self._params = version, jax.device_put(unpack(params))
         shard, offset = self._layout.locate(lease)
         for other in [number for number in self._pools if number not in keep]:
             del self._pools[other]
@@ -133,4 +137,4 @@ class Worker:
 
     @functools.cached_property
     def _work(self) -> Work:
-        return self._make_work()
+        return unpack(self._make_work)()

@@ -7,7 +7,7 @@ import numpy as np
 
 from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
-from issgd_jax.errors import brief
+from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
 from issgd_jax.scoring.schedule import Round
@@ -63,6 +63,8 @@ class Rounds:
             state.in_flight.extend(self._pool.score_next(params, state.step, num_rounds))
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
+        except ClusterLostError as error:
+            self._give_up(error)
         if self._pool:
             state.cursor = self._pool.cursor
 
@@ -73,6 +75,9 @@ class Rounds:
             jax.block_until_ready((round_.indices, round_.scores))
         except jax.errors.JaxRuntimeError as error:
             self._fail(error)
+            return
+        except ClusterLostError as error:
+            self._give_up(error)
             return
         self._failed_in_a_row = 0
         state.worker_examples += round_.num_examples
@@ -95,6 +100,11 @@ class Rounds:
             f"{brief(error)}"
         )
         if self._failed_in_a_row == MAX_FAILED_ROUNDS:
-            say(f"{MAX_FAILED_ROUNDS} rounds in a row are lost: training continues without workers")
-            self._pool = None
-            self._state.in_flight.clear()
+            self._give_up(f"{MAX_FAILED_ROUNDS} rounds in a row are lost")
+
+    def _give_up(self, reason: object) -> None:
+        """Goes on without workers; logged once."""
+        if self._pool:
+            say(f"{reason}: training continues without workers")
+        self._pool = None
+        self._state.in_flight.clear()

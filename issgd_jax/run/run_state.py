@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 
 from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
-from issgd_jax.errors import InputError
+from issgd_jax.errors import ClusterLostError, InputError
 from issgd_jax.files import sync_to_disk
 from issgd_jax.learning import payoff
 from issgd_jax.learning.learner import StepMetrics, TrainState
@@ -172,7 +172,7 @@ def _read_rounds(rounds) -> tuple[list, list[dict]]:
     """Returns (indices, scores) and the other fields of each round, without those that their device failed to score."""
     arrays, described = [], []
     for round_ in rounds:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # logged when it is to enter
+        with contextlib.suppress(jax.errors.JaxRuntimeError, ClusterLostError):  # logged when it is to enter
             arrays.append(jax.device_get((round_.indices, round_.scores)))
             described.append({"step": round_.step, "num_examples": round_.num_examples})
     return arrays, described

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,15 +20,16 @@ import pytest
 
 import issgd_jax
 from issgd_jax import InputError
-from issgd_jax.cluster import machines
+from issgd_jax.cluster import channel, dispatcher, link, machines
 from issgd_jax.cluster.dispatcher import Dispatcher
+from issgd_jax.cluster.leases import Layout
 from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.run import loop, metrics, wiring
 from issgd_jax.task.losses import example_loss
 from issgd_jax.task.models import MODELS
-from tests.helpers import arrays_of, check_same, scores, smoke, soak, without_time
+from tests.helpers import arrays_of, check_same, scores, smoke, soak, steps_of, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKERS = soak(2, 3)
@@ -63,8 +65,30 @@ def ray_processes(name, of=None):
                 yield process
 
 
-def workers():
-    return {process.pid for process in ray_processes("ray::Worker")}
+def wait_for_end(processes):
+    """Returns when all have ended; a zombie has."""
+    for _ in range(600):
+        if not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(processes)
+
+
+def children():
+    return set(psutil.Process().children())
+
+
+def workers(of=None):
+    return {process.pid for process in ray_processes("ray::Worker", of)}
+
+
+def wait_for_status(pool, condition):
+    """Returns the first status that fulfils the condition; it is up to a second old."""
+    for _ in range(600):
+        if condition(status := pool.status()):
+            return status
+        time.sleep(0.05)
+    raise TimeoutError(status)
 
 
 class Killer:
@@ -115,13 +139,15 @@ def make_work(num_examples, size=8):
 
 
 def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path):
-    """The program itself, with a cluster of its own; what it leaves behind is no process."""
+    """The program itself, with a cluster of its own; what it leaves behind is no process, also if it is killed."""
     command = [
         sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py:smoke", f"--workdir={tmp_path}",
         "--config.cluster.address=local", "--config.cluster.workers=1", "--config.devices.host_platform_count=1",
         "--config.devices.workers=1", "--config.schedule.name=free_running",
     ]  # fmt: skip
-    process = subprocess.Popen([*command, "--config.steps=1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in machines._PATIENT}
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    process = subprocess.Popen([*command, "--config.steps=1000000"], **options)
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -134,18 +160,32 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     status_command = [sys.executable, "-m", "issgd_jax", "status", str(tmp_path)]
     status = subprocess.run(status_command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert status.returncode == 0 and all(x in status.stdout for x in ("running, ", "worker 0", "leases:")), status
+    raylet = next(one for one in processes if one.name() == "raylet")
+    assert raylet.environ()["RAY_worker_register_timeout_seconds"] == "3600"  # a worker that starts is left alone
+    assert raylet.nice() == 0 and {os.getpriority(os.PRIO_PROCESS, pid) for pid in workers(process.pid)} == {15}
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told
+    wait_for_end(processes)
     step = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
-    again = subprocess.run(
-        [*command, f"--config.steps={step + 20}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert again.returncode == 0 and f"resumes from the checkpoint of step {step:,}" in again.stderr, again.stderr
+    rows = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    again = subprocess.Popen([*command, "--config.steps=1000000"], **options)
+    while len((tmp_path / "metrics.jsonl").read_text().splitlines()) < rows + 1:
+        assert again.poll() is None, again.communicate()
+        time.sleep(0.05)
+    processes = psutil.Process(again.pid).children(recursive=True)
+    again.kill()
+    assert f"resumes from the checkpoint of step {step:,}" in again.communicate()[1]
+    assert len(processes) > 3
+    wait_for_end(processes)
 
 
-def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster):
-    num_examples = 37
+ENDS = {psutil.Process.kill: "status -9", psutil.Process.suspend: "has sent nothing for 5 s"}
+
+
+def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cluster, monkeypatch, capsys):
+    """Also after the process that speaks with Ray has been killed."""
+    num_examples, others = 37, children()
     work = make_work(num_examples)
     images, labels = work.load(0, num_examples)
     params = MODELS["convnet"](3, channels=(4, 4), dense_size=8).init(jax.random.key(0), jnp.asarray(images[0]))
@@ -159,7 +199,15 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
             assert round_.step == 7 and round_.num_examples == 10
             np.add.at(times, round_.indices, 1)
             found[round_.indices] = round_.scores
-        status = pool.status()
+        status = wait_for_status(pool, lambda status: status["leases_done"] >= 2 * pool.rounds_per_sweep)
+        monkeypatch.setattr(link, "SILENT_SECONDS", soak(120.0, 5.0))
+        for end, reason in soak(list(ENDS.items())[:1], ENDS.items()):
+            (driver,) = children() - others
+            end(driver)
+            rounds = pool.score_next(params, 8, num_rounds=pool.rounds_per_sweep)
+            again = {int(i): score for round_ in rounds for i, score in zip(round_.indices, round_.scores)}
+            assert pool.status()["drivers_lost"] > 0 and reason in capsys.readouterr().err
+            np.testing.assert_array_equal([again[i] for i in range(num_examples)], found)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert times.min() >= 1
     assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_discarded"] == 0
@@ -167,24 +215,99 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
     assert [worker["devices"] for worker in status["workers"]] == [["cpu", "cpu"]] * 2
 
 
-def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(cluster, tmp_path, monkeypatch):
-    """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
-    config = small(steps=60, eval_every=20, checkpoint__every_steps=30)
-    plan = soak({11: 1, 30: 2}, {11: 1, 24: 2, 40: 3})
-    undisturbed = issgd_jax.train(config, tmp_path / "undisturbed")
-    killers, build, others = [], wiring.build, workers()
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory):
+    """A run whose workers live: its folder and rows."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, issgd_jax.train(equal_run(), folder)
 
-    def build_with_killer(prepared):
+
+def equal_run():
+    return small(steps=40, eval_every=20, checkpoint__every_steps=20)
+
+
+def check_equal(folder, rows, undisturbed):
+    assert without_time(rows) == without_time(undisturbed[1])
+    np.testing.assert_array_equal(scores(folder), scores(undisturbed[0]))
+    check_same(folder, 40, arrays_of(undisturbed[0], 40))
+
+
+def between_steps(monkeypatch, wrap):
+    """Puts what `wrap` makes of the step in its place, in the next run."""
+    build = wiring.build
+
+    def build_with(prepared):
         parts = build(prepared)
-        killers.append(Killer(parts.train_step, plan, others))
-        return dataclasses.replace(parts, train_step=killers[0])
+        return dataclasses.replace(parts, train_step=wrap(parts.train_step))
 
-    monkeypatch.setattr(wiring, "build", build_with_killer)
-    disturbed = issgd_jax.train(config, tmp_path / "disturbed")
+    monkeypatch.setattr(wiring, "build", build_with)
+
+
+def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(undisturbed, tmp_path, monkeypatch):
+    """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
+    plan, killers, others = soak({11: 1, 26: 2}, {7: 1, 18: 2, 30: 3}), [], workers()
+    between_steps(monkeypatch, lambda step: killers.append(Killer(step, plan, others)) or killers[0])
+    check_equal(tmp_path, issgd_jax.train(equal_run(), tmp_path), undisturbed)
     assert len(set(killers[0].killed)) == sum(plan.values())
-    assert without_time(disturbed) == without_time(undisturbed)
-    np.testing.assert_array_equal(scores(tmp_path / "disturbed"), scores(tmp_path / "undisturbed"))
-    check_same(tmp_path / "disturbed", 60, arrays_of(tmp_path / "undisturbed", 60))
+
+
+def test_a_run_whose_ray_is_killed_equals_one_whose_ray_lives(undisturbed, tmp_path, monkeypatch, capsys):
+    """Killed with signal 9. Red if one of Ray's processes ends the learner, or a round is lost with it.
+
+    The cluster that the other tests share is another local one on this machine: red if the two disturb each other.
+    """
+    monkeypatch.setattr(machines, "address_of_this_process", lambda address: address)
+    others = children()
+    plan, step, killed = soak({11: "raylet"}, {7: "raylet", 18: "gcs_server", 30: ""}), [0], []
+
+    def wrap(train_step):
+        def kill(*arguments, **keywords):
+            if (name := plan.get(step[0])) is not None:
+                (ended,) = children() - others
+                victim = next(ray_processes(name, ended.pid)) if name else ended
+                victim.kill()
+                wait_for_end([ended])
+                killed.append(name)
+            step[0] += 1
+            return train_step(*arguments, **keywords)
+
+        return kill
+
+    between_steps(monkeypatch, wrap)
+    check_equal(tmp_path, issgd_jax.train(equal_run(), tmp_path), undisturbed)
+    assert killed == list(plan.values())
+    told = capsys.readouterr().err
+    assert told.count("Ray is lost with all its workers, and restarts in") == told.count("Ray runs again") == len(plan)
+    assert told.count("Ray's logs are in ") == len(plan), told
+    assert len(machines.list_machines()) == 1
+
+
+def test_training_continues_without_workers_where_ray_cannot_be_had_again(tmp_path, monkeypatch, capsys):
+    """Red if the run ends, or waits for workers that can never come; or for a minute, as Ray does without its GCS."""
+    monkeypatch.setattr(machines, "address_of_this_process", lambda address: address)
+    others, step = children(), [0]
+
+    def wrap(train_step):
+        def kill(*arguments, **keywords):
+            if step[0] == 11:
+                monkeypatch.setattr(link, "_PROGRAM", "raise SystemExit('no Ray any more')")
+                monkeypatch.setattr(link, "BACKOFF_SECONDS", 0.01)
+                (driver,) = children() - others
+                next(ray_processes("gcs_server", driver.pid)).kill()
+                wait_for_end([driver])
+            step[0] += 1
+            return train_step(*arguments, **keywords)
+
+        return kill
+
+    between_steps(monkeypatch, wrap)
+    rows = issgd_jax.train(small(steps=40, eval_every=20, checkpoint__every_steps=20, cluster__workers=1), tmp_path)
+    told = capsys.readouterr().err
+    assert rows[-1]["step"] == 40 and told.count("training continues without workers") == 1, told
+    assert all(
+        x in told for x in ("Ray's gcs_server has ended", "drivers of Ray in a row are lost (", "no Ray any more")
+    )
+    assert steps_of(tmp_path)[-1] == 40
 
 
 def test_workers_make_a_problem_by_its_name(cluster, tmp_path):
@@ -226,12 +349,13 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
         checked = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
         with pytest.raises(StopIteration):
             loop.run(checked, steps, writer)
-        status = pool.status()
+        status = wait_for_status(
+            pool, lambda x: x["leases_done"] + x["leases_running"] + x["leases_waiting"] == pool._next_lease
+        )
     dead, back = entered.index(entered[-1]), last["back"][1]
     assert sum(worker["restarts"] for worker in status["workers"]) == sum(plan.values())
     assert back - max(plan) > 40 and dead > back  # steps without anybody, and scores after that
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(last["params"]))
-    assert status["leases_done"] + status["leases_running"] + status["leases_waiting"] == pool._next_lease
 
 
 @pytest.mark.parametrize(
@@ -311,18 +435,16 @@ def test_a_worker_whose_code_fails_is_told_of_and_others_do_it(cluster, capsys):
     assert "has failed to score, others try: OSError: the disk … is gone" in capsys.readouterr().err
 
 
+def make_dispatcher(make, told, *, cluster=None, num_workers=1, start_seconds=60.0):
+    layout = Layout.create(37, chunk_size=5, num_workers=1)
+    work, here = channel.pack(make), cluster or machines.list_machines()
+    return Dispatcher(work, layout, here, num_workers, send=told.append, start_seconds=start_seconds)
+
+
 @pytest.mark.timeout(120)
 def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, monkeypatch):
     """Red if a worker that is told to end while it learns something else goes on, and is waited for forever."""
-
-    async def ends_with_news(dispatcher, worker):
-        dispatcher._leases.add_worker(worker)
-        waiting = asyncio.create_task(dispatcher._acquire(worker))
-        await asyncio.sleep(0.01)
-        dispatcher._notify()
-        waiting.cancel()
-        await asyncio.wait([waiting], timeout=10)
-        return waiting.cancelled()
+    import ray
 
     async def dies_at_the_end(*_):
         try:
@@ -330,11 +452,91 @@ def test_the_end_comes_also_with_news_or_a_death_at_the_same_moment(cluster, mon
         finally:
             raise ray.exceptions.ActorDiedError
 
-    import ray
+    async def ends_with_news():
+        dispatcher = make_dispatcher(lambda: make_work(37), [])
+        running = asyncio.create_task(dispatcher.run())
+        await dispatcher.wait_for_workers()
+        worker = object()
+        dispatcher._leases.add_worker(worker)
+        waiting = asyncio.create_task(dispatcher._acquire(worker))
+        await asyncio.sleep(0.01)
+        dispatcher._notify()
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=10)
+        running.cancel()
+        await asyncio.wait([running])
+        return waiting.cancelled()
 
     monkeypatch.setattr(Dispatcher, "_serve", dies_at_the_end)
-    with start(lambda: make_work(37), num_workers=1) as pool:
-        assert asyncio.run_coroutine_threadsafe(ends_with_news(pool._dispatcher, object()), pool._loop).result()
+    assert asyncio.run(ends_with_news())
+
+
+def test_ray_that_ends_while_workers_start_ends_in_one_error_that_names_the_log(cluster, monkeypatch):
+    others = children()
+    receive = link.Link._receive
+
+    def kill_when_joined(self, kind, *values):
+        receive(self, kind, *values)
+        if kind == "joined":
+            (driver,) = children() - others
+            driver.kill()
+
+    monkeypatch.setattr(link.Link, "_receive", kill_when_joined)
+    with pytest.raises(InputError, match="has ended with status -9.*Ray's logs are in .*/logs"), start(make_work):
+        pass
+
+
+def dies_while_it_starts(file, times):
+    """The work of a worker that is killed with signal 9 before it has started, so many times."""
+
+    def make():
+        with open(file, "a") as deaths:
+            deaths.write("x")
+        if file.stat().st_size <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        from tests.cluster import pool_test  # noqa: PLW0406, takes seconds, which those that die save
+
+        return pool_test.make_work(37)
+
+    return make
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(cluster, tmp_path, capsys):
+    """Red if the run ends with the first death, or goes on with them without end."""
+    with start(dies_while_it_starts(tmp_path / "twice", 2), num_workers=1) as pool:
+        assert pool.status()["workers"][0]["restarts"] == 2
+    assert "worker 0 on" in (told := capsys.readouterr().err) and told.count("its process has died") == 2
+    message = "worker 0 on .* cannot start: its process has died; see the newest worker-.* in .*/logs"
+    with pytest.raises(InputError, match=message), start(dies_while_it_starts(tmp_path / "ever", 99), num_workers=1):
+        pass
+    assert (tmp_path / "ever").stat().st_size == dispatcher.MAX_FAILURES
+
+
+@pytest.mark.parametrize("has_started", [False, True], ids=["before training", "during"])
+def test_a_worker_that_never_starts_is_told_of_and_not_waited_for_without_limit(has_started, cluster, monkeypatch):
+    """Red if such a wait is silent or endless. (`COME_AND_GO` has one that Ray gives no process.)"""
+    monkeypatch.setattr(dispatcher, "TELL_SECONDS", (0.5, 1.0))
+    monkeypatch.setattr(dispatcher, "_WATCH_SECONDS", 0.1)
+    told = []
+
+    async def wait():
+        one = make_dispatcher(lambda: time.sleep(3600), told, start_seconds=4.0)
+        running = asyncio.create_task(one.run())
+        try:
+            if has_started:
+                one.submit(dispatcher.Parameters(0, 0, None, 0), [0], True)
+                await running
+            else:
+                await one.wait_for_workers()
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    missing = r"worker 0 on .* \(\d+ s: (Ray has not started its process: PENDING|its process runs, and is loading)"
+    message = f"none of the 1 worker.* has started within 4 s: {missing}.*; see .*, and Ray's logs in .*/logs"
+    with pytest.raises(InputError, match=message):
+        asyncio.run(wait())
+    assert any(re.search(f"waiting for {missing}", text) for _, text in told), told
 
 
 COME_AND_GO = """
@@ -343,6 +545,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 import numpy as np, ray
 from ray.cluster_utils import Cluster
 from issgd_jax.cluster import machines
+from issgd_jax.cluster import pool as pool_lib
 from issgd_jax.errors import InputError
 from tests.cluster.pool_test import make_work, start
 
@@ -360,8 +563,24 @@ try:
 except InputError as error:
     print(error)
 cluster.remove_node(other)
-first = cluster.add_node(num_cpus=1)
+first = cluster.add_node(num_cpus=1, num_gpus=1)
 cluster.wait_for_nodes()
+
+@ray.remote(num_cpus=0, num_gpus=1)
+class Other:
+    def wait(self):
+        pass
+
+other = Other.remote()
+ray.get(other.wait.remote())
+pool_lib.START_SECONDS = 2.0
+try:
+    with start(lambda: make_work(37), num_workers=None):
+        raise AssertionError("a worker has started without the GPU that it needs")
+except InputError as error:
+    print(error)
+pool_lib.START_SECONDS = 300.0
+ray.kill(other)
 
 def score(pool, sweeps):
     for _ in range(sweeps):
@@ -402,4 +621,5 @@ def test_machines_come_and_go_and_one_with_another_jax_is_refused(tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("survived\n"), done
     assert f"has jax 0.0.1 where the learner has {jax.__version__}: install the same on all machines" in done.stdout
+    assert re.search(r"started within 2 s: worker 0 .*has not started its process.*, 0 of 1 GPU are free", done.stdout)
     assert "is lost: its machine has left the cluster" in done.stderr

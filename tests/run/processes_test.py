@@ -5,6 +5,8 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -45,7 +47,7 @@ class Pair:
             flags = [f"--config.{name}={value}" for name, value in flatten(config).items() if value is not None]
             file = ROOT / "experiments" / "configs" / "digits.py"
             arguments = [f"--config={file}", f"--workdir={workdir}", *flags]
-            self.processes.append(victims.start_command(arguments, log, port))
+            self.processes.append(victims.start_command(arguments, log))
 
     def end(self, timeout=90):
         """Exit statuses."""
@@ -148,7 +150,7 @@ def test_processes_have_equal_parts(numbers, message, monkeypatch):
         devices.assign_roles(2)
 
 
-ADDRESS = {"distributed__coordinator": "127.0.0.1:9", "distributed__num_processes": 2, "distributed__process_id": 0}
+ADDRESS = {"distributed__coordinator": "127.0.0.1:45619", "distributed__num_processes": 2, "distributed__process_id": 0}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ ADDRESS = {"distributed__coordinator": "127.0.0.1:9", "distributed__num_processe
         (ADDRESS | {"distributed__process_id": 2}, "distributed.process_id must be below num_processes, got 2 of 2"),
         (ADDRESS | {"schedule__name": "free_running"}, "schedule.name is free_running, .*: use relaxed or exact"),
         (ADDRESS | {"proposal__when": "auto"}, "measures the cost of a step.*: give it by --config.proposal.cost"),
-        (ADDRESS, "distributed.coordinator is 127.0.0.1:9, but the processes cannot be joined there .*start a new"),
+        (ADDRESS, "distributed.coordinator is 127.0.0.1:45619, but the processes cannot be joined there .*start a new"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused_first(overrides, message, tmp_path):
@@ -171,3 +173,38 @@ def test_what_several_processes_cannot_do_is_refused_first(overrides, message, t
     with pytest.raises(InputError, match=message):
         issgd_jax.train(smoke(**overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+LISTEN = """
+import socket, sys
+import jax, psutil
+from issgd_jax import processes
+from issgd_jax.errors import InputError
+jax.config.update("jax_platforms", "cpu")
+for coordinator in sys.argv[1:]:
+    try:
+        processes.join(coordinator, 1, 0)
+    except InputError as error:
+        print(error)
+jax.devices()
+print({place.laddr for place in psutil.Process().net_connections() if place.status == "LISTEN"})
+"""
+
+
+def test_the_coordinator_listens_at_the_host_that_is_given_and_nowhere_else():
+    """Red if a stranger on another network can reach it, or if JAX aborts the process where it cannot listen."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        with socket.create_server(("127.0.0.2", 0)) as other:
+            port = other.getsockname()[1]
+        addresses = [f"127.0.0.1:{taken}", "203.0.113.5:45618", "nowhere.invalid:45618", f"127.0.0.2:{port}"]
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COORDINATOR_BIND_ADDRESS"}
+        command = [sys.executable, "-c", LISTEN, *addresses]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done
+    *refused, places = done.stdout.splitlines()
+    for address, message in zip(addresses, refused, strict=False):
+        assert message.startswith(f"distributed.coordinator is {address}, but process 0 cannot listen at {address} (")
+    assert len(refused) == 3 and f"port={port})" in places
+    # The other places are those of Gloo, which passes arrays between processes.
+    assert places.count("127.0.0.2") == 1 and "'::'" not in places and "0.0.0.0" not in places
