@@ -7,22 +7,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term
+from issgd_jax.gradnorm.lengths import accumulator
 
 
 def zero(shape: tuple[int, ...], dtype) -> Factored:
     """Returns a gradient of zeros, of no terms."""
     return Factored((), tuple(shape), "", dtype)
-
-
-def accumulator(dtype) -> Any:
-    """Returns the data type in which sums are kept: float32 or wider."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def add(x: Gradient, y: Gradient) -> Gradient:
@@ -205,8 +200,3 @@ def lay_out(x: Gradient, products: Sequence[jax.Array]) -> jax.Array:
 def form(x: Gradient) -> jax.Array:
     """Returns the gradient itself."""
     return lay_out(x, multiply_out(x)).astype(x.dtype) if isinstance(x, Factored) else x
-
-
-def sum_squares(products: Sequence[jax.Array]) -> jax.Array:
-    """Returns the squared norm of the parts from `multiply_out`; XLA fuses each part's sum with its product."""
-    return sum(jnp.sum(jnp.square(product)) for product in products)
