@@ -45,14 +45,14 @@ def _swap(x: Factored) -> Factored:
     return dataclasses.replace(x, terms=terms, sides=x.sides.translate(str.maketrans("lr", "rl")))
 
 
-def scale(x: Gradient, factor: jax.Array) -> Gradient:
-    """Returns x · factor, for a scalar factor."""
+def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply) -> Gradient:
+    """Returns x · factor, or x / factor, for a scalar factor."""
     if not isinstance(x, Factored):
-        return x * factor
+        return operation(x, factor)
 
     def scaled(term):
         array = term.right.array.astype(jnp.promote_types(term.right.array.dtype, x.dtype))
-        return dataclasses.replace(term, right=Dense((array * factor).astype(array.dtype), term.right.labels))
+        return dataclasses.replace(term, right=Dense(operation(array, factor).astype(array.dtype), term.right.labels))
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
 

@@ -1,4 +1,4 @@
-"""A function of one example on all examples of a batch: together where JAX can batch it, otherwise one after another."""
+"""A function of one example on all examples of a batch: together, or one after another where JAX cannot batch it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -60,8 +60,11 @@ def per_example_grad_norms(
     Guarantees:
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
         that JAX can differentiate. Sums are kept in float32 or wider.
-      - Where contributions of one parameter's uses nearly cancel, its gradients are formed at run time, since inner
-        products would lose precision. Under `vmap` both branches are computed.
+      - A norm that is a normal number of its type (in float32 from 1e-38 to 3e38) keeps its digits, though its square
+        is none. A gradient that is not finite has a norm that is not.
+      - Where contributions of one parameter's uses nearly cancel, or inner products of its factors overflow or
+        underflow, its gradients are formed at run time. Under `vmap` both branches are computed.
+      - A loss that JAX cannot batch, such as one with `jax.lax.ragged_dot`, is computed one example at a time.
       - The function works under `jit`, `pmap`, `vmap` and `grad`. The derivative of a norm at 0 is defined as 0.
 
     BatchNorm in training mode has no gradient of one example: use its running averages, LayerNorm or GroupNorm.
@@ -142,12 +145,13 @@ def value_grad_and_norms(
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def value_grad_and_norms(params, importance_weights, *batch, key=None):
         loss = trace_loss(*with_keys(loss_fn, (params, *batch), argnums, key, keyed), has_aux)
-        importance_weights = jnp.asarray(importance_weights)
-        if importance_weights.shape != (loss.batch_size,):
+        shape = None if importance_weights is None else jnp.shape(importance_weights)
+        if shape != (loss.batch_size,):
             raise ValueError(
                 f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
-                f"{importance_weights.shape}"
+                f"{shape}: pass jnp.ones({loss.batch_size}) for the plain mean"
             )
+        importance_weights = jnp.asarray(importance_weights)
         coefficients = importance_weights / loss.batch_size
         (losses, aux, norms), gradient = _in_microbatches(
             lambda batch: _one_pass(loss, *batch),

@@ -16,6 +16,8 @@ Sizes = tuple[Size, ...] | None
 # Form in which the value of a variable is needed; None if it is not needed.
 ARRAY, FACTORED = "array", "factored"
 Want = str | None
+# Largest constant, or one over it, by which factors are scaled.
+LARGEST_SCALE = 1e12
 
 
 class Rule:
@@ -121,7 +123,9 @@ class Scale(Rule):
     def _gradient(self, eqn) -> int | None:
         """Returns the index of the operand that is not a scalar, if exactly one is."""
         scalars = [atom.aval.ndim == 0 for atom in eqn.invars]
-        return None if scalars in ([True, True], [False, False]) else scalars.index(False)
+        if scalars in ([True, True], [False, False]) or not _is_moderate(eqn.invars[scalars.index(True)]):
+            return None
+        return scalars.index(False)
 
 
 class Broadcast(Linear):
@@ -156,7 +160,12 @@ def _keeps_float(eqn: JaxprEqn) -> bool:
 
 
 def _by_a_scalar(eqn: JaxprEqn) -> bool:
-    return eqn.invars[1].aval.ndim == 0
+    return eqn.invars[1].aval.ndim == 0 and _is_moderate(eqn.invars[1])
+
+
+def _is_moderate(scalar) -> bool:
+    """Returns whether a factor may be scaled by it in place of the gradient; by 1e-30 it might underflow alone."""
+    return not isinstance(scalar, Literal) or scalar.val == 0 or 1 / LARGEST_SCALE <= abs(scalar.val) <= LARGEST_SCALE
 
 
 RULES: dict[str, Rule] = {
@@ -172,7 +181,7 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
     "reduce_sum": Linear(_as_reshape, _keeps_order),
     "mul": Scale(),
-    "div": Linear(lambda eqn, x, y: algebra.scale(x, 1 / y), _by_a_scalar),
+    "div": Linear(lambda eqn, x, y: algebra.scale(x, y, jnp.divide), _by_a_scalar),
     "neg": Linear(lambda eqn, x: algebra.scale(x, -1)),
     "convert_element_type": Linear(lambda eqn, x: algebra.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),
     "copy": Linear(lambda eqn, x: x),

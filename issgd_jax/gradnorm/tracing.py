@@ -194,10 +194,20 @@ def _check_batch(batch: dict) -> None:
         for i, tree in batch.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+    hint = "; pass one random key for the batch as key=, with keyed=True" if _has_one_key(batch) else ""
     if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
-        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}")
+        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}{hint}")
     if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(f"batch arguments differ in their leading axis: {shapes}")
+        raise ValueError(f"batch arguments differ in their leading axis: {shapes}{hint}")
+
+
+def _has_one_key(batch: dict) -> bool:
+    """Returns whether one random key, typed or raw, is among the batch arguments."""
+    return any(
+        (jnp.ndim(leaf) == 0 and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key))
+        or (jnp.shape(leaf) == (2,) and _dtype(leaf) == jnp.uint32)
+        for leaf in jax.tree.leaves(batch)
+    )
 
 
 def _dtype(leaf):
