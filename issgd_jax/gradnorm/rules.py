@@ -51,7 +51,7 @@ class Source(Rule):
         self._size, self._make = size, make
 
     def sizes(self, eqn, operands):
-        size = self._size(eqn)
+        size = self._size(eqn) if _is_fine(eqn.outvars[0].aval.dtype) else None
         return [None if size is None else (size,)], []
 
     def wants(self, eqn, outs, inner):
@@ -156,7 +156,12 @@ def _keeps_order(eqn: JaxprEqn) -> bool:
 
 
 def _keeps_float(eqn: JaxprEqn) -> bool:
-    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (eqn.invars[0], eqn.outvars[0]))
+    return all(_is_fine(v.aval.dtype) for v in (eqn.invars[0], eqn.outvars[0]))
+
+
+def _is_fine(dtype) -> bool:
+    """Returns whether a type is a float to which sums need not be rounded; in float8 rounding is part of the result."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2
 
 
 def _by_a_scalar(eqn: JaxprEqn) -> bool:

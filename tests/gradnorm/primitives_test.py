@@ -112,7 +112,7 @@ LOSSES = {
     ),
     "custom_vjp": lambda w, x: doubled(x, w),
     "custom_vjp_in_scan": in_a_scan(lambda h, r, w: jnp.tanh(doubled(h[None], w)[0] + r)),
-    "custom_vmap": lambda w, x: batched(x @ w),
+    "custom_vmap": lambda w, x: batched(lax.stop_gradient(x @ w)) * (x @ w),
     "debug_callback": lambda w, x: (jax.debug.callback(lambda _: None, x[0, 0]), x @ w)[1],
     "eigh": lambda w, x: jnp.linalg.eigh(positive(w))[0] * x[0, 0],
     "fft": lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x) * w[0, :4]),
@@ -126,8 +126,8 @@ LOSSES = {
     "random": lambda w, x: (x @ w) * jax.random.bernoulli(jax.random.key(0), 0.5, (4, SIZE)),
     "reduce_precision": lambda w, x: lax.reduce_precision(x @ w, 8, 7),
     "ref": run_ref,
-    "shard_map": mapped(lambda x, w: jnp.sin(x @ w), (I, NONE), I),
-    "shard_map_psum": mapped(lambda x, w: lax.psum(jnp.sin(x @ w), "i"), (PartitionSpec(None, "i"), I), NONE),
+    "shard_map": mapped(lambda w, x: jnp.sin(x @ w), (NONE, I), I),
+    "shard_map_psum": mapped(lambda w, x: lax.psum(jnp.sin(x @ w), "i"), (I, PartitionSpec(None, "i")), NONE),
     "sort": lambda w, x: jnp.sort(x @ w, 0),
     "svd": lambda w, x: jnp.linalg.svd(w, compute_uv=False) * x[0, 0],
     "switch": lambda w, x: lax.switch(
@@ -137,7 +137,7 @@ LOSSES = {
         jnp.tril(w) + 3 * jnp.eye(SIZE), x.T, lower=True
     ),
     "while_without_gradient": lambda w, x: (
-        (x @ w) * lax.stop_gradient(lax.while_loop(lambda s: s < 9, lambda s: s + 1 + jnp.abs(w[0, 0]), 0.0))
+        (x @ w) * lax.while_loop(lambda s: s < 9, lambda s: s + 1 + lax.stop_gradient(jnp.abs(w[0, 0])), 0.0)
     ),
 }
 # JAX has no batching rule for these, or one that refuses.
