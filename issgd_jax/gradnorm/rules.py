@@ -170,7 +170,8 @@ def _by_a_scalar(eqn: JaxprEqn) -> bool:
 
 def _is_moderate(scalar) -> bool:
     """Returns whether a factor may be scaled by it in place of the gradient; by 1e-30 it might underflow alone."""
-    return not isinstance(scalar, Literal) or scalar.val == 0 or 1 / LARGEST_SCALE <= abs(scalar.val) <= LARGEST_SCALE
+    size = float(abs(scalar.val)) if isinstance(scalar, Literal) else 1
+    return size == 0 or 1 / LARGEST_SCALE <= size <= LARGEST_SCALE
 
 
 RULES: dict[str, Rule] = {
