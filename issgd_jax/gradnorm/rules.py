@@ -51,7 +51,8 @@ class Source(Rule):
         self._size, self._make = size, make
 
     def sizes(self, eqn, operands):
-        size = self._size(eqn) if _is_fine(eqn.outvars[0].aval.dtype) else None
+        floats = [v.aval.dtype for v in eqn.invars if not jnp.issubdtype(v.aval.dtype, jnp.integer)]
+        size = self._size(eqn) if all(map(_is_fine, [*floats, eqn.outvars[0].aval.dtype])) else None
         return [None if size is None else (size,)], []
 
     def wants(self, eqn, outs, inner):

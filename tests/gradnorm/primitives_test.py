@@ -84,7 +84,7 @@ def ragged(w, x):
     return lax.ragged_dot(x, jnp.stack([w, w.T]), jnp.where(x[0, 0] > 0, jnp.array([1, 3]), jnp.array([2, 2])))
 
 
-def half_dot(dtype):
+def narrow_dot(dtype):
     return lambda w, x: lax.dot_general(
         x.astype(dtype), w.astype(dtype), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -96,7 +96,7 @@ LOSSES = {
     "associative_scan": lambda w, x: lax.associative_scan(lambda a, b: a * b + jnp.sin(a), x @ w),
     "barrier": lambda w, x: lax.optimization_barrier(x @ w),
     "bcoo_of_w": lambda w, x: sparse.BCOO((w[0, :3], jnp.array([[0, 1], [1, 2], [5, 5]])), shape=(SIZE, SIZE)) @ x.T,
-    "bfloat16": half_dot(jnp.bfloat16),
+    "bfloat16": narrow_dot(jnp.bfloat16),
     "checkpoint_policy": lambda w, x: jax.checkpoint(
         lambda x, w: jnp.sin(jnp.sin(x @ w) @ w), policy=jax.checkpoint_policies.dots_saveable
     )(x, w),
@@ -116,8 +116,9 @@ LOSSES = {
     "debug_callback": lambda w, x: (jax.debug.callback(lambda _: None, x[0, 0]), x @ w)[1],
     "eigh": lambda w, x: jnp.linalg.eigh(positive(w))[0] * x[0, 0],
     "fft": lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x) * w[0, :4]),
-    "float16": half_dot(jnp.float16),
+    "float16": narrow_dot(jnp.float16),
     "float8": lambda w, x: x @ w.astype(jnp.float8_e4m3fn).astype(jnp.float32),
+    "float8_dot": narrow_dot(jnp.float8_e4m3fn),
     "int8": lambda w, x: x.astype(jnp.int8).astype(jnp.float32) @ w,
     "map": lambda w, x: lax.map(lambda r: jnp.tanh(r @ w), x, batch_size=2),
     "platform_dependent": lambda w, x: lax.platform_dependent(
@@ -165,7 +166,7 @@ def test_equals_a_loop_of_grad(name):
 
     (losses, gradients), ours = jax.jit(both, compiler_options=QUICK)(W, X)
     gradients = np.asarray(gradients, np.float64)
-    tolerance = 1e-2 if name in ("bfloat16", "float16", "float8") else 1e-4
+    tolerance = 1e-2 if name in ("bfloat16", "float16", "float8", "float8_dot") else 1e-4
     np.testing.assert_allclose(ours[0], losses, rtol=tolerance, atol=1e-5)
     np.testing.assert_allclose(ours[2], np.sqrt(np.sum(gradients**2, (1, 2))), rtol=tolerance)
     expected = np.tensordot(importance_weights, gradients, 1) / 3
