@@ -7,22 +7,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term
+from issgd_jax.gradnorm.lengths import accumulator
 
 
 def zero(shape: tuple[int, ...], dtype) -> Factored:
     """Returns a gradient of zeros, of no terms."""
     return Factored((), tuple(shape), "", dtype)
-
-
-def accumulator(dtype) -> Any:
-    """Returns the data type in which sums are kept: float32 or wider."""
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def add(x: Gradient, y: Gradient) -> Gradient:
@@ -50,14 +45,14 @@ def _swap(x: Factored) -> Factored:
     return dataclasses.replace(x, terms=terms, sides=x.sides.translate(str.maketrans("lr", "rl")))
 
 
-def scale(x: Gradient, factor: jax.Array) -> Gradient:
-    """Returns x · factor, for a scalar factor."""
+def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply) -> Gradient:
+    """Returns x · factor, or x / factor, for a scalar factor."""
     if not isinstance(x, Factored):
-        return x * factor
+        return operation(x, factor)
 
     def scaled(term):
         array = term.right.array.astype(jnp.promote_types(term.right.array.dtype, x.dtype))
-        return dataclasses.replace(term, right=Dense((array * factor).astype(array.dtype), term.right.labels))
+        return dataclasses.replace(term, right=Dense(operation(array, factor).astype(array.dtype), term.right.labels))
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
 
@@ -205,8 +200,3 @@ def lay_out(x: Gradient, products: Sequence[jax.Array]) -> jax.Array:
 def form(x: Gradient) -> jax.Array:
     """Returns the gradient itself."""
     return lay_out(x, multiply_out(x)).astype(x.dtype) if isinstance(x, Factored) else x
-
-
-def sum_squares(products: Sequence[jax.Array]) -> jax.Array:
-    """Returns the squared norm of the parts from `multiply_out`; XLA fuses each part's sum with its product."""
-    return sum(jnp.sum(jnp.square(product)) for product in products)

@@ -50,8 +50,9 @@ class Explanation(NamedTuple):
 
     Attributes:
       rows: One row for each leaf.
-      notes: Equations that this version of JAX writes in another way than is known here: gradients that pass through
-        them are formed.
+      notes: What makes the norms slower: equations that this version of JAX writes in another way than is known here,
+        so that gradients that pass through them are formed; and one that JAX cannot batch, so that examples are
+        computed one at a time.
     """
 
     rows: tuple[Row, ...]
@@ -65,8 +66,7 @@ class Explanation(NamedTuple):
             "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
             for line in table
         ]
-        notes = [f"{note}: gradients that pass through it are formed" for note in self.notes]
-        return "\n".join([*(line.rstrip() for line in lines), *notes])
+        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
 
     @property
     def total(self) -> Row:
@@ -125,7 +125,10 @@ def _explain(loss_fn, tree, shapes, argnums, has_aux: bool, keyed: bool) -> Expl
     _, _, gradients = jax.eval_shape(loss.factored_gradients, loss.params, loss.batch)
     named = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(loss.params_tree, list(range(len(gradients)))))
     rows = tuple(_row(jax.tree_util.keystr(path) or "params", gradients[i]) for path, i in named)
-    return Explanation(rows, tuple(sorted(loss.analysis.unknown)))
+    notes = [f"{reason}: gradients that pass through it are formed" for reason in sorted(loss.analysis.unknown)]
+    if loss.why_one_at_a_time is not None:
+        notes.append(f"examples are computed one at a time, as JAX cannot batch the loss: {loss.why_one_at_a_time}")
+    return Explanation(rows, tuple(notes))
 
 
 def _row(name: str, batched) -> Row:

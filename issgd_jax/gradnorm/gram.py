@@ -1,12 +1,20 @@
 """Norms of factored gradients from inner products of their factors. For ONE example, batched by `vmap`."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm import algebra
-from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Term
+from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
+from issgd_jax.gradnorm.lengths import accumulator, length, root
+
+# Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
+# float32 would exceed a relative error of 1e-5.
+LEAST_SHARE = 1 / 128
+# Largest share of the squared norm that may have underflowed.
+LARGEST_LOSS = 1e-6
 
 
 def can_cancel(x: Factored) -> bool:
@@ -34,23 +42,59 @@ def _join(x: Factored) -> Factored:
     return dataclasses.replace(x, terms=(Term(left, right, dense[0].precision), *other))
 
 
-def norm_squared(x: Factored) -> tuple[jax.Array, jax.Array]:
-    """Returns Σ_st <left_s, left_t> <right_s, right_t> over all pairs of uses, without forming the gradient.
+def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm √Σ_st <left_s, left_t> <right_s, right_t> over all pairs of uses; no gradient is formed.
 
     Returns:
-      The squared norm, f32[], and the same sum over absolute values, f32[], to which rounding errors are relative.
+      The norm, f32[], and whether it has its digits, bool[]: the inner products do not nearly cancel, and what
+      underflows in them is too small to matter, even if the other factor is as large as it gets.
     """
     x = _join(x)
+    if not can_cancel(x):
+        return _uncancelled(x.terms[0], x), jnp.bool_(True)
     total = absolute = jnp.float32(0)
     for a, first in enumerate(x.terms):
         for b, second in enumerate(x.terms[: a + 1]):
             if a == b and not _can_cancel(first):
-                alone = _uncancelled(first, x)
+                alone = jnp.square(_uncancelled(first, x))
                 total, absolute = total + alone, absolute + alone
             else:
-                both = (1 if a == b else 2) * _sums(_products(first, second, x))
+                products = _left_products(first, second, x), _right_products(first, second, x)
+                both = (1 if a == b else 2) * _sums(*products, x)
                 total, absolute = total + both[0], absolute + both[1]
-    return jnp.maximum(total, 0), absolute
+    least = sum(term.uses for term in x.terms) ** 2 * _underflow(total.dtype)
+    exact = jnp.isfinite(total) & (total >= least) & (total >= LEAST_SHARE * absolute)
+    return root(jnp.maximum(total, 0)), exact
+
+
+def is_zero(x: Factored) -> jax.Array:
+    """Returns whether each term has a factor that is exactly zero."""
+
+    def zero(term):
+        left = term.left.image if isinstance(term.left, Patches) else term.left
+        factors = [term.right] if isinstance(left, OneHot) else [left, term.right]
+        return functools.reduce(jnp.logical_or, (jnp.all(factor.array == 0) for factor in factors))
+
+    return functools.reduce(jnp.logical_and, map(zero, x.terms))
+
+
+def has_nan(x: Factored) -> jax.Array:
+    """Returns whether 0 is multiplied by an infinity in a gradient of one term, whose norm then is no number."""
+    (term,) = x.terms
+    if isinstance(term.left, OneHot):
+        return jnp.bool_(False)
+
+    def any_of(which, factor):
+        return functools.reduce(jnp.logical_or, (jnp.any(which(part), (1, 2)) for part in factor))
+
+    left, right = algebra.left_slabs(term, x)[1], [algebra.right_factor(term, x)]
+    return jnp.any(
+        (any_of(jnp.isinf, left) & any_of(_is_zero, right)) | (any_of(_is_zero, left) & any_of(jnp.isinf, right))
+    )
+
+
+def _is_zero(x: jax.Array) -> jax.Array:
+    return x == 0
 
 
 def _can_cancel(term: Term) -> bool:
@@ -58,30 +102,35 @@ def _can_cancel(term: Term) -> bool:
 
 
 def _uncancelled(term: Term, x: Factored) -> jax.Array:
-    """Returns the squared norm of a term that has one use, or whose rows are summed before they are squared."""
+    """Returns the norm of a term that has one use, or whose rows are summed before they are squared."""
     if isinstance(term.left, OneHot):
-        return _one_hot_norm_squared(term, x)
-    left = sum(_square_length(slab) for slab in algebra.left_slabs(term, x)[1])
-    return jnp.sum(left * _square_length(algebra.right_factor(term, x)))
+        return _one_hot_norm(term, x)
+    # Each of the two norms is in range, even where one factor is huge and the other tiny.
+    left = length(algebra.left_slabs(term, x)[1], axis=(1, 2))
+    return length([left * length([algebra.right_factor(term, x)], axis=(1, 2))])
 
 
-def _square_length(factor: jax.Array) -> jax.Array:
-    """Maps [K, 1, I] or [K, I, 1] to squared lengths [K]."""
-    return jnp.sum(jnp.square(factor.astype(algebra.accumulator(factor.dtype))), axis=(1, 2))
+def _right_products(first: Term, second: Term, x: Factored) -> jax.Array:
+    """Returns <right_s, right_t> as [K, S, T]."""
+    factors = algebra.right_factor(first, x), algebra.right_factor(second, x)
+    return algebra.contract("ksj,ktj->kst", *factors, first.precision)
 
 
-def _products(first: Term, second: Term, x: Factored) -> jax.Array:
-    """Returns <left_s, left_t> <right_s, right_t> as [K, S, T]."""
-    right = algebra.contract(
-        "ksj,ktj->kst", algebra.right_factor(first, x), algebra.right_factor(second, x), first.precision
-    )
-    return _left_products(first, second, x) * right
+def _sums(left: jax.Array, right: jax.Array, x: Factored) -> jax.Array:
+    """Returns Σ l·r and Σ |l·r| of inner products l, r [K, S, T]; |l|, |r| count as what may have underflowed in them.
+
+    Both by one reduction, which XLA fuses with the products; two would write them to memory.
+    """
+    dtype = jnp.promote_types(left.dtype, right.dtype)
+    least = max(x.size("l"), x.size("r")) * _underflow(dtype) / LEAST_SHARE
+    signs, floors = (jnp.asarray(r, dtype).reshape(2, *(1 for _ in right.shape)) for r in ([1, -1], [-jnp.inf, least]))
+    left, right = (jnp.maximum(jnp.maximum(y, signs * y), floors) for y in (left.astype(dtype), right))
+    return jnp.sum(left * right, axis=range(1, left.ndim))
 
 
-def _sums(products: jax.Array) -> jax.Array:
-    """Returns Σ x and Σ |x| by one reduction, which XLA fuses with the products; two would write them to memory."""
-    signs = jnp.asarray([1, -1], products.dtype).reshape(2, *(1 for _ in products.shape))
-    return jnp.sum(jnp.maximum(products, signs * products), axis=range(1, 1 + products.ndim))
+def _underflow(dtype) -> float:
+    """Returns the least number beside which one that underflows does not matter."""
+    return float(jnp.finfo(dtype).tiny) / LARGEST_LOSS
 
 
 def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
@@ -100,15 +149,14 @@ def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
     return sum(algebra.contract(equation, s, t, first.precision) for s, t in zip(slabs, others, strict=True))
 
 
-def _one_hot_norm_squared(term: Term, x: Factored) -> jax.Array:
+def _one_hot_norm(term: Term, x: Factored) -> jax.Array:
     """Adds the uses of each table row and squares the sums, in memory of the size of the uses, not of the table."""
 
     def summed_rows(index, right):
         order = jnp.argsort(index)
         ordered = index[order]
         starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
-        rows = right[order].astype(algebra.accumulator(right.dtype))
-        rows = jax.ops.segment_sum(rows, jnp.cumsum(starts), index.size, indices_are_sorted=True)
-        return jnp.sum(jnp.square(rows))
+        rows = right[order].astype(accumulator(right.dtype))
+        return jax.ops.segment_sum(rows, jnp.cumsum(starts), index.size, indices_are_sorted=True)
 
-    return jnp.sum(jax.vmap(summed_rows)(term.left.arrange(x.axes("k")), algebra.right_factor(term, x)))
+    return length([jax.vmap(summed_rows)(term.left.arrange(x.axes("k")), algebra.right_factor(term, x))])

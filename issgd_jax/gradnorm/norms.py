@@ -11,16 +11,13 @@ from jax import lax
 from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
+from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
 # Memory for gradients that no rule covers; above it, the whole pass runs in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
-
-# Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
-# float32 would exceed a relative error of 1e-5.
-LEAST_SHARE = 1 / 128
 
 
 def per_example_grad_norms(
@@ -63,8 +60,11 @@ def per_example_grad_norms(
     Guarantees:
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
         that JAX can differentiate. Sums are kept in float32 or wider.
-      - Where contributions of one parameter's uses nearly cancel, its gradients are formed at run time, since inner
-        products would lose precision. Under `vmap` both branches are computed.
+      - A norm that is a normal number of its type (in float32 from 1e-38 to 3e38) keeps its digits, though its square
+        is none. A gradient that is not finite has a norm that is not.
+      - Where contributions of one parameter's uses nearly cancel, or inner products of its factors overflow or
+        underflow, its gradients are formed at run time. Under `vmap` both branches are computed.
+      - A loss that JAX cannot batch, such as one with `jax.lax.ragged_dot`, is computed one example at a time.
       - The function works under `jit`, `pmap`, `vmap` and `grad`. The derivative of a norm at 0 is defined as 0.
 
     BatchNorm in training mode has no gradient of one example: use its running averages, LayerNorm or GroupNorm.
@@ -83,10 +83,10 @@ def per_example_grad_norms(
 def _norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def norms(*args, key=None):
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
-        (_, aux, squares), _ = _in_microbatches(
+        (_, aux, norms), _ = _in_microbatches(
             lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or _default_size(loss)
         )
-        result = _finish(squares, loss, squared, per_leaf)
+        result = _finish(norms, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
 
     return norms
@@ -145,14 +145,15 @@ def value_grad_and_norms(
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def value_grad_and_norms(params, importance_weights, *batch, key=None):
         loss = trace_loss(*with_keys(loss_fn, (params, *batch), argnums, key, keyed), has_aux)
-        importance_weights = jnp.asarray(importance_weights)
-        if importance_weights.shape != (loss.batch_size,):
+        shape = None if importance_weights is None else jnp.shape(importance_weights)
+        if shape != (loss.batch_size,):
             raise ValueError(
                 f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
-                f"{importance_weights.shape}"
+                f"{shape}: pass jnp.ones({loss.batch_size}) for the plain mean"
             )
+        importance_weights = jnp.asarray(importance_weights)
         coefficients = importance_weights / loss.batch_size
-        (losses, aux, squares), gradient = _in_microbatches(
+        (losses, aux, norms), gradient = _in_microbatches(
             lambda batch: _one_pass(loss, *batch),
             (loss.batch, coefficients),
             microbatch_size or _default_size(loss),
@@ -161,21 +162,21 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
         return (
             (losses, aux) if has_aux else losses,
             jax.tree.unflatten(loss.params_tree, gradient),
-            _finish(squares, loss, squared, per_leaf),
+            _finish(norms, loss, squared, per_leaf),
         )
 
     return value_grad_and_norms
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
-    """Returns (losses, aux, squared norms of each leaf), and each leaf's gradient summed with the coefficients."""
+    """Returns (losses, aux, norms of each leaf), and each leaf's gradient summed with the coefficients."""
     losses, aux, gradients = loss.factored_gradients(loss.params, batch)
-    squares, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
-    return (losses, aux, squares), sums
+    norms, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
+    return (losses, aux, norms), sums
 
 
 def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
-    """Returns the squared norms [B] of one leaf's gradients, and their sum with the coefficients, if given."""
+    """Returns the norms [B] of one leaf's gradients, and their sum with the coefficients, if given."""
     if isinstance(gradient, Factored) and not gradient.terms:
         return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
@@ -188,29 +189,33 @@ def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examp
 
 
 def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array:
-    """Returns squared norms [B] from pairs of uses; where those nearly cancel, from formed gradients."""
+    """Returns norms [B] from pairs of uses; where those lose their digits, from formed gradients."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
-    (squares, absolute), _ = _in_microbatches(
-        lambda chunk: (jax.vmap(gram.norm_squared)(chunk), None), gradient, size, has_sums=False
+    (norms, exact), _ = _in_microbatches(
+        lambda chunk: (jax.vmap(gram.norm)(chunk), None), gradient, size, has_sums=False
     )
     if not gram.can_cancel(example):
-        return squares
+        has_nan = lambda: jax.vmap(gram.has_nan)(gradient)  # noqa: E731
+        return lax.cond(jnp.all(jnp.isfinite(norms)), lambda: norms, lambda: jnp.where(has_nan(), jnp.nan, norms))
 
     def formed():
         formed, _ = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size, has_sums=False)
-        return formed.astype(squares.dtype)
+        return formed.astype(norms.dtype)
 
-    return lax.cond(jnp.all(squares >= LEAST_SHARE * absolute), lambda: squares, formed)
+    # Zeros look like underflow, and are looked for only where there is one or the other.
+    all_exact = jnp.all(exact)
+    all_exact = lax.cond(all_exact, lambda: all_exact, lambda: jnp.all(exact | jax.vmap(gram.is_zero)(gradient)))
+    return lax.cond(all_exact, lambda: norms, formed)
 
 
 def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Returns squared norms [B] of formed gradients, and their sum with the coefficients, if given."""
+    """Returns norms [B] of formed gradients, and their sum with the coefficients, if given."""
     products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
         sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
         total = algebra.lay_out(gradient, sums)
-    return jax.vmap(algebra.sum_squares)(products), total
+    return jax.vmap(length)(products), total
 
 
 def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
@@ -247,17 +252,11 @@ def _in_microbatches(function: Callable, batch, size: int | None, *, has_sums: b
     )
 
 
-def _finish(squares, loss: TracedLoss, squared: bool, per_leaf: bool):
-    if not per_leaf:
-        total = sum(squares, start=jnp.zeros(loss.batch_size, jnp.float32))
-        return total if squared else _root(total)
-    return jax.tree.unflatten(loss.params_tree, squares if squared else [_root(x) for x in squares])
-
-
-def _root(x: jax.Array) -> jax.Array:
-    """Returns √x with derivative 0, not infinity, at 0."""
-    is_zero = x == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+def _finish(norms, loss: TracedLoss, squared: bool, per_leaf: bool):
+    if per_leaf:
+        return jax.tree.unflatten(loss.params_tree, [jnp.square(x) if squared else x for x in norms])
+    norm = length([jnp.stack([jnp.zeros(loss.batch_size), *norms])], axis=0)
+    return jnp.square(norm) if squared else norm
 
 
 def _default_size(loss: TracedLoss) -> int | None:

@@ -16,6 +16,8 @@ Sizes = tuple[Size, ...] | None
 # Form in which the value of a variable is needed; None if it is not needed.
 ARRAY, FACTORED = "array", "factored"
 Want = str | None
+# Largest constant, or one over it, by which factors are scaled.
+LARGEST_SCALE = 1e12
 
 
 class Rule:
@@ -49,7 +51,8 @@ class Source(Rule):
         self._size, self._make = size, make
 
     def sizes(self, eqn, operands):
-        size = self._size(eqn)
+        floats = [v.aval.dtype for v in eqn.invars if not jnp.issubdtype(v.aval.dtype, jnp.integer)]
+        size = self._size(eqn) if all(map(_is_fine, [*floats, eqn.outvars[0].aval.dtype])) else None
         return [None if size is None else (size,)], []
 
     def wants(self, eqn, outs, inner):
@@ -121,7 +124,9 @@ class Scale(Rule):
     def _gradient(self, eqn) -> int | None:
         """Returns the index of the operand that is not a scalar, if exactly one is."""
         scalars = [atom.aval.ndim == 0 for atom in eqn.invars]
-        return None if scalars in ([True, True], [False, False]) else scalars.index(False)
+        if scalars in ([True, True], [False, False]) or not _is_moderate(eqn.invars[scalars.index(True)]):
+            return None
+        return scalars.index(False)
 
 
 class Broadcast(Linear):
@@ -152,11 +157,22 @@ def _keeps_order(eqn: JaxprEqn) -> bool:
 
 
 def _keeps_float(eqn: JaxprEqn) -> bool:
-    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (eqn.invars[0], eqn.outvars[0]))
+    return all(_is_fine(v.aval.dtype) for v in (eqn.invars[0], eqn.outvars[0]))
+
+
+def _is_fine(dtype) -> bool:
+    """Returns whether a type is a float to which sums need not be rounded; in float8 rounding is part of the result."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2
 
 
 def _by_a_scalar(eqn: JaxprEqn) -> bool:
-    return eqn.invars[1].aval.ndim == 0
+    return eqn.invars[1].aval.ndim == 0 and _is_moderate(eqn.invars[1])
+
+
+def _is_moderate(scalar) -> bool:
+    """Returns whether a factor may be scaled by it in place of the gradient; by 1e-30 it might underflow alone."""
+    size = float(abs(scalar.val)) if isinstance(scalar, Literal) else 1
+    return size == 0 or 1 / LARGEST_SCALE <= size <= LARGEST_SCALE
 
 
 RULES: dict[str, Rule] = {
@@ -172,7 +188,7 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
     "reduce_sum": Linear(_as_reshape, _keeps_order),
     "mul": Scale(),
-    "div": Linear(lambda eqn, x, y: algebra.scale(x, 1 / y), _by_a_scalar),
+    "div": Linear(lambda eqn, x, y: algebra.scale(x, y, jnp.divide), _by_a_scalar),
     "neg": Linear(lambda eqn, x: algebra.scale(x, -1)),
     "convert_element_type": Linear(lambda eqn, x: algebra.cast(x, eqn.outvars[0].aval.dtype), _keeps_float),
     "copy": Linear(lambda eqn, x: x),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.gradnorm.mapping import map_examples, why_one_at_a_time
 from issgd_jax.gradnorm.per_example import positional_key
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED
 from issgd_jax.gradnorm.walk import Analysis, evaluate
@@ -50,16 +51,20 @@ class TracedLoss:
         gradients = self.analysis.jaxpr.outvars[1 : 1 + len(self.params)]
         return sum(g.aval.size * g.aval.dtype.itemsize for g in gradients if self.analysis.of(g) is None)
 
+    @functools.cached_property
+    def why_one_at_a_time(self) -> str | None:
+        """Why JAX cannot batch the backward pass, None if it can."""
+        return why_one_at_a_time(functools.partial(self._one_example, self.params), self.batch)
+
     def factored_gradients(self, params: list[jax.Array], batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
         """Returns losses f32[B], aux, and each leaf's batch of gradients, factored where a rule covers it."""
-        num_params, num_outputs = len(params), len(self.analysis.jaxpr.outvars)
-        wants = (ARRAY, *[FACTORED] * num_params, *[ARRAY] * (num_outputs - 1 - num_params))
+        loss, *outputs = map_examples(functools.partial(self._one_example, params), batch)
+        return loss, jax.tree.unflatten(self.aux_tree, outputs[len(params) :]), outputs[: len(params)]
 
-        def one_example(example):
-            return evaluate(self.analysis, wants, [*self.consts, *params, *example])
-
-        loss, *outputs = jax.vmap(one_example)(batch)
-        return loss, jax.tree.unflatten(self.aux_tree, outputs[num_params:]), outputs[:num_params]
+    def _one_example(self, params: list[jax.Array], example: list[jax.Array]) -> list:
+        num_aux = len(self.analysis.jaxpr.outvars) - 1 - len(params)
+        wants = (ARRAY, *[FACTORED] * len(params), *[ARRAY] * num_aux)
+        return evaluate(self.analysis, wants, [*self.consts, *params, *example])
 
 
 def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has_aux: bool) -> TracedLoss:
@@ -189,10 +194,20 @@ def _check_batch(batch: dict) -> None:
         for i, tree in batch.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+    hint = "; pass one random key for the batch as key=, with keyed=True" if _has_one_key(batch) else ""
     if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
-        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}")
+        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}{hint}")
     if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(f"batch arguments differ in their leading axis: {shapes}")
+        raise ValueError(f"batch arguments differ in their leading axis: {shapes}{hint}")
+
+
+def _has_one_key(batch: dict) -> bool:
+    """Returns whether one random key, typed or raw, is among the batch arguments."""
+    return any(
+        (jnp.ndim(leaf) == 0 and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key))
+        or (jnp.shape(leaf) == (2,) and _dtype(leaf) == jnp.uint32)
+        for leaf in jax.tree.leaves(batch)
+    )
 
 
 def _dtype(leaf):

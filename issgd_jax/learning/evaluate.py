@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from issgd_jax import sampling
+from issgd_jax.gradnorm.mapping import map_examples
 from issgd_jax.learning import variance
 
 # Examples in one forward pass.
@@ -29,7 +30,7 @@ def make_evaluate(functions: dict[str, Callable[..., jax.Array]]) -> Callable[..
         def measure(example):
             return {name: function(params, *example) for name, function in functions.items()}
 
-        return jax.tree.map(jnp.mean, jax.lax.map(measure, examples, batch_size=CHUNK_SIZE))
+        return jax.tree.map(jnp.mean, map_examples(measure, examples, batch_size=CHUNK_SIZE))
 
     return jax.jit(evaluate)
 
@@ -51,7 +52,7 @@ def make_measure_variance(
         def mean_loss(params):
             # Recomputed in the backward pass: memory then holds the activations of one chunk only.
             loss = jax.checkpoint(lambda example: loss_fn(params, *example))
-            return jnp.mean(jax.lax.map(loss, sample, batch_size=CHUNK_SIZE))
+            return jnp.mean(map_examples(loss, sample, batch_size=CHUNK_SIZE))
 
         return variance.measure(
             norms_fn(params, *sample),

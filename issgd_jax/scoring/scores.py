@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from issgd_jax.gradnorm import example_keys, per_example_grad_norms
 from issgd_jax.gradnorm.caching import cached, remember
+from issgd_jax.gradnorm.mapping import map_examples
 
 # Of the keys of scores, see `example_keys`; losses have another one.
 _SCORE_STREAM = 2**32 - 2
@@ -57,8 +58,9 @@ class PerExample:
 @cached
 def _map_examples(function, microbatch_size):
     def scores(params, *batch):
-        size = microbatch_size or jax.tree.leaves(batch)[0].shape[0]
-        return jax.lax.map(lambda example: function(params, *example).astype(jnp.float32), batch, batch_size=size)
+        return map_examples(
+            lambda example: function(params, *example).astype(jnp.float32), batch, batch_size=microbatch_size
+        )
 
     return scores
 

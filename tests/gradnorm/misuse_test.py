@@ -1,5 +1,6 @@
 """Wrong arguments are named, before anything is compiled."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,10 +47,16 @@ def test_microbatch_size_must_be_positive(transform):
             transform(lambda p, x: p @ x, microbatch_size=size)
 
 
-@pytest.mark.parametrize("importance_weights", [1.0, np.ones(3, np.float32), np.ones((2, 1), np.float32)])
+@pytest.mark.parametrize("importance_weights", [None, 1.0, np.ones(3, np.float32), np.ones((2, 1), np.float32)])
 def test_importance_weights_of_another_shape_are_refused(importance_weights):
-    with pytest.raises(ValueError, match=r"importance_weights must have shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"importance_weights must have shape \(2,\).* got .*: pass jnp.ones\(2\)"):
         value_grad_and_norms(lambda p, x: p @ x)(jnp.ones(3), importance_weights, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
+def test_one_key_for_the_batch_is_told_of_keyed(key):
+    with pytest.raises(ValueError, match="leading axis.*; pass one random key for the batch as key=, with keyed=True"):
+        per_example_grad_norms(lambda p, x, key: p @ x)(jnp.ones(3), jnp.ones((4, 3)), key)
 
 
 @pytest.mark.parametrize("argnums", [2, (), (0, 5), (0, 0), (0, -2)])

@@ -1,0 +1,42 @@
+"""Euclidean norms whose squares neither overflow nor underflow."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def accumulator(dtype) -> jnp.dtype:
+    """Returns the data type in which sums are kept: float32 or wider."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Returns √Σx² over axes of all parts, in float32 or wider.
+
+    Numbers are divided by a power of two near the largest, which is exact, before they are squared.
+
+    Guarantees:
+      - The norm is as exact as its type allows wherever it is a normal number of that type.
+      - It is nan if any number is, otherwise infinite if any number is.
+      - The derivative at 0 is 0.
+    """
+    parts = [part.astype(accumulator(part.dtype)) for part in parts]
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part), axis, keepdims=True, initial=0) for part in parts))
+    scale = lax.stop_gradient(_power_of_two(largest))
+    squares = sum(jnp.sum(jnp.square(part * (1 / scale)), axis) for part in parts)
+    return root(squares) * scale.reshape(squares.shape)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """Returns √x with derivative 0, not infinity, at 0."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """Returns the power of two next to x whose reciprocal is a normal number too; nan for nan."""
+    finfo = jnp.finfo(x.dtype)
+    return jnp.clip(lax.reduce_precision(x, finfo.nexp, 0), 2.0**finfo.minexp, 2.0**-finfo.minexp)
