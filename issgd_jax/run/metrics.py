@@ -54,7 +54,10 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
     for number, line in enumerate([*lines, last] if last else lines, start=1):
         if row := _row(line):
             if rows and row["step"] <= rows[-1]["step"]:
-                raise InputError(f"{path} line {number}: step {row['step']} follows {rows[-1]['step']}: {_REMEDY}")
+                raise InputError(
+                    f"{path} line {number} is not a row of metrics that can come next, as step {row['step']} follows "
+                    f"{rows[-1]['step']}: {_REMEDY}"
+                )
             rows.append(row)
         elif number <= len(lines):
             raise InputError(f"{path} line {number} is not a row of metrics: {line[:60]!r}: {_REMEDY}")
