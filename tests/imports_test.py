@@ -19,7 +19,7 @@ ORDER = (
 ORDER_IN = {
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
-        "kernels", "double_float", "sum_tree", "uniform", "table", "store", "state", "moments", "proposal",
+        "checks", "kernels", "double_float", "uniform", "sum_tree", "table", "store", "state", "moments", "proposal",
         "calibrated", "sampler",
     ),
     "loading": ("source", "prefetch"),

@@ -37,6 +37,9 @@ def root(x: jax.Array) -> jax.Array:
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """Returns the power of two next to x whose reciprocal is a normal number too; nan for nan."""
+    """Returns the power of two next to x, or one by which small x can be divided and squared; nan for nan.
+
+    The square of its reciprocal is finite: where x is a constant, XLA squares both factors and would give 0 * infinity.
+    """
     finfo = jnp.finfo(x.dtype)
-    return jnp.clip(lax.reduce_precision(x, finfo.nexp, 0), 2.0**finfo.minexp, 2.0**-finfo.minexp)
+    return jnp.clip(lax.reduce_precision(x, finfo.nexp, 0), 2.0 ** (finfo.minexp // 2), 2.0**-finfo.minexp)

@@ -136,3 +136,14 @@ def test_zero_examples_beside_others_do_not_form_gradients():
         norms = per_example_grad_norms(loss_fn)(W, x)
     np.testing.assert_allclose(norms, loop_norms(loss_fn, W, x), rtol=1e-5)
     assert norms[1] == 0 and [bool(p) for p in formed] == [False, True]
+
+
+def test_a_gradient_that_is_zero_whatever_the_inputs_has_norm_zero():
+    """Red if XLA knows a scale when it compiles, and squares it apart from the zero that it scales."""
+
+    def loss(params, x):
+        w, unused = params
+        return jnp.sum(jax.lax.scan(lambda c, _: (jnp.sin(c * unused), None), w * x, None, length=0)[0])
+
+    norms = per_example_grad_norms(loss, per_leaf=True)((jnp.ones(3), jnp.ones(())), jnp.ones((2, 3)))
+    np.testing.assert_allclose(norms, [[3**0.5] * 2, [0, 0]], rtol=1e-6)
