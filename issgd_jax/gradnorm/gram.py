@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
-from issgd_jax.gradnorm.lengths import accumulator, length, root
+from issgd_jax.gradnorm.lengths import accumulator, length, plain_length, root, underflow
 
 # Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
 # float32 would exceed a relative error of 1e-5.
 LEAST_SHARE = 1 / 128
-# Largest share of the squared norm that may have underflowed.
-LARGEST_LOSS = 1e-6
 
 
 def can_cancel(x: Factored) -> bool:
@@ -51,20 +50,25 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
     """
     x = _join(x)
     if not can_cancel(x):
-        return _uncancelled(x.terms[0], x), jnp.bool_(True)
+        return _uncancelled(x.terms[0], x, plain_length)
     total = absolute = jnp.float32(0)
     for a, first in enumerate(x.terms):
         for b, second in enumerate(x.terms[: a + 1]):
             if a == b and not _can_cancel(first):
-                alone = jnp.square(_uncancelled(first, x))
+                alone = jnp.square(scaled_norm(first, x))
                 total, absolute = total + alone, absolute + alone
             else:
                 products = _left_products(first, second, x), _right_products(first, second, x)
                 both = (1 if a == b else 2) * _sums(*products, x)
                 total, absolute = total + both[0], absolute + both[1]
-    least = sum(term.uses for term in x.terms) ** 2 * _underflow(total.dtype)
+    least = sum(term.uses for term in x.terms) ** 2 * underflow(total.dtype)
     exact = jnp.isfinite(total) & (total >= least) & (total >= LEAST_SHARE * absolute)
     return root(jnp.maximum(total, 0)), exact
+
+
+def scaled_norm(term: Term, x: Factored) -> jax.Array:
+    """Returns the norm f32[] of a term that cannot cancel: as exact, whatever the size of its factors."""
+    return _uncancelled(term, x, lambda parts, axis=None: (length(parts, axis), jnp.bool_(True)))[0]
 
 
 def is_zero(x: Factored) -> jax.Array:
@@ -101,13 +105,19 @@ def _can_cancel(term: Term) -> bool:
     return not isinstance(term.left, OneHot) and term.uses > 1
 
 
-def _uncancelled(term: Term, x: Factored) -> jax.Array:
-    """Returns the norm of a term that has one use, or whose rows are summed before they are squared."""
+def _uncancelled(term: Term, x: Factored, length: Callable) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm of a term that has one use, or whose rows are summed before they are squared, and its exactness.
+
+    Args:
+      length: as `plain_length`.
+    """
     if isinstance(term.left, OneHot):
-        return _one_hot_norm(term, x)
+        return length([_summed_rows(term, x)])
     # Each of the two norms is in range, even where one factor is huge and the other tiny.
-    left = length(algebra.left_slabs(term, x)[1], axis=(1, 2))
-    return length([left * length([algebra.right_factor(term, x)], axis=(1, 2))])
+    left, left_exact = length(algebra.left_slabs(term, x)[1], axis=(1, 2))
+    right, right_exact = length([algebra.right_factor(term, x)], axis=(1, 2))
+    both, exact = length([left * right])
+    return both, exact & jnp.all(left_exact & right_exact)
 
 
 def _right_products(first: Term, second: Term, x: Factored) -> jax.Array:
@@ -122,15 +132,10 @@ def _sums(left: jax.Array, right: jax.Array, x: Factored) -> jax.Array:
     Both by one reduction, which XLA fuses with the products; two would write them to memory.
     """
     dtype = jnp.promote_types(left.dtype, right.dtype)
-    least = max(x.size("l"), x.size("r")) * _underflow(dtype) / LEAST_SHARE
+    least = max(x.size("l"), x.size("r")) * underflow(dtype) / LEAST_SHARE
     signs, floors = (jnp.asarray(r, dtype).reshape(2, *(1 for _ in right.shape)) for r in ([1, -1], [-jnp.inf, least]))
     left, right = (jnp.maximum(jnp.maximum(y, signs * y), floors) for y in (left.astype(dtype), right))
     return jnp.sum(left * right, axis=range(1, left.ndim))
-
-
-def _underflow(dtype) -> float:
-    """Returns the least number beside which one that underflows does not matter."""
-    return float(jnp.finfo(dtype).tiny) / LARGEST_LOSS
 
 
 def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
@@ -149,8 +154,8 @@ def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
     return sum(algebra.contract(equation, s, t, first.precision) for s, t in zip(slabs, others, strict=True))
 
 
-def _one_hot_norm(term: Term, x: Factored) -> jax.Array:
-    """Adds the uses of each table row and squares the sums, in memory of the size of the uses, not of the table."""
+def _summed_rows(term: Term, x: Factored) -> jax.Array:
+    """Returns the sums of the uses of each table row, in memory of the size of the uses, not of the table."""
 
     def summed_rows(index, right):
         order = jnp.argsort(index)
@@ -159,4 +164,4 @@ def _one_hot_norm(term: Term, x: Factored) -> jax.Array:
         rows = right[order].astype(accumulator(right.dtype))
         return jax.ops.segment_sum(rows, jnp.cumsum(starts), index.size, indices_are_sorted=True)
 
-    return length([jax.vmap(summed_rows)(term.left.arrange(x.axes("k")), algebra.right_factor(term, x))])
+    return jax.vmap(summed_rows)(term.left.arrange(x.axes("k")), algebra.right_factor(term, x))

@@ -11,7 +11,7 @@ from jax import lax
 from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
-from issgd_jax.gradnorm.lengths import length
+from issgd_jax.gradnorm.lengths import length, plain_length
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
@@ -195,8 +195,12 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
         lambda chunk: (jax.vmap(gram.norm)(chunk), None), gradient, size, has_sums=False
     )
     if not gram.can_cancel(example):
-        has_nan = lambda: jax.vmap(gram.has_nan)(gradient)  # noqa: E731
-        return lax.cond(jnp.all(jnp.isfinite(norms)), lambda: norms, lambda: jnp.where(has_nan(), jnp.nan, norms))
+
+        def scaled():
+            safe = jax.vmap(lambda x: gram.scaled_norm(*x.terms, x))(gradient)
+            return jnp.where(jax.vmap(gram.has_nan)(gradient), jnp.nan, safe).astype(norms.dtype)
+
+        return lax.cond(jnp.all(exact), lambda: norms, scaled)
 
     def formed():
         formed, _ = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size, has_sums=False)
@@ -215,7 +219,8 @@ def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.A
     if coefficients is not None:
         sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
         total = algebra.lay_out(gradient, sums)
-    return jax.vmap(length)(products), total
+    norms, exact = jax.vmap(plain_length)(products)
+    return lax.cond(jnp.all(exact), lambda: norms, lambda: jax.vmap(length)(products)), total
 
 
 def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
