@@ -22,6 +22,7 @@ constexpr int64_t kMaxExamples = int64_t{1} << 30;
 constexpr int32_t kMaxStep = 1 << 30;
 // Leaves that are not zero lie between.
 constexpr float kSmallest = 0x1p-64f, kLargest = 0x1p64f;
+constexpr float kFinite = 0x1.fffffep127f;
 constexpr int32_t kNever = -1;
 // Distance of prefetching, in examples.
 constexpr size_t kAhead = 32;
@@ -43,9 +44,11 @@ static ffi::Error ReadScores(F32 score, S32 scored_at, S32 indices, ffi::Result<
     __builtin_prefetch(score.typed_data() + ahead);
     __builtin_prefetch(scored_at.typed_data() + ahead);
     const int64_t index = indices.typed_data()[i];
-    const bool inside = index >= 0 && index < num_examples;
-    score_result->typed_data()[i] = inside ? score.typed_data()[index] : 0;
-    scored_at_result->typed_data()[i] = inside ? scored_at.typed_data()[index] : kNever;
+    const int64_t place = std::clamp<int64_t>(index, 0, num_examples - 1);
+    const float found = score.typed_data()[place];
+    const int32_t found_at = scored_at.typed_data()[place];
+    score_result->typed_data()[i] = place == index ? found : 0;
+    scored_at_result->typed_data()[i] = place == index ? found_at : kNever;
   }
   return ffi::Error::Success();
 }
@@ -63,7 +66,7 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
   REQUIRE(new_scores.element_count() == count && step.element_count() == 1);
   REQUIRE(num_rejected->element_count() == 1 && last_rejected->element_count() == 1);
   const int32_t now = *step.typed_data();
-  const bool is_step = now >= 0 && now < kMaxStep;
+  const float finite = now >= 0 && now < kMaxStep ? kFinite : -1;  // of an impossible step all are rejected
   int32_t rejected = 0, largest = -1;
   for (size_t i = 0; i < count; ++i) {
     const int64_t ahead = index[std::min(i + kAhead, count - 1)];
@@ -73,7 +76,7 @@ static ffi::Error WriteScores(F32, S32, S32 indices, F32 new_scores, S32 step, f
     }
     if (index[i] < 0 || index[i] >= num_examples) continue;
     const float value = new_scores.typed_data()[i];
-    if (!(value >= 0) || std::isinf(value) || !is_step) {
+    if (!(value >= 0 && value <= finite)) {
       ++rejected;
       largest = std::max(largest, index[i]);
     } else if (now >= scored_at[index[i]]) {
@@ -146,12 +149,13 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
     }
     if (index[i] < 0 || index[i] >= num_leaves) continue;
     const float value = values.typed_data()[i];
-    if (!(value >= 0) || std::isinf(value)) {
+    if (!(value >= 0 && value <= kFinite)) {
       ++rejected;
       continue;
     }
     if (keep && sums[index[i]] == 0) continue;
-    sums[index[i]] = value > 0 ? std::clamp(value, kSmallest, kLargest) : 0;
+    const float smallest = value > 0 ? kSmallest : 0;
+    sums[index[i]] = std::min(std::max(value, smallest), kLargest);
     nodes.push_back(index[i] / kRadix);
   }
   for (size_t level = 0; level + 2 < starts.size(); ++level) {
