@@ -32,7 +32,8 @@ def is_valid(values: jax.Array) -> jax.Array:
 
 def clip(values: jax.Array) -> jax.Array:
     """Returns valid values f32[...] as leaves: those that are not 0 in [2^-64, 2^64]."""
-    return jnp.where(values > 0, jnp.clip(values, SMALLEST, LARGEST), 0)
+    is_positive = jax.lax.bitcast_convert_type(values, jnp.int32) > 0  # XLA compares subnormal numbers as zeros
+    return jnp.where(is_positive, jnp.clip(values, SMALLEST, LARGEST), 0)
 
 
 def size(num_leaves: int) -> int:

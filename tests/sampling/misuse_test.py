@@ -154,6 +154,13 @@ def test_the_scale_of_v_does_not_matter_where_it_is_extreme(level):
     np.testing.assert_array_equal(drawn.importance_weights, 1)
 
 
+def test_a_subnormal_v_is_not_zero():
+    """Red if it is compared by XLA's threads, for which it is: the example would never be drawn."""
+    tiny = np.array([1.0, SMALLEST, 0.0], np.float32)
+    for table in (build_table(tiny), build_table(np.ones(3)).write(np.arange(3), tiny), jax.jit(build_table)(tiny)):
+        np.testing.assert_array_equal(table.v(), [1, 2.0**-64, 0])
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_v_inside_jit_counts_as_the_mean_of_the_others(bad):
     """Red if a negative v biases the draw, which no error can prevent there."""

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -128,6 +129,13 @@ struct Node {
   const float* Sums(int bit) const { return bit + 1 < kBits ? sums + (2 << bit) : children; }
 };
 
+// Returns whether a number >= 0 is not zero. XLA's threads compare subnormal numbers as if they were.
+static bool IsPositive(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits > 0;
+}
+
 static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64_t num_leaves,
                             ffi::Result<F32> result, ffi::Result<S32> num_rejected) {
   float* sums = result->typed_data();
@@ -154,8 +162,7 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
       continue;
     }
     if (keep && sums[index[i]] == 0) continue;
-    const float smallest = value > 0 ? kSmallest : 0;
-    sums[index[i]] = std::min(std::max(value, smallest), kLargest);
+    sums[index[i]] = IsPositive(value) ? std::min(std::max(value, kSmallest), kLargest) : 0;
     nodes.push_back(index[i] / kRadix);
   }
   for (size_t level = 0; level + 2 < starts.size(); ++level) {
