@@ -158,7 +158,8 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
     node, _, values = jax.lax.fori_loop(0, len(starts) - 1, descend, state)
     cells = uniform.below(num_leaves, *words[:num_positions].T)
     uniform_node = uniform.spread(cells, num_leaves, batch_size) if equally_spaced else cells
-    is_drawable = (root > 0) & (root < jnp.inf)
+    # By the leaf, not by the root: if XLA read the tree once more here, it would copy it before the next write.
+    is_drawable = (values > 0) & (values < jnp.inf)
     return jnp.where(is_drawable, node, uniform_node), jnp.where(is_drawable, values, 0)
 
 

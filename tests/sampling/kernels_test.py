@@ -279,6 +279,6 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     compiler.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
     compiler.chmod(0o755)
     code = "from issgd_jax.sampling import kernels; print(kernels.available())"
-    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "ISSGD_JAX_KERNELS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and "no room left" in done.stderr

@@ -278,15 +278,6 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
   const float spacing = equally_spaced ? total / static_cast<float>(num_places) : total;
   std::vector<uint32_t> words(2 * (static_cast<size_t>(num_positions) + num_levels));
   for (size_t i = 0; i < words.size(); ++i) words[i] = RandomWord(key, static_cast<uint32_t>(i));
-  if (!(total > 0) || std::isinf(total)) {  // all leaves are zero: every one with the same probability
-    for (int64_t i = 0; i < batch_size; ++i) {
-      const uint32_t* word = &words[equally_spaced ? 0 : 2 * i];
-      const int64_t cell = Below(num_leaves, word[0], word[1]);
-      leaves->typed_data()[i] = static_cast<int32_t>(equally_spaced ? (i * num_leaves + cell) / batch_size : cell);
-      values->typed_data()[i] = 0;
-    }
-    return ffi::Error::Success();
-  }
   const uint32_t* orders = &words[2 * num_positions];  // one order for each level
   // Places after the last repeat it, so that all ranks are full.
   const int64_t num_ranks = (batch_size + kAbreast - 1) / kAbreast;
@@ -309,8 +300,16 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
     for (Rank& rank : ranks) rank.Descend(level, orders[2 * depth], orders[2 * depth + 1], below, last);
   }
   for (int64_t i = 0; i < batch_size; ++i) {
-    leaves->typed_data()[i] = ranks[i / kAbreast].node[i % kAbreast];
-    values->typed_data()[i] = ranks[i / kAbreast].sum[i % kAbreast];
+    const float value = ranks[i / kAbreast].sum[i % kAbreast];
+    int64_t leaf = ranks[i / kAbreast].node[i % kAbreast];
+    const bool is_drawable = value > 0 && value <= kFinite;
+    if (!is_drawable) {  // all leaves are zero: every one with the same probability
+      const uint32_t* word = &words[equally_spaced ? 0 : 2 * i];
+      const int64_t cell = Below(num_leaves, word[0], word[1]);
+      leaf = equally_spaced ? (i * num_leaves + cell) / batch_size : cell;
+    }
+    leaves->typed_data()[i] = static_cast<int32_t>(leaf);
+    values->typed_data()[i] = is_drawable ? value : 0;
   }
   return ffi::Error::Success();
 }
