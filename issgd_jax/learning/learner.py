@@ -166,7 +166,7 @@ class Learner:
             sampler_state,
             Draw(order_after(indices, moments) if self.refresh else indices, importance_weights, sampler.num_examples),
             gradient.norms if self.refresh else None,
-            scores=gradient.scores if self.refresh else None,
+            scores=gradient.scores,
             scored_at=gradient.step,
         )
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)

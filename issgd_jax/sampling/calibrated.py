@@ -6,16 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.sampling.proposal import (
-    TINY,
-    Fallback,
-    apply_fallback,
-    check_number,
-    make_fallback,
-    normalize,
-    subsample,
-    update_level,
-)
+from issgd_jax.sampling.checks import check_number
+from issgd_jax.sampling.fallback import Fallback, apply_fallback, make_fallback
+from issgd_jax.sampling.level import TINY, normalize, subsample, update_level
 from issgd_jax.sampling.store import NEVER, ScoreStore
 from issgd_jax.sampling.table import Table, build_table
 

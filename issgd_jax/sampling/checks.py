@@ -1,6 +1,7 @@
 """Arguments of callers as arrays of the types that are computed with: no index wraps around, none is out of step."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -99,3 +100,9 @@ def as_step(name: str, step: Any) -> jax.Array:
     if not is_traced and not 0 <= step < MAX_STEP:
         raise ValueError(f"{name} must be in [0, {MAX_STEP}), got {step}")
     return as_indices(step, MAX_STEP)
+
+
+def check_number(name: str, value: Any, is_allowed: Callable[[Any], bool], allowed: str) -> None:
+    """Raises ValueError unless the value is allowed; arrays may be traced, and pass."""
+    if isinstance(value, int | float | np.number) and not is_allowed(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -2,27 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from issgd_jax.sampling.checks import check_number
+from issgd_jax.sampling.fallback import Fallback, apply_fallback, make_fallback
+from issgd_jax.sampling.level import normalize, subsample, update_level
 from issgd_jax.sampling.store import NEVER, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Table, build_table, uniform_table
 
-# Least v of a scored example, relative to the largest: a stale score of zero must not exclude an example for ever, and
-# float32 must distinguish it from zero beside any other (see `table.draw`).
-MIN_RELATIVE_V = 2.0**-16
-TINY = jnp.finfo(jnp.float32).tiny
-# Largest norm in units of the level; larger ones are clipped, so that their squares do not overflow.
-MAX_RELATIVE_NORM = 2.0**24
-# Larger norms count as this: XLA divides by a scalar as it multiplies with its inverse, which would be 0 in f32.
-MAX_NORM = 2.0**120
-# Norms of one round that a proposal learns from.
-MAX_OBSERVED = 2**16
 # Uniform fractions that a mixture chooses from: 1/2 is close to plain SGD; 1/64 costs scores that stay true 1 %.
 # The largest comes first: it is chosen until there is evidence.
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -128,76 +119,11 @@ class Stateless:
         return state
 
 
-class Fallback(NamedTuple):
-    """Values of v where the score alone gives none, or too small a one.
-
-    Attributes:
-      mean: f32[], v of never-scored examples: the mean of the others, or 1 if nothing is scored.
-      floor: f32[], least v of a scored example.
-    """
-
-    mean: jax.Array
-    floor: jax.Array
-
-
 def check_proposal(proposal: Any) -> None:
     """Raises TypeError unless it is an object with the methods of `Proposal`."""
     methods = ("init", "observe", "basis", "v", "table")
     if isinstance(proposal, type) or not all(hasattr(proposal, method) for method in methods):
         raise TypeError(f"proposal must have the methods of Proposal, such as Mixture(Calibrated()), got {proposal!r}")
-
-
-def check_number(name: str, value: Any, is_allowed: Callable[[Any], bool], allowed: str) -> None:
-    """Raises ValueError unless the value is allowed; arrays may be traced, and pass."""
-    if isinstance(value, int | float | np.number) and not is_allowed(value):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def make_fallback(v: jax.Array, scored_at: jax.Array) -> Fallback:
-    """Returns the fallback for v f32[N] of all examples, scored or not."""
-    scored = scored_at != NEVER
-    num_scored = jnp.sum(scored)
-    v = jnp.where(scored, jnp.minimum(v, LARGEST), 0)
-    total, largest = jnp.sum(v), jnp.max(v)
-    mean = jnp.where(num_scored > 0, total / jnp.maximum(num_scored, 1).astype(jnp.float32), 1)
-    return Fallback(jnp.maximum(mean, MIN_RELATIVE_V * largest), MIN_RELATIVE_V * largest)
-
-
-def apply_fallback(v: jax.Array, scored_at: jax.Array, fallback: Fallback) -> jax.Array:
-    """Returns v f32[m] where never-scored examples have the mean and no scored example is below the floor."""
-    return jnp.where(scored_at != NEVER, jnp.clip(v, fallback.floor, LARGEST), fallback.mean)
-
-
-def update_level(level: jax.Array, norms: jax.Array, importance_weights: jax.Array, num_examples: int) -> jax.Array:
-    """Returns the running root mean square f32[] of norms, where those of one sweep ago count half; 0: none yet.
-
-    Norms fall by orders of magnitude in training. What is learned in units of the level of its time stays true, and
-    early norms do not outweigh later ones.
-
-    Args:
-      level: f32[], the level so far.
-      norms: f32[m].
-      importance_weights: f32[m]; 0 for norms that do not count.
-      num_examples: N, the examples of one sweep.
-    """
-    count, known = jnp.sum(importance_weights), level > TINY
-    unit = jnp.where(known, level, jnp.minimum(jnp.max(jnp.where(importance_weights > 0, norms, 0)), MAX_NORM))
-    kept = jnp.where(known, 0.5 ** (count / num_examples), 0)
-    square = kept + (1 - kept) * jnp.sum(importance_weights * normalize(norms, unit) ** 2) / jnp.maximum(count, TINY)
-    return jnp.where(count > 0, jnp.minimum(unit * jnp.sqrt(square), MAX_NORM), level)
-
-
-def subsample(indices: jax.Array, norms: jax.Array, importance_weights) -> tuple[jax.Array, jax.Array, Any, int]:
-    """Returns every k-th of m examples, so that at most MAX_OBSERVED remain, and k; a weight may be a scalar."""
-    stride = -(-indices.size // MAX_OBSERVED)
-    arrays = indices, norms, jnp.asarray(importance_weights, jnp.float32)
-    sampled = [x if jnp.ndim(x) == 0 else x[::stride] for x in arrays]
-    return *sampled, stride
-
-
-def normalize(norms: jax.Array, level: jax.Array) -> jax.Array:
-    """Returns norms in units of the level, clipped so that their squares do not overflow."""
-    return jnp.minimum(jnp.minimum(norms, MAX_NORM) / jnp.maximum(level, TINY), MAX_RELATIVE_NORM)
 
 
 @jax.tree_util.register_dataclass

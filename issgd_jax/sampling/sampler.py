@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
+from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.checks import NO_EXAMPLE, as_indices, as_numbers, as_step, as_whole
 from issgd_jax.sampling.proposal import Mixture, Proportional, check_proposal
@@ -18,7 +19,8 @@ from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Draw, Table
 
-DRAWS = (*table_lib.METHODS, *uniform.EPOCHS)
+STRIDE = "stride"
+DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
 REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
@@ -126,11 +128,16 @@ class Sampler:
           TypeError: state is not the state of a sampler.
           ValueError: state is of another number of examples.
         """
+        if self.draw_method == STRIDE:
+            self._refuse_other_draws(uniform_draw)
+            self.check_state(state)
+            return _draw_earliest(state, self.batch_size)
         num_draws, drawn = self._draw(state, None, uniform_draw)
         return state._replace(num_draws=num_draws), drawn
 
     def draw_number(self, state: SamplerState, number: int | jax.Array, *, uniform_draw: bool = False) -> Draw:
         """Returns the draw of number `number`, an int or i32[] below 2^30, from the present table; counts nothing."""
+        self._refuse_other_draws(True)
         return self._draw(state, number, uniform_draw)[1]
 
     def update(
@@ -252,6 +259,12 @@ class Sampler:
             return measured
         return {name: value.item() for name, value in jax.device_get(measured).items()}
 
+    def _refuse_other_draws(self, is_other: bool) -> None:
+        if self.draw_method == STRIDE and is_other:
+            raise ValueError(
+                'draw "stride" makes one draw after the other, and no uniform ones between: every visit is counted'
+            )
+
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one (None: that of the state), and the draw of this one."""
         self.check_state(state)
@@ -274,8 +287,18 @@ class Sampler:
 
     def _rebuilt(self, state: SamplerState) -> SamplerState:
         basis = self.proposal.basis(state.proposal_state, state.store, state.step)
-        basis = _with_types(basis, state.basis)
-        return state._replace(basis=basis).with_table(self.proposal.table(basis, state.store, state.step))
+        state = state._replace(basis=_with_types(basis, state.basis))
+        if state.visits is None:
+            return state.with_table(self.proposal.table(basis, state.store, state.step))
+        v = self.proposal.v(state.basis, state.score, state.scored_at, state.step)
+        return state._replace(visits=visits_lib.rebuild(state.visits, v))
+
+    def _write_v(self, state: SamplerState, indices: jax.Array, step: jax.Array, *, arrived: bool) -> SamplerState:
+        """Draws some examples by their new scores from now on; those that arrived are in flight no longer."""
+        v = self.proposal.v(state.basis, *state.store.at(indices), step)
+        if state.visits is None:
+            return state.with_table(state.table.write(indices, v))
+        return state._replace(visits=visits_lib.write(state.visits, indices, v, arrived=arrived))
 
     def check_state(self, state: SamplerState) -> None:
         """Raises TypeError or ValueError if state is not one of this sampler."""
@@ -356,9 +379,13 @@ def order_after(indices: jax.Array, read: Any) -> jax.Array:
 def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     store, proposal_state, step = ScoreStore.init(sampler.num_examples), sampler.proposal.init(), jnp.int32(0)
     basis = sampler.proposal.basis(proposal_state, store, step)
-    table = sampler.proposal.table(basis, store, step)
+    visits, table = None, table_lib.uniform_table(sampler.num_examples)
+    if sampler.draw_method == STRIDE:
+        visits = visits_lib.init(jax.random.wrap_key_data(key), sampler.num_examples)
+    else:
+        table = sampler.proposal.table(basis, store, step)
     return SamplerState(
-        store.score, store.scored_at, proposal_state, basis, table.sums, table.population,
+        store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits,
         rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
     )  # fmt: skip
 
@@ -376,10 +403,22 @@ def draw_number(
     return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
 
 
+@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="batch_size")
+def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, Draw]:
+    """Returns the state after the next draw of evenly spaced visits, and that draw."""
+    salt = uniform.mix_bits(jnp.ravel(state.key)[-1] ^ uniform.mix_bits(state.num_draws.astype(jnp.uint32)))
+    indices, importance_weights = visits_lib.draw(state.visits, salt, batch_size)
+    visits = visits_lib.visit(state.visits, indices)
+    drawn = Draw(indices, importance_weights, state.visits.num_examples)
+    return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
+
+
 @functools.partial(jax.jit, donate_argnames="state", inline=True)
 def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, scored_at) -> SamplerState:
     step = state.step + 1
     if norms is None:
+        if state.visits is not None:
+            state = sampler._write_v(state, drawn.indices, step, arrived=True)
         return state._replace(step=step)
     scored_at = state.step if scored_at is None else scored_at
     indices = order_after(drawn.indices, drawn.importance_weights)
@@ -388,9 +427,8 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     known = (drawn.importance_weights >= 0) & (drawn.importance_weights < LARGEST)
     norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, drawn.importance_weights, 0)
     state = sampler._write(state, indices, scores, norms, importance_weights, scored_at)
-    v = sampler.proposal.v(state.basis, *state.store.at(indices), step)
     moments = moments_lib.update(state.moments, norms, importance_weights)
-    state = state.with_table(state.table.write(indices, v))._replace(step=step, moments=moments)
+    state = sampler._write_v(state, indices, step, arrived=True)._replace(step=step, moments=moments)
     if not sampler.rebuild_every:
         return state
     # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
@@ -405,8 +443,7 @@ def _ingest(sampler: Sampler, state: SamplerState, indices, scores, scored_at, a
     state = sampler._write(state, indices, scores, scores if are_norms else None, 1.0, scored_at)
     if rebuild:
         return sampler._rebuilt(state)
-    v = sampler.proposal.v(state.basis, *state.store.at(indices), state.step)
-    return state.with_table(state.table.write(indices, v))
+    return sampler._write_v(state, indices, state.step, arrived=False)
 
 
 @functools.partial(jax.jit, donate_argnames="state", keep_unused=True)

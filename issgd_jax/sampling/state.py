@@ -6,6 +6,7 @@ import jax
 
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.table import Table
+from issgd_jax.sampling.visits import Visits
 
 
 class SamplerState(NamedTuple):
@@ -16,8 +17,9 @@ class SamplerState(NamedTuple):
       scored_at: i32[N], see `ScoreStore`.
       proposal_state: what the proposal has learned from scores.
       basis: what the proposal knows of all examples together, as of the last rebuild.
-      sums: f32[M], see `Table`; None for a uniform table.
+      sums: f32[M], see `Table`; None for a uniform table, and for evenly spaced visits.
       population: f32[], see `Table`.
+      visits: of evenly spaced visits; None for other draws.
       rejected: scores that were NaN, infinite or negative.
       moments: f32[3], running means of the mean square of an example's gradient with uniform draws and with those made,
         both in units of the third, their level of late.
@@ -32,6 +34,7 @@ class SamplerState(NamedTuple):
     basis: Any
     sums: jax.Array | None
     population: jax.Array
+    visits: Visits | None
     rejected: Rejected
     moments: jax.Array
     key: jax.Array
@@ -44,8 +47,10 @@ class SamplerState(NamedTuple):
         return ScoreStore(self.score, self.scored_at)
 
     @property
-    def table(self) -> Table:
+    def table(self) -> Table | Visits:
         """What is drawn from."""
+        if self.visits is not None:
+            return self.visits
         return Table(self.sums, self.population, self.score.shape[0])
 
     def with_store(self, store: ScoreStore) -> "SamplerState":

@@ -1,27 +1,23 @@
 """Tree of partial sums over the leaves v: a write changes one sum a level, a draw descends from the root.
 
-All levels are in one flat array, leaves first, each padded with zeros to a multiple of 16. A sum is that of 16
-children, added in pairs: k and k + 8, then k and k + 4, and so on. Sums are f32 and recomputed from their children,
+A sum is that of the 16 children of a node, see `levels`, padded with zeros, added in pairs: k and k + 8, then k and
+k + 4, and so on. Sums are f32 and recomputed from their children,
 never changed by a difference, so that errors do not accumulate. Positions have twice the digits of f32: they are not
 rounded over millions of leaves, and a leaf of zero is never drawn. Leaves are 0 or in [2^-64, 2^64], so that neither a
 sum of 2^30 of them nor the low digits of a position leave the range of f32.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import double_float, kernels, uniform
+from issgd_jax.sampling import double_float, kernels, levels, uniform
+from issgd_jax.sampling.checks import NO_EXAMPLE
 from issgd_jax.sampling.double_float import Double
+from issgd_jax.sampling.levels import BITS, RADIX
 
-# Children of a node: 64 bytes, one line of a processor's cache.
-RADIX = 16
-BITS = RADIX.bit_length() - 1
-# Plain JAX recomputes all sums above a level that has at most this many numbers for each written leaf.
-DENSE = 16
 SMALLEST, LARGEST = 2.0**-64, 2.0**64
 
 
@@ -38,17 +34,12 @@ def clip(values: jax.Array) -> jax.Array:
 
 def size(num_leaves: int) -> int:
     """Returns M, the length of the tree of N leaves."""
-    return _starts(num_leaves)[-1]
+    return levels.starts(num_leaves)[-1]
 
 
 def build(values: jax.Array) -> jax.Array:
     """Returns the tree f32[M], M about N 16 / 15, of the leaves `values` f32[N], N >= 1; O(N)."""
-    levels = []
-    values = values.astype(jnp.float32)
-    for _ in _starts(values.size)[:-1]:
-        levels.append(jnp.pad(values, (0, -values.size % RADIX)))
-        values = _sum_children(levels[-1].reshape(-1, RADIX))
-    return jnp.concatenate(levels)
+    return levels.build(values.astype(jnp.float32), _combine)
 
 
 def total(sums: jax.Array) -> jax.Array:
@@ -108,23 +99,16 @@ def plain_write(sums: jax.Array, indices: jax.Array, values: jax.Array, keep_zer
     inside = (indices >= 0) & (indices < num_leaves)
     valid = is_valid(values)
     num_rejected = jnp.sum(inside & ~valid, dtype=jnp.int32)
-    inside &= valid
-    node = jnp.where(inside, indices, 0)
-    values = jnp.where(keep_zeros & (sums[node] == 0), 0, clip(values))
-    starts = _starts(num_leaves)
-    for start, end in itertools.pairwise(starts):
-        sums = sums.at[jnp.where(inside, start + node, sums.size)].set(values, mode="drop")
-        if end - start <= DENSE * indices.size:
-            return jax.lax.dynamic_update_slice(sums, build(sums[start:end]), (jnp.int32(start),)), num_rejected
-        node = node // RADIX
-        values = _sum_children(_children(sums, start + RADIX * node))
-    return sums, num_rejected
+    indices = jnp.where(inside & valid, indices, NO_EXAMPLE)
+    present = sums[jnp.where(inside & valid, indices, 0)]
+    values = jnp.where(keep_zeros & (present == 0), 0, clip(values))
+    return levels.write(sums, indices, values, num_leaves=num_leaves, combine=_combine), num_rejected
 
 
 def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, impl, batch_size: int):
     """`draw` in plain JAX."""
     num_leaves = int(num_leaves)
-    starts = _starts(num_leaves)
+    starts = levels.starts(num_leaves)
     num_positions = 1 if equally_spaced else batch_size
     key = jax.random.wrap_key_data(key_data, impl=impl)
     words = jax.random.bits(key, (num_positions + len(starts) - 1, 2), jnp.uint32)
@@ -136,13 +120,13 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
     root = total(sums)
     position = double_float.multiply(position, root / count.astype(jnp.float32) if equally_spaced else root)
     first = jnp.asarray(starts[-2::-1], jnp.int32)
-    last = jnp.asarray([num_nodes - 1 for num_nodes in _level_sizes(num_leaves)[-2::-1]], jnp.int32)
+    last = jnp.asarray([num_nodes - 1 for num_nodes in levels.sizes(num_leaves)[-2::-1]], jnp.int32)
 
     def descend(depth, state):
         node, position, sum_ = state
         multiplier, offset = words[num_positions + depth]
         mirrored = (multiplier * node.astype(jnp.uint32) + offset) >> (32 - BITS)
-        parts = [_children(sums, first[depth] + RADIX * node).T]
+        parts = [levels.children(sums, first[depth] + RADIX * node).T]
         while len(parts[0]) > 2:
             parts.insert(0, parts[0][: len(parts[0]) // 2] + parts[0][len(parts[0]) // 2 :])
         branch = jnp.zeros_like(node)
@@ -163,25 +147,9 @@ def plain_draw(key_data, sums, count, *, num_leaves: int, equally_spaced: bool, 
     return jnp.where(is_drawable, node, uniform_node), jnp.where(is_drawable, values, 0)
 
 
-def _starts(num_leaves: int) -> list[int]:
-    """Returns the start of each level, leaves first, and the end of the last, which holds one node's children."""
-    starts = [0]
-    for num_nodes in _level_sizes(num_leaves)[1:]:
-        starts.append(starts[-1] + RADIX * num_nodes)
-    return starts
-
-
-def _level_sizes(num_leaves: int) -> list[int]:
-    """Returns the number of leaves, of their parents, and so on, up to 1."""
-    sizes = [num_leaves]
-    while len(sizes) == 1 or sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // RADIX))
-    return sizes
-
-
-def _children(sums: jax.Array, starts: jax.Array) -> jax.Array:
-    """Returns the children f32[m, 16] at `starts` i32[m]."""
-    return jax.vmap(lambda start: jax.lax.dynamic_slice(sums, (start,), (RADIX,)))(starts)
+def _combine(children: jax.Array, inside: jax.Array) -> jax.Array:
+    del inside  # padding is zero
+    return _sum_children(children)
 
 
 def _sum_children(children: jax.Array) -> jax.Array:

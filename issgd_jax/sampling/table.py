@@ -191,7 +191,7 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
       >>> float(effective_sample_size(build_table(jnp.array([1.0, 1.0, 2.0, 4.0])), batch_size=11))
       8.0
     """
-    if table.sums is None:
+    if isinstance(table, Table) and table.sums is None:
         return jnp.float32(batch_size)
     v = table.v()
     positive = v > 0

@@ -25,7 +25,7 @@ def largest_minibatch(num_examples: int, draw: str) -> int:
     """
     if draw == "random_subset":
         return num_examples // SUBSET
-    return num_examples if draw in ("shuffled", "without_replacement") else 2**31 - 1
+    return num_examples if draw in ("shuffled", "without_replacement", "stride") else 2**31 - 1
 
 
 def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:
@@ -80,13 +80,13 @@ def shuffled(key: jax.Array, step: jax.Array, num_examples: int, batch_size: int
     batches, step = size // batch_size, jnp.asarray(step).astype(jnp.int32)
     epoch = step // batches
     positions = step % batches * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-    positions = _permute(jax.random.fold_in(key, epoch), positions, size)
+    positions = permute(jax.random.fold_in(key, epoch), positions, size)
     if not subset:
         return positions
-    return _permute(jax.random.fold_in(jax.random.fold_in(key, SUBSET), epoch // SUBSET), positions, num_examples)
+    return permute(jax.random.fold_in(jax.random.fold_in(key, SUBSET), epoch // SUBSET), positions, num_examples)
 
 
-def _permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+def permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     """Maps positions in [0, size) by a random permutation: a Feistel network, repeated until the result is inside."""
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = jnp.uint32(2**half - 1)
@@ -95,7 +95,7 @@ def _permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     def network(x):
         left, right = x >> half, x & mask
         for word in words:
-            left, right = right, left ^ (_mix_bits(right ^ word) & mask)
+            left, right = right, left ^ (mix_bits(right ^ word) & mask)
         return left << half | right
 
     def walk(x):
@@ -105,7 +105,7 @@ def _permute(key: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     return walked.astype(jnp.int32)
 
 
-def _mix_bits(x: jax.Array) -> jax.Array:
+def mix_bits(x: jax.Array) -> jax.Array:
     """Returns words in which every bit depends on all bits (the finalizer of MurmurHash3, Appleby 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -26,7 +26,10 @@ from issgd_jax.files import LEFTOVER, sync_to_disk
 from issgd_jax.paths import cache_folder, private_folder
 
 SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
-FUNCTIONS = ("read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform")
+FUNCTIONS = (
+    "read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform", "draw_earliest", "visit",
+    "write_deadlines",
+)  # fmt: skip
 # Without -march: what was compiled on one machine runs on others that share a home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 # A compiler that takes longer is stopped; usual are a few seconds.

@@ -1,11 +1,13 @@
 // Inner loops of the sampler for the CPU, called by XLA. Each function equals the plain JAX beside its caller: `store.py`
-// for the scores, `uniform.py` for the uniform draw, and `sum_tree.py`, which also describes the tree, for the rest.
+// for the scores, `uniform.py` for the uniform draw, `visits.py` for deadlines, and `sum_tree.py` for the rest. Trees are
+// those of `levels.py`.
 // Each checks the extents of all its arrays, and reads and writes nothing outside them, whatever they hold.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -101,6 +103,15 @@ static std::vector<int64_t> Starts(int64_t num_leaves) {
   return starts;
 }
 
+// Returns the number of nodes of each level that are no padding, leaves first, up to 1.
+static std::vector<int64_t> Sizes(int64_t num_leaves) {
+  std::vector<int64_t> sizes = {num_leaves};
+  do {
+    sizes.push_back((sizes.back() + kRadix - 1) / kRadix);
+  } while (sizes.back() > 1);
+  return sizes;
+}
+
 // A vector of four numbers, which GCC and Clang support on every processor.
 typedef float Four __attribute__((vector_size(16), aligned(4)));
 
@@ -136,6 +147,26 @@ static bool IsPositive(float value) {
   return bits > 0;
 }
 
+// Computes again all numbers above the leaves whose nodes are given; by `combine(children, node, level)`.
+template <typename T, typename Combine>
+static void Recombine(T* tree, const std::vector<int64_t>& starts, std::vector<int32_t>& nodes, Combine combine) {
+  for (size_t level = 0; level + 2 < starts.size(); ++level) {
+    const T* children = tree + starts[level];
+    T* parents = tree + starts[level + 1];
+    const int64_t num_nodes = (starts[level + 1] - starts[level]) / kRadix;
+    if (num_nodes <= static_cast<int64_t>(nodes.size())) {
+      for (int64_t node = 0; node < num_nodes; ++node) parents[node] = combine(children + kRadix * node, node, level);
+      nodes.resize(num_nodes);  // from here on all nodes of each level are computed
+    } else {
+      for (size_t i = 0; i < nodes.size(); ++i) {
+        __builtin_prefetch(children + kRadix * nodes[std::min(i + kAhead, nodes.size() - 1)]);
+        parents[nodes[i]] = combine(children + kRadix * nodes[i], nodes[i], level);
+        nodes[i] /= kRadix;
+      }
+    }
+  }
+}
+
 static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64_t num_leaves,
                             ffi::Result<F32> result, ffi::Result<S32> num_rejected) {
   float* sums = result->typed_data();
@@ -146,7 +177,16 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
   REQUIRE(static_cast<int64_t>(result->element_count()) == starts.back());
   REQUIRE(values.element_count() == count && keep_zeros.element_count() == 1 && num_rejected->element_count() == 1);
   const bool keep = *keep_zeros.typed_data();
+  // Values first, without branches, so that the loop vectorizes: the number to write, or NaN to leave a leaf as it is.
+  std::vector<float> leaves(count);
   int32_t rejected = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const float value = values.typed_data()[i];
+    const bool valid = (value >= 0) & (value <= kFinite);
+    const float clipped = std::min(std::max(value, kSmallest), kLargest);
+    leaves[i] = valid ? (IsPositive(value) ? clipped : 0) : NAN;
+    rejected += !valid & (index[i] >= 0) & (index[i] < num_leaves);
+  }
   std::vector<int32_t> nodes;
   nodes.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -155,31 +195,11 @@ static ffi::Error WriteTree(F32, S32 indices, F32 values, Bool keep_zeros, int64
       __builtin_prefetch(sums + ahead, 1);
       if (starts.size() > 2) __builtin_prefetch(sums + starts[1] + ahead / kRadix, 1);
     }
-    if (index[i] < 0 || index[i] >= num_leaves) continue;
-    const float value = values.typed_data()[i];
-    if (!(value >= 0 && value <= kFinite)) {
-      ++rejected;
-      continue;
-    }
-    if (keep && sums[index[i]] == 0) continue;
-    sums[index[i]] = IsPositive(value) ? std::min(std::max(value, kSmallest), kLargest) : 0;
+    if (index[i] < 0 || index[i] >= num_leaves || std::isnan(leaves[i]) || (keep && sums[index[i]] == 0)) continue;
+    sums[index[i]] = leaves[i];
     nodes.push_back(index[i] / kRadix);
   }
-  for (size_t level = 0; level + 2 < starts.size(); ++level) {
-    const float* children = sums + starts[level];
-    float* parents = sums + starts[level + 1];
-    const int64_t num_nodes = (starts[level + 1] - starts[level]) / kRadix;
-    if (num_nodes <= static_cast<int64_t>(nodes.size())) {
-      for (int64_t node = 0; node < num_nodes; ++node) parents[node] = Sum(children + kRadix * node);
-      nodes.resize(num_nodes);  // from here on all nodes of each level are recomputed
-    } else {
-      for (size_t i = 0; i < nodes.size(); ++i) {
-        __builtin_prefetch(children + kRadix * nodes[std::min(i + kAhead, nodes.size() - 1)]);
-        parents[nodes[i]] = Sum(children + kRadix * nodes[i]);
-        nodes[i] /= kRadix;
-      }
-    }
-  }
+  Recombine(sums, starts, nodes, [](const float* children, int64_t, int64_t) { return Sum(children); });
   *num_rejected->typed_data() = rejected;
   return ffi::Error::Success();
 }
@@ -290,9 +310,7 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
     rank.node[i % kAbreast] = 0;
     rank.sum[i % kAbreast] = total;
   }
-  // The number of nodes below each level that are no padding.
-  std::vector<int64_t> sizes = {num_leaves};
-  while (static_cast<int>(sizes.size()) < num_levels) sizes.push_back((sizes.back() + kRadix - 1) / kRadix);
+  const auto sizes = Sizes(num_leaves);
   for (int depth = 0; depth < num_levels; ++depth) {
     const int32_t last = static_cast<int32_t>(sizes[num_levels - 1 - depth] - 1);
     const float* level = tree.typed_data() + starts[num_levels - 1 - depth];
@@ -311,6 +329,132 @@ static ffi::Error DrawLeaves(U32 key_data, F32 tree, S32 count, int64_t num_leav
     leaves->typed_data()[i] = static_cast<int32_t>(leaf);
     values->typed_data()[i] = is_drawable ? value : 0;
   }
+  return ffi::Error::Success();
+}
+
+// Distance of a deadline from now: times wrap around.
+static int32_t Distance(int32_t time, int32_t now) {
+  return static_cast<int32_t>(static_cast<uint32_t>(time) - static_cast<uint32_t>(now));
+}
+
+static int32_t Later(int32_t time, int64_t by) {
+  return static_cast<int32_t>(static_cast<uint32_t>(time) + static_cast<uint32_t>(by));
+}
+
+// Writes deadlines of leaves in [0, N), and the minima above them.
+static void WriteMinima(int32_t* tree, int64_t num_leaves, const std::vector<int32_t>& leaves,
+                        const std::vector<int32_t>& deadlines, int32_t now) {
+  std::vector<int32_t> nodes(leaves.size());
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    __builtin_prefetch(tree + leaves[std::min(i + kAhead, leaves.size() - 1)], 1);
+    tree[leaves[i]] = deadlines[i];
+    nodes[i] = leaves[i] / kRadix;
+  }
+  const auto sizes = Sizes(num_leaves);
+  Recombine(tree, Starts(num_leaves), nodes, [&](const int32_t* children, int64_t node, size_t level) {
+    int32_t earliest = std::numeric_limits<int32_t>::max();
+    const int64_t count = std::min(kRadix, sizes[level] - kRadix * node);
+    for (int64_t i = 0; i < count; ++i) earliest = std::min(earliest, Distance(children[i], now));
+    return Later(now, earliest);
+  });
+}
+
+#define REQUIRE_VISITS(tree, visited_at)                               \
+  REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);              \
+  REQUIRE(static_cast<int64_t>((tree).element_count()) == Starts(num_leaves).back())
+
+static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ffi::Result<S32> leaves,
+                               ffi::Result<S32> elapsed) {
+  const int64_t num_leaves = visited_at.element_count();
+  const int64_t batch_size = leaves->element_count();
+  REQUIRE_VISITS(tree, visited_at);
+  REQUIRE(now_.element_count() == 1 && salt_.element_count() == 1);
+  REQUIRE(batch_size >= 1 && batch_size <= num_leaves);
+  REQUIRE(static_cast<int64_t>(elapsed->element_count()) == batch_size);
+  const int32_t now = *now_.typed_data();
+  const uint32_t salt = *salt_.typed_data() & 0x7fffffff;
+  const auto starts = Starts(num_leaves);
+  const auto sizes = Sizes(num_leaves);
+  // A node as one number, in the order of the draw: its earliest deadline, then its rank.
+  std::vector<uint64_t> nodes = {0}, children;
+  uint32_t mask = 0;
+  for (int level = static_cast<int>(sizes.size()) - 2; level >= 0; --level) {
+    const int32_t* numbers = tree.typed_data() + starts[level];
+    const uint32_t child_mask = salt >> (kBits * level);
+    // With B nodes, B leaves are no later than the last of them.
+    const int64_t latest = static_cast<int64_t>(nodes.size()) == batch_size
+                               ? static_cast<int64_t>(*std::max_element(nodes.begin(), nodes.end()) >> 32)
+                               : std::numeric_limits<uint32_t>::max();
+    children.clear();
+    for (size_t i = 0; i < nodes.size(); ++i) {
+      const int64_t ahead = static_cast<uint32_t>(nodes[std::min(i + kAhead, nodes.size() - 1)]) ^ mask;
+      __builtin_prefetch(numbers + kRadix * ahead);
+      const int64_t first = kRadix * static_cast<int64_t>(static_cast<uint32_t>(nodes[i]) ^ mask);
+      const int64_t last = std::min(first + kRadix, sizes[level]);
+      for (int64_t child = first; child < last; ++child) {
+        const uint32_t key = static_cast<uint32_t>(Distance(numbers[child], now)) ^ 0x80000000;
+        if (key > latest) continue;
+        children.push_back(static_cast<uint64_t>(key) << 32 | (static_cast<uint32_t>(child) ^ child_mask));
+      }
+    }
+    if (static_cast<int64_t>(children.size()) > batch_size) {
+      std::nth_element(children.begin(), children.begin() + batch_size, children.end());
+      children.resize(batch_size);
+    }
+    nodes.swap(children);
+    mask = child_mask;
+  }
+  std::sort(nodes.begin(), nodes.end());
+  for (int64_t i = 0; i < batch_size; ++i) {
+    // Of a tree that was not built and written here, there may be too few.
+    const int64_t found = i < static_cast<int64_t>(nodes.size()) ? static_cast<uint32_t>(nodes[i]) ^ mask : 0;
+    const int64_t leaf = std::min(found, num_leaves - 1);
+    leaves->typed_data()[i] = static_cast<int32_t>(leaf);
+    elapsed->typed_data()[i] = Distance(Later(now, i), visited_at.typed_data()[leaf]);
+  }
+  return ffi::Error::Success();
+}
+
+static ffi::Error Visit(S32, S32, S32 indices, S32 now_, int64_t in_flight, ffi::Result<S32> tree,
+                        ffi::Result<S32> visited_at) {
+  const int64_t num_leaves = visited_at->element_count();
+  REQUIRE_VISITS(*tree, *visited_at);
+  REQUIRE(now_.element_count() == 1);
+  const int32_t now = *now_.typed_data();
+  std::vector<int32_t> leaves, deadlines;
+  for (size_t i = 0; i < indices.element_count(); ++i) {
+    const int32_t index = indices.typed_data()[i];
+    if (index < 0 || index >= num_leaves) continue;
+    visited_at->typed_data()[index] = Later(now, i);
+    leaves.push_back(index);
+    deadlines.push_back(Later(now, i + in_flight));
+  }
+  WriteMinima(tree->typed_data(), num_leaves, leaves, deadlines, now);
+  return ffi::Error::Success();
+}
+
+static ffi::Error WriteDeadlines(S32, S32 visited_at, S32 indices, S32 strides, S32 now_, int64_t in_flight,
+                                 bool arrived, ffi::Result<S32> tree) {
+  const int64_t num_leaves = visited_at.element_count();
+  REQUIRE_VISITS(*tree, visited_at);
+  REQUIRE(now_.element_count() == 1 && strides.element_count() == indices.element_count());
+  const size_t count = indices.element_count();
+  std::vector<int32_t> leaves, deadlines;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t ahead = std::clamp<int64_t>(indices.typed_data()[std::min(i + kAhead, count - 1)], 0, num_leaves - 1);
+    __builtin_prefetch(tree->typed_data() + ahead, 1);
+    __builtin_prefetch(visited_at.typed_data() + ahead);
+    const int32_t index = indices.typed_data()[i];
+    if (index < 0 || index >= num_leaves) continue;
+    const int32_t visited = visited_at.typed_data()[index];
+    const int32_t old = Distance(tree->typed_data()[index], visited);
+    const bool is_flying = old == in_flight;
+    int32_t stride = strides.typed_data()[i];
+    if (stride <= 0 || (is_flying && !arrived)) stride = is_flying && arrived ? num_leaves : old;
+    leaves.push_back(index);
+    deadlines.push_back(Later(visited, stride));
+  }
+  WriteMinima(tree->typed_data(), num_leaves, leaves, deadlines, *now_.typed_data());
   return ffi::Error::Success();
 }
 
@@ -354,3 +498,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(draw_leaves, DrawLeaves,
                                   .Attr<bool>("equally_spaced")
                                   .Ret<S32>()
                                   .Ret<F32>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    draw_earliest, DrawEarliest,
+    ffi::Ffi::Bind().Arg<S32>().Arg<S32>().Arg<S32>().Arg<U32>().Ret<S32>().Ret<S32>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(visit, Visit,
+                              ffi::Ffi::Bind()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Attr<int64_t>("in_flight")
+                                  .Ret<S32>()
+                                  .Ret<S32>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(write_deadlines, WriteDeadlines,
+                              ffi::Ffi::Bind()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Attr<int64_t>("in_flight")
+                                  .Attr<bool>("arrived")
+                                  .Ret<S32>());

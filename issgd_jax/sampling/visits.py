@@ -1,0 +1,211 @@
+"""Evenly spaced visits: every example has a deadline, and a minibatch is the examples with the earliest ones.
+
+Stride scheduling (Waldspurger and Weihl 1995), with probabilities that change, and the weighted counterpart of shuffled
+epochs. Time is counted in visits: place b of minibatch k is the time `k B + b`. The stride of an example, `N mean(v) /
+v_n`, is the time from one of its visits to its next deadline. Times are i32 that wrap around: only their differences
+are used, which never reach 2^31, so that nothing is rounded however long a run is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from issgd_jax.sampling import kernels, min_tree, uniform
+from issgd_jax.sampling.checks import as_indices
+from issgd_jax.sampling.sum_tree import LARGEST, is_valid
+
+# Longest stride, in epochs, and in visits: that, and N visits of waiting, are less than 2^31.
+MAX_EPOCHS, MAX_STRIDE = 64, 7 * 2**28
+
+
+class Visits(NamedTuple):
+    """When each example was visited last, and when it is due.
+
+    Attributes:
+      deadlines: i32[M], their `min_tree`, 4.3 bytes an example.
+      visited_at: i32[N], time of the last visit. Before the first, the visit in the epoch before the run.
+      mean_v: f32[], mean of v over all examples, by which strides are computed.
+      now: i32[], time of the first place of the next minibatch.
+    """
+
+    deadlines: jax.Array
+    visited_at: jax.Array
+    mean_v: jax.Array
+    now: jax.Array
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self.visited_at.shape[0]
+
+    @property
+    def population(self) -> jax.Array:
+        """f32[], number of examples that the mean of v is taken over: all."""
+        return jnp.float32(self.num_examples)
+
+    def strides(self, indices: jax.Array | None = None) -> jax.Array:
+        """Returns i32[N], or i32[m] of the examples `indices` i[m]: visits between two visits of each.
+
+        Those outside [0, N), and those in flight, whose next stride is not known, have N.
+        """
+        if indices is None:
+            deadlines, visited_at = self.deadlines[: self.num_examples], self.visited_at
+            inside = True
+        else:
+            indices = as_indices(indices, self.num_examples)
+            inside = (indices >= 0) & (indices < self.num_examples)
+            deadlines, visited_at = (x[jnp.where(inside, indices, 0)] for x in (self.deadlines, self.visited_at))
+        strides = deadlines - visited_at
+        return jnp.where(inside & (strides != in_flight(self.num_examples)), strides, self.num_examples)
+
+    def v(self, indices: jax.Array | None = None) -> jax.Array:
+        """Returns the unnormalised probabilities f32[N], or f32[m] of some examples, as rounded to whole strides."""
+        return self.mean_v * (self.num_examples / self.strides(indices).astype(jnp.float32))
+
+
+def init(key: jax.Array, num_examples: int) -> Visits:
+    """Returns the visits before a run: every example is due once in the first epoch, in random order.
+
+    Args:
+      key: random key.
+      num_examples: N.
+    """
+    order = uniform.permute(key, jnp.arange(num_examples, dtype=jnp.int32), num_examples)
+    return Visits(min_tree.build(order, jnp.int32(0)), order - num_examples, jnp.float32(1), jnp.int32(0))
+
+
+def longest(num_examples: int) -> int:
+    """Returns the longest stride.
+
+    Example:
+      >>> longest(1000), longest(10**8)
+      (64000, 1879048192)
+    """
+    return min(MAX_EPOCHS * num_examples, MAX_STRIDE)
+
+
+def in_flight(num_examples: int) -> int:
+    """Returns the stride of examples between a visit and its update, which no other example has."""
+    return longest(num_examples) + 1
+
+
+def stride(v: jax.Array, mean_v: jax.Array, num_examples: int) -> jax.Array:
+    """Returns strides i32[m] of v f32[m]: whole visits, in [1, `longest`]; 0 where v is NaN, infinite or negative."""
+    most = longest(num_examples)
+    exact = num_examples * (mean_v / jnp.where(v > 0, v, 1))
+    is_long = (v == 0) | (exact >= most)
+    strides = jnp.maximum(jnp.where(is_long, 0, exact) + 0.5, 1).astype(jnp.int32)
+    return jnp.where(is_valid(v), jnp.where(is_long, most, strides), 0)
+
+
+def draw(visits: Visits, salt: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the indices i32[B] of the examples that are due first, and their importance weights f32[B]; O(B log N).
+
+    Args:
+      visits: unchanged, see `visit`.
+      salt: u32[], random bits, which order examples of equal deadlines.
+      batch_size: B <= N.
+
+    Returns:
+      Indices in the order of their deadlines, none of them twice. The importance weight of a visit is the time that it
+      stands for, since the last one, in epochs: `(time - visited_at) / N`.
+    """
+    result = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    args = visits.deadlines, visits.visited_at, visits.now, salt
+    indices, elapsed = kernels.on_cpu("draw_earliest", _plain_draw(batch_size), (result, result), *args)
+    # The epochs and the rest apart: exactly 1 after N visits.
+    elapsed, num_examples = elapsed.astype(jnp.uint32), jnp.uint32(visits.num_examples)
+    rest = (elapsed % num_examples).astype(jnp.float32) / visits.num_examples
+    return indices, (elapsed // num_examples).astype(jnp.float32) + rest
+
+
+def visit(visits: Visits, indices: jax.Array) -> Visits:
+    """Returns the visits after a minibatch `indices` i32[B], now in flight; O(B log N)."""
+    args = visits.deadlines, visits.visited_at, indices, visits.now
+    deadlines, visited_at = kernels.on_cpu(
+        "visit", plain_visit, _shapes(visits), *args, aliases={0: 0, 1: 1},
+        in_flight=np.int64(in_flight(visits.num_examples)),
+    )  # fmt: skip
+    return visits._replace(deadlines=deadlines, visited_at=visited_at, now=visits.now + indices.size)
+
+
+def write(visits: Visits, indices: jax.Array, v: jax.Array, *, arrived: bool) -> Visits:
+    """Returns the visits with new deadlines, last visit + stride, of some examples; O(m log N).
+
+    Args:
+      indices: i32[m]; those outside [0, N) are ignored. Where one occurs twice, one of its v counts.
+      v: f32[m]; an example whose v is NaN, infinite or negative keeps its stride, or gets that of the mean if it was in
+        flight.
+      arrived: whether these examples are in flight no longer; else those that are remain so.
+    """
+    args = visits.deadlines, visits.visited_at, indices, stride(v, visits.mean_v, visits.num_examples), visits.now
+    deadlines = kernels.on_cpu(
+        "write_deadlines", plain_write, _shapes(visits)[0], *args, aliases={0: 0},
+        in_flight=np.int64(in_flight(visits.num_examples)), arrived=np.bool_(arrived),
+    )  # fmt: skip
+    return visits._replace(deadlines=deadlines)
+
+
+def rebuild(visits: Visits, v: jax.Array) -> Visits:
+    """Returns the visits with deadlines by the v f32[N] of all examples, but of those in flight; O(N)."""
+    num_examples, valid = visits.num_examples, is_valid(v)
+    v = jnp.where(valid, jnp.minimum(v, LARGEST), 0)
+    mean = jnp.sum(v) / jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1).astype(jnp.float32)
+    v, mean = jnp.where(mean > 0, jnp.where(valid, v, mean), 1), jnp.where(mean > 0, mean, 1)
+    flying = visits.deadlines[:num_examples] - visits.visited_at == in_flight(num_examples)
+    strides = jnp.where(flying, in_flight(num_examples), stride(v, mean, num_examples))
+    return visits._replace(deadlines=min_tree.build(visits.visited_at + strides, visits.now), mean_v=mean)
+
+
+def append(visits: Visits, key: jax.Array, num_examples: int) -> Visits:
+    """Returns the visits with more examples, due in random order within the next epoch; O(N).
+
+    Args:
+      key: random key.
+      num_examples: how many more.
+    """
+    old, total = visits.num_examples, visits.num_examples + num_examples
+    place = uniform.permute(key, jnp.arange(num_examples, dtype=jnp.int32), max(num_examples, 1))
+    # Spread over an epoch of `total` visits; N * place may exceed 32 bits.
+    spread = (place.astype(jnp.float32) * (total / max(num_examples, 1))).astype(jnp.int32)
+    strides = visits.deadlines[:old] - visits.visited_at
+    strides = jnp.where(strides == in_flight(old), in_flight(total), jnp.minimum(strides, longest(total)))
+    visited_at = jnp.concatenate([visits.visited_at, visits.now + spread - total])
+    deadlines = visited_at + jnp.concatenate([strides, jnp.full(num_examples, total, jnp.int32)])
+    return visits._replace(deadlines=min_tree.build(deadlines, visits.now), visited_at=visited_at)
+
+
+def _plain_draw(batch_size: int):
+    """Returns the first half of `draw` in plain JAX: indices, and the time since their last visits."""
+
+    def plain_draw(deadlines, visited_at, now, salt):
+        indices = min_tree.earliest(deadlines, now, salt, num_leaves=visited_at.size, count=batch_size)
+        return indices, now + jnp.arange(batch_size, dtype=jnp.int32) - visited_at[indices]
+
+    return plain_draw
+
+
+def plain_visit(deadlines, visited_at, indices, now, *, in_flight: int):
+    """`visit` in plain JAX."""
+    num_leaves, times = visited_at.size, now + jnp.arange(indices.size, dtype=jnp.int32)
+    target = jnp.where((indices >= 0) & (indices < num_leaves), indices, num_leaves)
+    visited_at = visited_at.at[target].set(times, mode="drop")
+    deadlines = min_tree.write(deadlines, indices, times + jnp.int32(in_flight), now, num_leaves=num_leaves)
+    return deadlines, visited_at
+
+
+def plain_write(deadlines, visited_at, indices, strides, now, *, in_flight: int, arrived: bool):
+    """`write` in plain JAX, of strides i32[m]."""
+    num_leaves = visited_at.size
+    place = jnp.where((indices >= 0) & (indices < num_leaves), indices, 0)
+    old = deadlines[place] - visited_at[place]
+    flying = old == jnp.int32(in_flight)
+    kept = jnp.where(flying & bool(arrived), num_leaves, old)
+    strides = jnp.where((strides > 0) & (bool(arrived) | ~flying), strides, kept)
+    return min_tree.write(deadlines, indices, visited_at[place] + strides, now, num_leaves=num_leaves)
+
+
+def _shapes(visits: Visits) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (visits.deadlines, visits.visited_at))
