@@ -19,8 +19,8 @@ ORDER = (
 ORDER_IN = {
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
-        "checks", "kernels", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits", "state", "moments", "fallback",
-        "level", "proposal", "calibrated", "sampler",
+        "checks", "kernels", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",
+        "state", "moments", "fallback", "level", "proposal", "calibrated", "sampler",
     ),
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),

@@ -16,7 +16,9 @@ from jax.sharding import Sharding
 
 from issgd_jax.loading.source import Source, as_source
 from issgd_jax.sampling import Draw, Sampler, SamplerState, Table
-from issgd_jax.sampling.sampler import draw_number
+from issgd_jax.sampling import visits as visits_lib
+from issgd_jax.sampling.sampler import STRIDE, draw_earliest, draw_number
+from issgd_jax.sampling.visits import Visits
 
 
 class Prefetch:
@@ -31,6 +33,7 @@ class Prefetch:
       - The draw of number k comes from the table of `depth` calls before it. A draw from an older table has the
         importance weights of that table and is as unbiased.
       - The draws are those of `Sampler.draw` as long as the table does not change; with depth 0 always.
+      - With draw "stride", an example that is in flight is not drawn again before its minibatch is returned.
       - A run is a function of its states: draws and tables do not depend on how fast anything is.
       - The learner waits for nothing but data, and may donate the state that it gets.
       - One object serves one run. A state that does not continue the last one, by its number or its key, is noticed
@@ -76,6 +79,11 @@ class Prefetch:
             )
         if depth < 0:
             raise ValueError(f"depth must be >= 0, got {depth}")
+        if sampler.draw_method == STRIDE and (depth + 1) * sampler.batch_size > sampler.num_examples:
+            raise ValueError(
+                f'draw "stride" ahead of the learner needs depth + 1 minibatches of different examples, got depth {depth} '
+                f"and {sampler.num_examples:,} examples for minibatches of {sampler.batch_size}: lower the depth"
+            )
         self._sampler = sampler
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]
         self._queue = collections.deque()  # of (draw, its reply), the oldest first
@@ -89,7 +97,8 @@ class Prefetch:
         """Returns the next minibatch and its rows, and dispatches a later one.
 
         Args:
-          state: as returned by the last call, updated or not; of the first call any. Not donated.
+          state: as returned by the last call, updated or not; of the first call any. Not donated, but for the visits
+            of draw "stride".
 
         Returns:
           The state with one more draw counted; the draw: indices i32[B], importance_weights f32[B]; and the batch, a
@@ -107,9 +116,12 @@ class Prefetch:
         self._sampler.check_state(state)
         if isinstance(state.num_draws, jax.core.Tracer):
             raise TypeError("Prefetch.draw cannot be compiled: call it outside jit, and pass the batch to the function")
-        table, batch_size, method = state.table, self._sampler.batch_size, self._sampler.draw_method
+        batch_size, method = self._sampler.batch_size, self._sampler.draw_method
         for ahead in self._ahead[len(self._queue) :]:
-            num_draws, drawn, for_host = _draw_ahead(state.key, state.num_draws, ahead, table, batch_size, method)
+            args = state.key, state.num_draws, ahead, state.table
+            if method == STRIDE:
+                args = *args, [drawn.indices for drawn, _ in self._queue]
+            num_draws, drawn, for_host = _draw_ahead(*args, batch_size=batch_size, method=method)
             for_host.copy_to_host_async()
             reply = queue.SimpleQueue()
             self._requests.put((for_host, batch_size, reply))
@@ -127,6 +139,8 @@ class Prefetch:
             self._clear()
             raise
         self._next = number + 1, key
+        if method == STRIDE:
+            state = state._replace(visits=_visit(state.visits, drawn.indices))
         return state._replace(num_draws=num_draws), drawn, batch
 
     def close(self) -> None:
@@ -148,12 +162,26 @@ class Prefetch:
 
 # Takes no more than it needs of sampler and state: each argument costs time at every step.
 @functools.partial(jax.jit, static_argnames=("batch_size", "method"))
-def _draw_ahead(key: jax.Array, num_draws: jax.Array, ahead: jax.Array, table: Table, batch_size: int, method: str):
-    """Returns the next num_draws, the draw so far ahead, and its number, key and indices as one array."""
+def _draw_ahead(
+    key: jax.Array, num_draws: jax.Array, ahead: jax.Array, table: Table | Visits, between: list[jax.Array] = (), *,
+    batch_size: int, method: str,
+):  # fmt: skip
+    """Returns the next num_draws, the draw so far ahead, and its number, key and indices as one array.
+
+    Of evenly spaced visits, the indices of the draws between are needed.
+    """
     number = num_draws + ahead
-    _, drawn = draw_number(key, number, table, batch_size, method)
+    if method == STRIDE:
+        drawn = draw_earliest(table, key, number, batch_size, jnp.stack(between) if between else None)
+    else:
+        _, drawn = draw_number(key, number, table, batch_size, method)
     parts = number[None], key, drawn.indices  # one array, as every copy to the host has its own cost
     return num_draws + 1, drawn, jnp.concatenate([part.astype(jnp.uint32) for part in parts])
+
+
+@functools.partial(jax.jit, donate_argnames="visits")
+def _visit(visits: Visits, indices: jax.Array) -> Visits:
+    return visits_lib.visit(visits, indices)
 
 
 # No method: a thread that holds the Prefetch would keep it from being garbage-collected.

@@ -18,6 +18,7 @@ from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Draw, Table
+from issgd_jax.sampling.visits import Visits
 
 STRIDE = "stride"
 DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
@@ -406,11 +407,16 @@ def draw_number(
 @functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="batch_size")
 def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, Draw]:
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
-    salt = uniform.mix_bits(jnp.ravel(state.key)[-1] ^ uniform.mix_bits(state.num_draws.astype(jnp.uint32)))
-    indices, importance_weights = visits_lib.draw(state.visits, salt, batch_size)
-    visits = visits_lib.visit(state.visits, indices)
-    drawn = Draw(indices, importance_weights, state.visits.num_examples)
-    return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
+    drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
+    return state._replace(visits=visits_lib.visit(state.visits, drawn.indices), num_draws=state.num_draws + 1), drawn
+
+
+def draw_earliest(
+    visits: Visits, key: jax.Array, number: jax.Array, batch_size: int, ahead: jax.Array | None = None
+) -> Draw:
+    """Returns the draw of number `number` of evenly spaced visits, after the minibatches `ahead` i32[k, B]."""
+    salt = uniform.mix_bits(jnp.ravel(key)[-1] ^ uniform.mix_bits(number.astype(jnp.uint32)))
+    return Draw(*visits_lib.draw(visits, salt, batch_size, ahead), visits.num_examples)
 
 
 @functools.partial(jax.jit, donate_argnames="state", inline=True)

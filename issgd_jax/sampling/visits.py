@@ -100,21 +100,32 @@ def stride(v: jax.Array, mean_v: jax.Array, num_examples: int) -> jax.Array:
     return jnp.where(is_valid(v), jnp.where(is_long, most, strides), 0)
 
 
-def draw(visits: Visits, salt: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+def draw(
+    visits: Visits, salt: jax.Array, batch_size: int, ahead: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns the indices i32[B] of the examples that are due first, and their importance weights f32[B]; O(B log N).
 
     Args:
       visits: unchanged, see `visit`.
       salt: u32[], random bits, which order examples of equal deadlines.
       batch_size: B <= N.
+      ahead: i32[k, B], k minibatches that are visited before this one, which has none of their examples;
+        `(k + 1) B <= N`. None: none.
 
     Returns:
       Indices in the order of their deadlines, none of them twice. The importance weight of a visit is the time that it
       stands for, since the last one, in epochs: `(time - visited_at) / N`.
     """
-    result = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    num_ahead = 0 if ahead is None else ahead.size
+    count = batch_size + num_ahead
+    result = jax.ShapeDtypeStruct((count,), jnp.int32)
     args = visits.deadlines, visits.visited_at, visits.now, salt
-    indices, elapsed = kernels.on_cpu("draw_earliest", _plain_draw(batch_size), (result, result), *args)
+    indices, elapsed = kernels.on_cpu("draw_earliest", _plain_draw(count), (result, result), *args)
+    if num_ahead:
+        free = jnp.all(indices[:, None] != ahead.reshape(-1), axis=1)
+        order = jnp.argsort(~free, stable=True)[:batch_size]
+        indices, waited = indices[order], elapsed[order] - order.astype(jnp.int32)
+        elapsed = waited + num_ahead + jnp.arange(batch_size, dtype=jnp.int32)
     # The epochs and the rest apart: exactly 1 after N visits.
     elapsed, num_examples = elapsed.astype(jnp.uint32), jnp.uint32(visits.num_examples)
     rest = (elapsed % num_examples).astype(jnp.float32) / visits.num_examples

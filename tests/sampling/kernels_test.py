@@ -167,13 +167,16 @@ def test_each_kernel_refuses_arrays_of_other_lengths():
     f32, tree = jnp.zeros(20, jnp.float32), jnp.zeros(48, jnp.float32)
     s32, one = jnp.zeros(20, jnp.int32), jnp.zeros((), jnp.int32)
     keep, key, four = jnp.zeros((), bool), jnp.zeros(2, jnp.uint32), jnp.zeros(4, jnp.int32)
-    twenty = {"num_leaves": np.int64(20)}
+    twenty, minima, flying = {"num_leaves": np.int64(20)}, jnp.zeros(48, jnp.int32), {"in_flight": np.int64(1281)}
     calls = {
         "read_scores": ((f32, s32[:19], four), (jnp.float32(four), four), {}),
         "write_scores": ((f32, s32, four, f32[:3], one), (f32, s32, one, one), {}),
         "write_tree": ((tree, four, f32[:3], keep), (tree, one), twenty),
         "draw_leaves": ((key, tree[:32], one + 4), (four, jnp.float32(four)), twenty | {"equally_spaced": np.bool_(1)}),
         "draw_uniform": ((key[:1],), (four,), {"num_examples": np.int64(20), "in_parts": np.bool_(1)}),
+        "draw_earliest": ((minima[:32], s32, one, key[0]), (four, four), {}),
+        "visit": ((minima[:32], s32, four, one), (minima[:32], s32), flying),
+        "write_deadlines": ((minima, s32, four, four[:3], one), (minima,), flying | {"arrived": np.bool_(1)}),
     }
     assert set(calls) == set(native.FUNCTIONS)
     for function, (args, results, attributes) in calls.items():
