@@ -27,8 +27,8 @@ ORDER_IN = {
     "task": ("splits", "data", "models", "losses", "problem", "images"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "orbax", "checkpoint", "workdir", "metrics", "status", "supervision", "parts", "run_state", "diagnosis",
-        "measure", "rounds", "loop", "wiring", "training",
+        "orbax", "checkpoint", "checkpoints", "workdir", "metrics", "status", "supervision", "parts", "run_state",
+        "diagnosis", "measure", "rounds", "loop", "wiring", "training",
     ),
 }  # fmt: skip
 # Rooms below that still must not be imported.

@@ -16,7 +16,7 @@ import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.errors import FolderLostError
 from issgd_jax.run import checkpoint, status, workdir
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter
 from issgd_jax.run.supervision import Supervision
 from tests import victims
