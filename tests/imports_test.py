@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
-    "errors", "extras", "console", "interrupts", "paths", "records", "files", "provenance", "config", "history",
+    "errors", "extras", "console", "interrupts", "paths", "files", "records", "provenance", "config", "history",
     "plots", "processes", "devices", "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run",
     "main", "compare", "__main__",
 )  # fmt: skip
