@@ -147,17 +147,6 @@ def test_the_best_checkpoint_is_kept_where_it_cannot_be_read_for_a_moment(tmp_pa
 # Runs with missing rows and fields.
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, issgd_jax.train(small(steps=20), folder)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
-
-
 @pytest.mark.parametrize("how", ["missing", "emptied", "garbage", "first line"])
 def test_damaged_metrics_hide_no_parameters(how, run, capsys):
     """Red if a run begins again, is refused, or uses older parameters as its rows are lost."""
