@@ -7,12 +7,18 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from issgd_jax.errors import InputError, brief
+from issgd_jax.errors import InputError
+from issgd_jax.files import reading, reason
 
-# What malformed content raises where it is used.
+# What malformed content raises where it is used, and what reading raises where there is no file.
 _ERRORS = (
-    ArithmeticError, AttributeError, IndexError, KeyError, OSError, RecursionError, TypeError, ValueError,
+    ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, FileNotFoundError,
+    IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
+
+
+class MalformedError(InputError):
+    """A file is missing, or its content is not what a run writes; names the file and the remedy."""
 
 
 def parse(text: str) -> Any:
@@ -51,22 +57,30 @@ def read(path: pathlib.Path) -> dict:
 
 
 @contextlib.contextmanager
-def reading(path: pathlib.Path, remedy: str) -> Iterator[None]:
-    """Turns what the content of a file raises where it is used into an InputError that names the file and the remedy.
+def parsing(path: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Turns the errors of reading a file, and of using its content, into an InputError that names the file.
+
+    Args:
+      path: of the file.
+      remedy: what to do if the file is missing or malformed.
+
+    Raises:
+      MalformedError: the file is missing or malformed.
+      InputError: it cannot be read now, which may pass; see `files.reading`.
 
     Example:
-      >>> with reading(pathlib.Path("config.json"), "repair it"):
+      >>> with parsing(pathlib.Path("config.json"), "repair it"):
       ...     {"config": [1]}["config"]["steps"]
       Traceback (most recent call last):
       ...
-      issgd_jax.errors.InputError: config.json cannot be read (TypeError: list indices must be integers or slices, not \
-str): repair it
+      issgd_jax.records.MalformedError: config.json cannot be read (TypeError: list indices must be integers or \
+slices, not str): repair it
     """
-    try:
-        yield
-    except _ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
-        raise InputError(f"{path} cannot be read ({reason}): {remedy}") from error
+    with reading(path):
+        try:
+            yield
+        except _ERRORS as error:
+            raise MalformedError(f"{path} cannot be read ({reason(error)}): {remedy}") from error
 
 
 def whole_number(value: Any) -> int:

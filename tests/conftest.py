@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 
 import jax
 import pytest
@@ -37,6 +38,32 @@ def compiled_programs(tmp_path_factory):
     for option, value in options.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """`run_command(*arguments)`: exit status of the command line, and what it prints."""
+    # These define flags, which `flagsaver` would remove again.
+    import array_record.python.array_record_data_source  # noqa: F401
+    from absl import flags
+    from absl.testing import flagsaver
+
+    import issgd_jax.compare  # noqa: F401
+    from issgd_jax import __main__ as command
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["issgd-jax", *map(str, arguments)])
+        flags.FLAGS.unparse_flags()
+        code = 0
+        with flagsaver.flagsaver():
+            try:
+                command.main()
+            except SystemExit as ended:
+                code = ended.code
+        out, err = capsys.readouterr()
+        return (1, f"{out}{err}{code}\n") if isinstance(code, str) else (code or 0, out + err)
+
+    return call
 
 
 @pytest.fixture

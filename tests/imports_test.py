@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
-    "errors", "extras", "console", "interrupts", "paths", "records", "files", "provenance", "config", "history",
+    "errors", "extras", "console", "interrupts", "paths", "files", "records", "provenance", "config", "history",
     "plots", "processes", "devices", "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run",
     "main", "compare", "__main__",
 )  # fmt: skip
@@ -27,8 +27,8 @@ ORDER_IN = {
     "task": ("splits", "data", "models", "losses", "problem", "images"),
     "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "orbax", "checkpoint", "workdir", "metrics", "status", "supervision", "parts", "run_state", "diagnosis",
-        "measure", "rounds", "loop", "wiring", "training",
+        "orbax", "checkpoint", "checkpoints", "workdir", "metrics", "status", "supervision", "parts", "run_state",
+        "diagnosis", "measure", "rounds", "loop", "wiring", "training",
     ),
 }  # fmt: skip
 # Rooms below that still must not be imported.

@@ -5,17 +5,13 @@ import pathlib
 import subprocess
 import sys
 
-import array_record.python.array_record_data_source  # noqa: F401  defines flags; `flagsaver` would remove them again
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 import issgd_jax
 from experiments.benchmarks import environment
 from experiments.paper import command as paper
 from issgd_jax import InputError, paths
-from issgd_jax import __main__ as command
-from issgd_jax import main as main_lib  # noqa: F401  as above
 from issgd_jax.run import metrics, status
 from issgd_jax.task import data
 from tests.helpers import SVHN, smoke, soak, steps_of
@@ -42,39 +38,22 @@ def home(tmp_path, monkeypatch):
     assert not list(elsewhere.iterdir()), "something was written where it was not asked for"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(*arguments)`: exit status, and what is printed."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["issgd-jax", *arguments])
-        flags.FLAGS.unparse_flags()
-        code = 0
-        with flagsaver.flagsaver():
-            try:
-                command.main()
-            except SystemExit as ended:
-                code = ended.code
-        out, err = capsys.readouterr()
-        return (1, f"{out}{err}{code}\n") if isinstance(code, str) else (code or 0, out + err)
-
-    return call
-
-
 def fields(*more):
     return [f"--config.{field}" for field in (*FIELDS, *more)]
 
 
-def test_every_command_expands_the_home_folder(home, run):
+def test_every_command_expands_the_home_folder(home, run_command):
     """Red if one makes, or looks into, a folder with the name `~`."""
     (home / "mine.py").write_text("from issgd_jax.config.digits import get_config\n")
-    code, text = run("train", "--workdir=~/run", "--config=~/mine.py:smoke", *fields("log.tensorboard=True"))
+    code, text = run_command("train", "--workdir=~/run", "--config=~/mine.py:smoke", *fields("log.tensorboard=True"))
     assert code == 0 and (home / "run" / "config.json").is_file() and list((home / "run").glob("events.out.*")), text
-    code, text = run("status", "~/run")
+    code, text = run_command("status", "~/run")
     assert code == 0 and text.startswith(f"{home}/run: finished"), text
-    assert run("plot", "~/run", "--output=~/plot.png") == (0, f"{home}/plot.png\n") and (home / "plot.png").is_file()
+    assert run_command("plot", "~/run", "--output=~/plot.png") == (0, f"{home}/plot.png\n")
+    assert (home / "plot.png").is_file()
     (home / "importance-0").symlink_to("run")
-    code, text = run("compare", "--workdir", "~", "--config", "~/mine.py:smoke", *fields("proposal.name=mixture"))
+    other = fields("proposal.name=mixture")
+    code, text = run_command("compare", "--workdir", "~", "--config", "~/mine.py:smoke", *other)
     assert code == 1 and text.startswith(f"error: {home}/importance-0 holds a run of another experiment"), text
 
 
@@ -116,7 +95,7 @@ def test_caches_and_data_expand_the_home_folder(home, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [URL, "s3://bucket", "file:///tmp/run", "https://host/run"])
-def test_a_url_is_refused_in_words(url, home, run):
+def test_a_url_is_refused_in_words(url, home, run_command):
     refused = f"is {url!r}, but only folders of this machine work: mount the storage, and name the folder\n"
     for arguments in (
         ["train", f"--workdir={url}", *fields()],
@@ -126,9 +105,9 @@ def test_a_url_is_refused_in_words(url, home, run):
         ["plot", str(home), f"--output={url}"],
         ["status", url],
     ):
-        code, text = run(*arguments)
+        code, text = run_command(*arguments)
         assert code == 1 and text.replace(".py'", "'").endswith(refused) and text.count("\n") == 1, text
-    code, text = run("train", "--workdir=run", *fields(f"data.dir={url}"))
+    code, text = run_command("train", "--workdir=run", *fields(f"data.dir={url}"))
     assert code == 1 and f"data.dir must be a folder of this machine, not a URL, got {url!r} (see --config" in text
     with pytest.raises(InputError, match="data.dir is .*, but only folders of this machine work"):
         data.load("svhn_cropped", "train", url)
@@ -144,7 +123,7 @@ def test_what_is_no_path_is_refused(path, home):
 
 
 @pytest.mark.parametrize("name", ["/".join(NAMES), *soak([], NAMES + MORE_NAMES)], ids=ascii)
-def test_a_run_in_a_folder_of_any_name_goes_on(name, tmp_path, run, capsys):
+def test_a_run_in_a_folder_of_any_name_goes_on(name, tmp_path, run_command, capsys):
     """Red if a library takes the name for a pattern, an escape or an address, and checkpoints are not found again."""
     workdir = tmp_path / name
     issgd_jax.train(smoke(steps=1, log__tensorboard=True, **TINY), workdir)
@@ -153,22 +132,22 @@ def test_a_run_in_a_folder_of_any_name_goes_on(name, tmp_path, run, capsys):
     said = capsys.readouterr().err
     assert "resumes from the checkpoint of step 1 of 2" in said and "cannot" not in said and "could not" not in said
     assert len(list(workdir.glob("events.out.*"))) == 1
-    assert run("status", str(workdir))[0] == 0
-    code, text = run("plot", str(workdir), f"--output={workdir / workdir.name}.png")
+    assert run_command("status", str(workdir))[0] == 0
+    code, text = run_command("plot", str(workdir), f"--output={workdir / workdir.name}.png")
     assert (code, (workdir / f"{workdir.name}.png").is_file()) == (0, True), text
 
 
-def test_a_relative_name_is_that_of_the_working_folder(tmp_path, monkeypatch, run):
+def test_a_relative_name_is_that_of_the_working_folder(tmp_path, monkeypatch, run_command):
     """Red if `./~` or `./gs:` means something else the second time that it is looked at."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("-x", "./~", "./gs:/a", "./~root", "./gs:"):
         once = paths.local_path(name, "workdir")
         assert paths.local_path(once, "workdir") == once and once.absolute() == tmp_path / name
-    code, text = run("train", "--workdir=./~/-x", "--config.model.mlp.hidden_sizes=4", *fields())
+    code, text = run_command("train", "--workdir=./~/-x", "--config.model.mlp.hidden_sizes=4", *fields())
     assert code == 0 and (tmp_path / "~" / "-x" / "metrics.jsonl").is_file(), text
     monkeypatch.chdir(tmp_path / "~")
-    assert run("status", "--", "-x")[0] == run("plot", "--output=-.png", "--", "-x")[0] == 0
+    assert run_command("status", "--", "-x")[0] == run_command("plot", "--output=-.png", "--", "-x")[0] == 0
 
 
 def test_data_in_a_folder_of_any_name(tmp_path, monkeypatch):
@@ -199,10 +178,10 @@ def test_names_that_the_terminal_cannot_show(tmp_path):
         assert (done.returncode, done.stderr) == (0, b"") and b"\\udcff\\xfc" in done.stdout
 
 
-def test_a_folder_that_cannot_be_looked_into(tmp_path, run):
+def test_a_folder_that_cannot_be_looked_into(tmp_path, run_command):
     """Red if a name that is too long, or one below a file, ends in a traceback."""
     (tmp_path / "file").touch()
     for folder in (tmp_path / ("x" * 300), tmp_path / "file" / "run"):
         for arguments in (["status", str(folder)], ["plot", str(folder)], ["train", f"--workdir={folder}", *fields()]):
-            code, text = run(*arguments)
+            code, text = run_command(*arguments)
             assert code == 1 and text.startswith("error: ") and text.count("\n") == 1, text

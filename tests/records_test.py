@@ -174,7 +174,22 @@ def test_a_run_whose_last_step_cannot_be_read_is_not_finished(tmp_path):
         assert workdir.last_step(tmp_path) is None
 
 
+def test_a_config_that_cannot_be_read_now_is_not_malformed(tmp_path):
+    """Red if a finished run whose disk fails for a moment is taken for none, and trained again."""
+    file = write_run(tmp_path) / "config.json"
+    file.unlink()
+    for read in (lambda: workdir.read_record(tmp_path), lambda: runs.read_config(tmp_path)):
+        file.symlink_to("/proc/self/mem")  # opens, and then gives a real EIO
+        with pytest.raises(InputError, match="cannot be read .Input/output error.. Nothing was changed") as error:
+            read()
+        assert not isinstance(error.value, records.MalformedError)
+        file.unlink()
+    with pytest.raises(records.MalformedError, match="config.json cannot be read .No such file or directory"):
+        workdir.read_record(tmp_path)
+    assert runs.read_config(tmp_path) == {}
+
+
 def test_errors_of_other_kinds_pass():
     """Red if a mistake of this package is told as one of a file."""
-    with pytest.raises(NameError), records.reading("config.json", "repair it"):
+    with pytest.raises(NameError), records.parsing("config.json", "repair it"):
         raise NameError

@@ -40,7 +40,7 @@ def checkpoint_cost(num_pairs: int) -> dict:
 
     from issgd_jax.learning import payoff
     from issgd_jax.learning.learner import Learner, TrainState
-    from issgd_jax.run.checkpoint import Checkpoints
+    from issgd_jax.run.checkpoints import Checkpoints
     from issgd_jax.run.run_state import RunState, Snapshot
     from issgd_jax.sampling import Sampler
     from issgd_jax.task import losses, models

@@ -8,7 +8,7 @@ import warnings
 from ml_collections import ConfigDict
 
 from issgd_jax.errors import InputError
-from issgd_jax.files import reading
+from issgd_jax.records import MalformedError
 from issgd_jax.run import metrics
 from issgd_jax.run import workdir as workdir_lib
 
@@ -28,15 +28,9 @@ def read_config(folder: pathlib.Path) -> dict:
     Raises:
       InputError: it cannot be read now.
     """
-    path = folder / workdir_lib.CONFIG_FILE
-    with reading(path):  # else a finished run would be taken for none, and trained again
-        try:
-            path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
     try:
         return workdir_lib.read_record(folder)["config"]
-    except InputError:
+    except MalformedError:  # one that cannot be read now may be of a finished run, which is not to be trained again
         return {}
 
 

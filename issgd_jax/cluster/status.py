@@ -16,15 +16,16 @@ def read(workdir: str | pathlib.Path) -> str:
       workdir: folder of the run.
 
     Raises:
-      InputError: the folder holds no status, or one that is malformed.
+      MalformedError: the folder holds no status, or one that is malformed.
+      InputError: it cannot be read now.
 
     Example:
       >>> read("runs/none")  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      issgd_jax.errors.InputError: runs/none/cluster.json cannot be read (No such file or directory): ...
+      issgd_jax.records.MalformedError: runs/none/cluster.json cannot be read (No such file or directory): ...
     """
     path = local_path(workdir, "workdir") / STATUS_FILE
-    with records.reading(path, "name a run with workers on a cluster"):
+    with records.parsing(path, "name a run with workers on a cluster"):
         status, age = records.read(path), max(0.0, time.time() - path.stat().st_mtime)
         return f"status of {age:,.1f} s ago\n{describe(status)}"
 

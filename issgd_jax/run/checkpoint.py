@@ -1,15 +1,13 @@
-"""Checkpoints: complete or absent, verified before they are read, written by a thread of their own.
+"""Checkpoint on disk: complete or absent, and verified before it is read.
 
-A checkpoint is a folder `step_0000001000` with the arrays (`arrays/`, in Orbax's format), the rest of the state
-(`state.json`), the record of the run (`config.json`), and the CRC-32 of every file (`files.json`). It is written under
-another name and renamed when all of it is on the disk.
+It is a folder `step_0000001000` with the arrays (`arrays/`, in Orbax's format), the rest of the state (`state.json`),
+the record of the run (`config.json`), and the CRC-32 of every file (`files.json`). It is written under another name and
+renamed when all of it is on the disk.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -17,20 +15,18 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import numpy as np
 
-from issgd_jax.console import say
-from issgd_jax.errors import FolderLostError, InputError, brief
+from issgd_jax.errors import InputError, brief
 from issgd_jax.files import list_folder, make_folder, reading, sync_to_disk, sync_tree_to_disk, writing
 from issgd_jax.run import orbax
 
 _ARRAYS, _STATE, _RECORD, _FILES = "arrays", "state.json", "config.json", "files.json"
 _NAME = re.compile(r"step_([0-9]{10})")
 # Also of what is being written or removed, and of what was found damaged.
-_MAKING, _REMOVING, _DAMAGED = "making_", "removing_", "damaged_"
-_OUR_NAME = re.compile(rf"{_MAKING}step_[0-9]{{10}}(\.[0-9a-f]+)?|({_REMOVING}|{_DAMAGED})?step_[0-9]{{10}}")
+_MAKING, _REMOVING, DAMAGED = "making_", "removing_", "damaged_"
+_OUR_NAME = re.compile(rf"{_MAKING}step_[0-9]{{10}}(\.[0-9a-f]+)?|({_REMOVING}|{DAMAGED})?step_[0-9]{{10}}")
 
 
 class DamagedError(Exception):
@@ -52,20 +48,7 @@ class Checkpoint:
     record: dict | None = None
 
 
-class Readable(Protocol):
-    """A state that can become a checkpoint, such as `run_state.Snapshot`."""
-
-    step: int
-
-    def read(self) -> Checkpoint | None:
-        """Returns the checkpoint, perhaps after waiting; None if the state must not be kept."""
-
-
-def _unlocked() -> None:
-    """Checks no lock."""
-
-
-def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[[], None] = _unlocked) -> None:
+def write(folder: pathlib.Path, checkpoint: Checkpoint, *, check_lock: Callable[[], None] = lambda: None) -> None:
     """Writes a checkpoint, completely or not at all: also if the power fails.
 
     Args:
@@ -103,7 +86,7 @@ def read(folder: pathlib.Path) -> Checkpoint:
       DamagedError: a file differs from what was written, or is missing.
       InputError: it cannot be read now, which may pass.
     """
-    return _restore(folder, verify(folder))
+    return restore(folder, verify(folder))
 
 
 def verify(folder: pathlib.Path) -> dict:
@@ -124,6 +107,40 @@ def verify(folder: pathlib.Path) -> dict:
         return _parsed(folder / _STATE)
 
 
+def restore(folder: pathlib.Path, state: dict) -> Checkpoint:
+    """Reads the rest of a checkpoint that `verify` has found intact.
+
+    Args:
+      folder: of the checkpoint.
+      state: what `verify` has returned.
+
+    Raises:
+      InputError: it cannot be read now, which may pass.
+    """
+    try:
+        arrays = orbax.load(folder / _ARRAYS)
+        record = _parsed(folder / _RECORD) if (folder / _RECORD).is_file() else None
+    except Exception as error:  # of the disk, of too many open files, or of another version of Orbax
+        raise InputError(
+            f"{folder} is as it was written, but cannot be read now ({brief(error)}). Nothing was changed: run the "
+            f"same command again, with the versions that wrote it ({state.get('versions')})"
+        ) from error
+    return Checkpoint(arrays, state, record)
+
+
+def test_error_of(folder: pathlib.Path) -> float | None:
+    """Returns the test error of a checkpoint; None if it has none, or is damaged, which is reported when it is used.
+
+    Raises:
+      InputError: it cannot be read now, which may pass.
+    """
+    path = folder / _STATE
+    with reading(path), contextlib.suppress(DamagedError), _noticing_missing(path):
+        error = _parsed(path).get("test_error")
+        return error if isinstance(error, float) else None
+    return None
+
+
 def record_in(folder: pathlib.Path) -> dict | None:
     """Returns the record of the run in the newest checkpoint that has a good one; None if there is none.
 
@@ -134,7 +151,7 @@ def record_in(folder: pathlib.Path) -> dict | None:
       InputError: it cannot be read now, which may pass.
     """
     for step in reversed(steps_in(folder)):
-        path = _path(folder, step)
+        path = path_of(folder, step)
         with reading(path), contextlib.suppress(DamagedError):
             expected = _expected(path)
             if _RECORD in expected:
@@ -162,7 +179,7 @@ def written_in(folder: pathlib.Path) -> list[str]:
       InputError: the folder cannot be read.
     """
     with reading(folder):
-        return [name for name in names_in(folder) if not _is_leftover(name) and _was_complete(folder / name)]
+        return [name for name in names_in(folder) if not _is_leftover(name) and was_complete(folder / name)]
 
 
 def leftovers_in(folder: pathlib.Path) -> list[str]:
@@ -170,13 +187,51 @@ def leftovers_in(folder: pathlib.Path) -> list[str]:
     return [name for name in names_in(folder) if _is_leftover(name)]
 
 
-def _is_leftover(name: str) -> bool:
-    return name.startswith((_MAKING, _REMOVING))
+def damaged_in(folder: pathlib.Path) -> list[str]:
+    """Returns the names of checkpoints that were found damaged; raises InputError if the folder cannot be read."""
+    return [name for name in names_in(folder) if name.startswith(DAMAGED)]
 
 
-def _was_complete(path: pathlib.Path) -> bool:
+def path_of(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """Returns the path of the checkpoint of a step.
+
+    Example:
+      >>> path_of(pathlib.Path("checkpoints"), 1000).as_posix()
+      'checkpoints/step_0000001000'
+    """
+    return folder / f"step_{step:010d}"
+
+
+def was_complete(path: pathlib.Path) -> bool:
+    """Returns whether a checkpoint was written completely; False for another's folder with such a name.
+
+    Raises:
+      OSError: it cannot be read.
+    """
     is_folder = path.is_dir() or path.is_symlink()
     return is_folder and not {_STATE, _FILES}.isdisjoint(list_folder(path))
+
+
+def put_aside(path: pathlib.Path) -> None:
+    """Renames a damaged checkpoint, in place of an earlier one of that step; raises OSError if it cannot be renamed."""
+    renamed = path.with_name(f"{DAMAGED}{path.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    path.rename(renamed)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a checkpoint; of a killed process nothing stays that has the name of a checkpoint.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    removing = path.with_name(f"{_REMOVING}{path.name.removeprefix(DAMAGED)}")
+    shutil.rmtree(removing, ignore_errors=True)
+    path = path.rename(removing)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def clear(folder: pathlib.Path) -> None:
@@ -187,26 +242,15 @@ def clear(folder: pathlib.Path) -> None:
     """
     for name in written_in(folder):
         with writing(folder / name):
-            _remove(folder / name)
+            remove(folder / name)
     for name in leftovers_in(folder):
         shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # it is a link, or something else is in it
         folder.rmdir()
 
 
-def _path(folder: pathlib.Path, step: int) -> pathlib.Path:
-    return folder / f"step_{step:010d}"
-
-
-def _remove(path: pathlib.Path) -> None:
-    """Removes a checkpoint; of a killed process nothing stays that has the name of a checkpoint."""
-    removing = path.with_name(f"{_REMOVING}{path.name.removeprefix(_DAMAGED)}")
-    shutil.rmtree(removing, ignore_errors=True)
-    path = path.rename(removing)
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+def _is_leftover(name: str) -> bool:
+    return name.startswith((_MAKING, _REMOVING))
 
 
 def _expected(folder: pathlib.Path) -> dict[str, int]:
@@ -237,245 +281,6 @@ def _noticing_missing(path: pathlib.Path) -> Iterator[None]:
         if path.is_symlink():  # to a disk that is not mounted now
             raise
         raise DamagedError(f"{path} is missing") from error
-
-
-def _restore(folder: pathlib.Path, state: dict) -> Checkpoint:
-    """Reads a verified checkpoint."""
-    try:
-        arrays = orbax.load(folder / _ARRAYS)
-        record = _parsed(folder / _RECORD) if (folder / _RECORD).is_file() else None
-    except Exception as error:  # of the disk, of too many open files, or of another version of Orbax
-        raise InputError(
-            f"{folder} is as it was written, but cannot be read now ({brief(error)}). Nothing was changed: run the "
-            f"same command again, with the versions that wrote it ({state.get('versions')})"
-        ) from error
-    return Checkpoint(arrays, state, record)
-
-
-class Checkpoints:
-    """Checkpoints of one run; a context manager, whose exit waits for the one that is being written.
-
-    One thread writes, so that the run continues; a full or broken disk costs the checkpoint, with a message. Only of
-    the last one it is an error.
-
-    Attributes:
-      best_error: the least test error of those there are; inf without one.
-      record: content of config.json, saved with every checkpoint; None: not yet known.
-    """
-
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        *,
-        every_steps: int,
-        keep: int,
-        about: dict | None = None,
-        check_lock: Callable[[], None] = _unlocked,
-    ):
-        """Removes what an interrupted write has left.
-
-        Args:
-          folder: of the checkpoints.
-          every_steps: see `is_due`.
-          keep: how many of the newest are kept, beside the best by test error.
-          about: saved with the state of every checkpoint.
-          check_lock: called before anything is written, renamed or removed; a FolderLostError of it is raised by the
-            next call of `save` or `wait`.
-
-        Raises:
-          InputError: the folder cannot be read.
-        """
-        self._folder, self._every_steps, self._keep, self._about = folder, every_steps, keep, about or {}
-        self._check_lock = check_lock
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._writing: concurrent.futures.Future | None = None
-        self._test_errors = dict(_test_errors(folder))
-        self.best_error = self._least_error()
-        self.record: dict | None = None
-        self._remove_partial()
-
-    def is_intact(self, step: int) -> bool:
-        """Returns whether there is a checkpoint of this step that `newest` would return; changes nothing.
-
-        Raises:
-          InputError: it cannot be read now.
-        """
-        try:
-            return step in self.steps and bool(verify(self._path(step)))
-        except DamagedError:
-            return False
-
-    def is_due(self, step: int) -> bool:
-        """Returns whether the state at the beginning of this step is to be saved."""
-        return step > 0 and step % self._every_steps == 0
-
-    def save(self, snapshot: Readable, *, test_error: float | None = None, is_last: bool = False) -> None:
-        """Starts to write a snapshot, once the one before is written.
-
-        Args:
-          snapshot: the thread calls its `read`.
-          test_error: of this state, where it was measured.
-          is_last: whether no other follows, so that it is an error if this one cannot be written.
-
-        Raises:
-          FolderLostError: the folder is no longer that of this run.
-        """
-        self.wait()
-        if test_error is not None:
-            self.best_error = min(self.best_error, test_error)
-        self._writing = self._thread.submit(self._write, snapshot, test_error, is_last)
-
-    def wait(self) -> None:
-        """Returns once nothing is being written.
-
-        Raises:
-          FolderLostError: the folder is no longer that of this run.
-          InputError: the last checkpoint could not be written.
-        """
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return steps_in(self._folder)
-
-    def newest(self, obstacle: Callable[[dict], str | None] = lambda state: None) -> Checkpoint | None:
-        """Returns the newest checkpoint that is intact, or one of the `keep` newest without an obstacle; None if none.
-
-        Damaged ones are logged and renamed. What cannot be read is not damaged: it ends the run and changes nothing.
-
-        Args:
-          obstacle: returns why one before had better be used, if one has no obstacle; else None. May raise InputError.
-
-        Raises:
-          InputError: a checkpoint cannot be read now, or all are damaged.
-        """
-        hindered: list[tuple[pathlib.Path, dict]] = []
-        for step in reversed(self.steps):
-            path = self._path(step)
-            try:
-                state = verify(path)
-            except DamagedError as error:
-                self._put_aside(step)
-                say(f"the checkpoint of step {step:,} cannot be used ({error}): it is renamed, and the one before used")
-                continue
-            why = obstacle(state)
-            if state.get("step") != step:
-                raise InputError(
-                    f"{path} holds the state of step {state.get('step')!r}: give the folder its own name, or remove it"
-                )
-            if why:
-                say(f"the checkpoint of step {step:,} cannot be used ({why}): the one before is tried")
-                hindered.append((path, state))
-                if len(hindered) == self._keep:  # from one still older too many steps would be done again
-                    break
-            else:
-                return _restore(path, state)
-        if hindered:
-            path, state = hindered[0]
-            say(f"nor can those before it: the newest is used all the same, of step {state['step']:,}")
-            return _restore(path, state)
-        if damaged := [name for name in names_in(self._folder) if name.startswith(_DAMAGED)]:
-            raise InputError(
-                f"none of the {len(damaged)} checkpoint(s) in {self._folder} can be used, as their files differ from "
-                f"what was written: replace one by a copy without {_DAMAGED!r} in its name, or choose another "
-                "--workdir; --overwrite deletes them all"
-            )
-        return None
-
-    def _put_aside(self, step: int) -> None:
-        path = self._path(step)
-        with writing(path):
-            self._check_lock()
-            renamed = path.with_name(f"{_DAMAGED}{path.name}")
-            shutil.rmtree(renamed, ignore_errors=True)
-            path.rename(renamed)
-        self._test_errors.pop(step, None)
-
-    def _write(self, snapshot: Readable, test_error: float | None, is_last: bool) -> None:
-        path = self._path(snapshot.step)
-        if path.is_dir():
-            return
-        try:
-            self._remove_partial()
-            if not (checkpoint := snapshot.read()):
-                return
-            state = checkpoint.state | self._about | {"test_error": test_error}
-            complete = dataclasses.replace(checkpoint, state=state, record=self.record)
-            write(path, complete, check_lock=self._check_lock)
-        except FolderLostError:
-            raise
-        except Exception as error:  # no failure to save may end the run before its end
-            self.best_error = self._least_error()
-            if is_last:
-                raise InputError(self._loss(snapshot.step, error)) from error
-            say(f"the checkpoint of step {snapshot.step:,} could not be written, training continues: {brief(error)}")
-            return
-        if test_error is not None:
-            self._test_errors[snapshot.step] = test_error
-        try:
-            self._remove_old()
-        except FolderLostError:
-            raise
-        except (InputError, OSError) as error:
-            say(f"old checkpoints cannot be removed, training continues: {error}")
-
-    def _loss(self, step: int, error: Exception) -> str:
-        """Returns what is lost where the last checkpoint cannot be written."""
-        steps = self.steps
-        again = f"repeats the steps from {steps[-1]:,} on" if steps else "with --overwrite starts again"
-        return (
-            f"the last checkpoint, of step {step:,}, could not be written, so that the run's last parameters are not "
-            f"saved ({brief(error)}): make room in {self._folder}, and the same command {again}"
-        )
-
-    def _remove_old(self) -> None:
-        best = min(self._test_errors, key=self._test_errors.get, default=None)
-        for step in self.steps[: -self._keep]:
-            if step != best and _was_complete(self._path(step)):
-                self._check_lock()
-                _remove(self._path(step))
-                self._test_errors.pop(step, None)
-
-    def _remove_partial(self) -> None:
-        """Removes what interrupted and failed writes left: threads of Orbax may write for a moment after an error."""
-        for name in leftovers_in(self._folder):
-            with writing(self._folder):
-                self._check_lock()
-            shutil.rmtree(self._folder / name, ignore_errors=True)
-
-    def _least_error(self) -> float:
-        return min(self._test_errors.values(), default=math.inf)
-
-    def _path(self, step: int) -> pathlib.Path:
-        return _path(self._folder, step)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, *error):
-        try:
-            self.wait()
-        except InputError:
-            if error_type is None:  # else the error that is there already tells why
-                raise
-        finally:
-            self._thread.shutdown()
-            with contextlib.suppress(InputError):
-                self._remove_partial()
-
-
-def _test_errors(folder: pathlib.Path) -> Iterator[tuple[int, float]]:
-    """Yields (step, test error) of the checkpoints that have one, ascending."""
-    for step in steps_in(folder):
-        path = _path(folder, step) / _STATE
-        # Damage is reported when the checkpoint is used.
-        with reading(path), contextlib.suppress(DamagedError), _noticing_missing(path):
-            error = _parsed(path).get("test_error")
-            if isinstance(error, float):
-                yield step, error
 
 
 def _checksums(folder: pathlib.Path) -> Iterator[tuple[str, int]]:

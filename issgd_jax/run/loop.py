@@ -14,7 +14,7 @@ from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import FolderLostError, InputError, StoppedError
 from issgd_jax.learning import payoff
 from issgd_jax.run import diagnosis, metrics, supervision
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.rounds import Rounds
 from issgd_jax.run.run_state import RunState, Snapshot

@@ -49,7 +49,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
     """
     rows: list[dict] = []
     path = local_path(path, "path of metrics")
-    with records.reading(path, _REMEDY):
+    with records.parsing(path, _REMEDY):
         *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate([*lines, last] if last else lines, start=1):
         if row := _row(line):
@@ -82,7 +82,7 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
       issgd_jax.errors.InputError: runs/none holds no run (no metrics.jsonl): name the --workdir of one
     """
     path = local_path(workdir, "workdir") / METRICS_FILE
-    with records.reading(path, "name the --workdir of a run"):
+    with reading(path):
         if not path.is_file():
             inner = sorted(path.parent.glob(f"*/{METRICS_FILE}"))
             hint = f"did you mean {inner[0].parent}?" if inner else "name the --workdir of one"

@@ -30,7 +30,7 @@ def read(workdir: str | pathlib.Path) -> str:
       workdir: folder of the run.
 
     Raises:
-      InputError: the folder holds no run, or a file of it is malformed.
+      InputError: the folder holds no run, or a file of it is malformed or cannot be read.
 
     Example:
       >>> read("runs/none")
@@ -58,9 +58,9 @@ def _progress(workdir: pathlib.Path) -> tuple[list[str], bool]:
     config_file, heartbeat_file = workdir / workdir_lib.CONFIG_FILE, workdir / workdir_lib.HEARTBEAT_FILE
     if not config_file.exists() or not heartbeat_file.exists():
         return [], False
-    with records.reading(config_file, "name another run, or start it again with --overwrite"):
+    with records.parsing(config_file, "name another run, or start it again with --overwrite"):
         steps = records.whole_number(records.read(config_file)["config"]["steps"])
-    with records.reading(heartbeat_file, "remove it: a run that is running writes it again"):
+    with records.parsing(heartbeat_file, "remove it: a run that is running writes it again"):
         heartbeat = records.read(heartbeat_file)
         step, seconds = records.whole_number(heartbeat["step"]), max(0.0, time.time() - heartbeat["at"])
     return [f"step {step:,} of {steps:,}, {seconds:,.1f} s ago"], step == steps

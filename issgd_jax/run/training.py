@@ -23,7 +23,8 @@ from issgd_jax.paths import local_path
 from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
-from issgd_jax.run.checkpoint import Checkpoint, Checkpoints
+from issgd_jax.run.checkpoint import Checkpoint
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.supervision import Supervision
 from issgd_jax.task.problem import Problem, explain_norms
 

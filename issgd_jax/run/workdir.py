@@ -184,10 +184,11 @@ def read_record(workdir: pathlib.Path) -> dict:
     """Returns config.json: `config` in groups, and a list of those that resumed the run.
 
     Raises:
-      InputError: it is missing or malformed.
+      MalformedError: it is missing or malformed.
+      InputError: it cannot be read now, which may pass.
     """
     path = workdir / CONFIG_FILE
-    with records.reading(path, "repair it"):
+    with records.parsing(path, "repair it"):
         record = records.read(path)
         config = record["config"]
         flatten(config)
@@ -200,10 +201,9 @@ def read_record(workdir: pathlib.Path) -> dict:
 
 def _find_record(workdir: pathlib.Path, remedy: str) -> dict:
     """Returns the content of config.json, or else that in the newest checkpoint; InputError if neither can be used."""
-    _read_json(workdir / CONFIG_FILE)  # what cannot be read now may be good
     try:
         return read_record(workdir)
-    except InputError as error:
+    except records.MalformedError as error:  # what only cannot be read now may be good
         if record := checkpoint.record_in(workdir / CHECKPOINTS):
             return record
         raise InputError(

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from issgd_jax import InputError
 from issgd_jax.run import checkpoint
-from issgd_jax.run.checkpoint import Checkpoint, Checkpoints, DamagedError
+from issgd_jax.run.checkpoint import Checkpoint, DamagedError
+from issgd_jax.run.checkpoints import Checkpoints
 
 
 def made(step=3, size=1000):
@@ -179,7 +180,7 @@ def test_what_comes_late_of_a_failed_write_is_removed(tmp_path):
 TORN_OFF = """
 import pathlib, resource, signal, sys
 from tests.run.checkpoint_test import State, made
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 
 with Checkpoints(pathlib.Path(sys.argv[1]), every_steps=1, keep=9) as checkpoints:
     checkpoints.save(State(1, lambda: made(1)))
@@ -210,7 +211,7 @@ FULL_DISK = """
 import os, pathlib, sys
 from tests.run.checkpoint_test import State, made, check_equal
 from issgd_jax.run import checkpoint
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
 
 folder = pathlib.Path(sys.argv[1])

@@ -17,7 +17,8 @@ import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.errors import StoppedError
 from issgd_jax.run import checkpoint, loop, orbax, run_state
-from issgd_jax.run.checkpoint import Checkpoints, DamagedError
+from issgd_jax.run.checkpoint import DamagedError
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
 from tests.helpers import arrays_of, check_same, path_of, small, steps_of
 from tests.run.checkpoint_test import State, can_have_a_small_disk, in_small_disk, made
@@ -144,17 +145,6 @@ def test_the_best_checkpoint_is_kept_where_it_cannot_be_read_for_a_moment(tmp_pa
 
 
 # Runs with missing rows and fields.
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, issgd_jax.train(small(steps=20), folder)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.mark.parametrize("how", ["missing", "emptied", "garbage", "first line"])
@@ -321,7 +311,7 @@ TORN_OFF_AT_THE_END = """
 import pathlib, resource, signal, sys
 from issgd_jax import InputError
 from tests.run.checkpoint_test import State, made
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Checkpoints(pathlib.Path(sys.argv[1]), every_steps=1, keep=9) as checkpoints:

@@ -13,7 +13,7 @@ from issgd_jax import ScoreStore
 from issgd_jax.config import default
 from issgd_jax.files import make_folder, replace_atomically, write_text_atomically
 from issgd_jax.run import checkpoint, workdir
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter, read_metrics
 from tests.run.checkpoint_test import State, made
 
@@ -144,7 +144,7 @@ for name in real:
     setattr(os, name, cut(name))
 from issgd_jax.config import default
 from issgd_jax.run import workdir
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from tests.run.checkpoint_test import State, made
 run = disk / "runs" / "a"
 with workdir.locked(run) as lock:

@@ -16,7 +16,7 @@ import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.errors import FolderLostError
 from issgd_jax.run import checkpoint, status, workdir
-from issgd_jax.run.checkpoint import Checkpoints
+from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter
 from issgd_jax.run.supervision import Supervision
 from tests import victims
@@ -36,19 +36,6 @@ def contents(folder):
 def write(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 8 steps, with checkpoints of 7 and 8."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, issgd_jax.train(small(steps=8), folder)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of that run."""
-    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -115,23 +102,21 @@ def test_checkpoints_behind_a_link_are_removed_too(run, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [("config.json",), ("config.json", "metrics.jsonl"), "emptied"])
-def test_checkpoints_alone_are_resumed_from(lost, run, finished, capsys):
+def test_checkpoints_alone_are_resumed_from(lost, run, capsys):
     """Red if whole checkpoints are deleted, or refused, as the files beside them are gone or cut off."""
     for name in lost if isinstance(lost, tuple) else ():
         (run / name).unlink()
     if lost == "emptied":
         (run / "config.json").write_text("")
-    history = issgd_jax.train(small(steps=9), run)
-    assert "resumes from the checkpoint of step 8 of 9" in capsys.readouterr().err
-    assert history[-1]["step"] == 9 and {7, 8, 9} <= {*steps_of(run)}
-    assert json.loads((run / "config.json").read_text())["config"]["steps"] == 9
+    history = issgd_jax.train(small(steps=21), run)
+    assert "resumes from the checkpoint of step 20 of 21" in capsys.readouterr().err
+    assert history[-1]["step"] == 21 and {14, 20, 21} <= {*steps_of(run)}
+    assert json.loads((run / "config.json").read_text())["config"]["steps"] == 21
 
 
 def test_rows_whose_checkpoints_were_removed_are_kept(run):
     """Red if a run begins again, and cuts off its rows, as somebody has removed its checkpoints."""
     shutil.rmtree(run / "checkpoints")
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 15}\n')
     before = contents(run)
     with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
         workdir.check(run, small(steps=20).to_dict(), overwrite=False)
@@ -148,7 +133,7 @@ def test_checkpoints_without_any_config_are_refused(run):
         checkpoint.write(path, checkpoint.Checkpoint(kept.arrays, kept.state))
     before = contents(run)
     with pytest.raises(InputError, match="holds a run already, but its config cannot be read"):
-        issgd_jax.train(small(steps=9), run)
+        issgd_jax.train(small(steps=21), run)
     assert contents(run) == before
 
 
@@ -271,7 +256,7 @@ def test_of_programs_that_begin_at_once_one_gets_the_folder(tmp_path):
 def test_links(run, tmp_path, finished):
     """A linked folder is one like others; a link that leads nowhere is told. Red if a run begins again behind it."""
     (tmp_path / "link").symlink_to(run)
-    assert without_time(issgd_jax.train(small(steps=8), tmp_path / "link")) == without_time(finished[1])
+    assert without_time(issgd_jax.train(small(steps=20), tmp_path / "link")) == without_time(finished[1])
     (tmp_path / "broken").symlink_to(tmp_path / "unmounted")
     with pytest.raises(InputError, match=r"broken cannot be read \(a link to .*unmounted, which does not exist\)"):
         issgd_jax.train(small(steps=8), tmp_path / "broken")
@@ -279,11 +264,11 @@ def test_links(run, tmp_path, finished):
     (run / "checkpoints").symlink_to(tmp_path / "unmounted")
     before = contents(run)
     with pytest.raises(InputError, match=r"checkpoints cannot be read \(a link to .*unmounted, which does not exist\)"):
-        issgd_jax.train(small(steps=9), run)
+        issgd_jax.train(small(steps=21), run)
     assert contents(run) == before
     (run / "checkpoints").unlink()
     (run / "checkpoints").symlink_to(tmp_path / "large")
-    assert issgd_jax.train(small(steps=9), run)[-1]["step"] == 9
+    assert issgd_jax.train(small(steps=21), run)[-1]["step"] == 21
 
 
 READ_ONLY = """
