@@ -250,9 +250,8 @@ class _Program:
         delay = self._gradient_delay
         if not delay:
             return state, sampler_state
-        drawn = jax.vmap(functools.partial(self._sampler.draw_number, sampler_state))(jnp.arange(delay))
+        sampler_state, drawn = jax.lax.scan(lambda state, _: self._sampler.draw(state), sampler_state, length=delay)
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (delay, *x.shape)), (state.params, state.step))
-        sampler_state = sampler_state._replace(num_draws=sampler_state.num_draws + delay)
         return state._replace(in_flight=_InFlight(*copies, drawn)), sampler_state
 
     def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:

@@ -128,6 +128,8 @@ def _check_scoring(config: ConfigDict) -> None:
             f"learner.draw is {config.learner.draw}, which draws uniformly, but proposal.name is "
             f"{config.proposal.name}: use systematic, or --config.proposal.name=uniform"
         )
+    if config.learner.draw == "stride":
+        _check_stride(config.proposal)
     if config.workers.enabled:
         if config.schedule.name == "relaxed":
             _check_relaxed(config)
@@ -140,6 +142,20 @@ def _check_scoring(config: ConfigDict) -> None:
         raise InputError(
             "schedule.name is exact, which scores all examples before every step, but workers.enabled is False: enable "
             "them, or use --config.schedule.name=relaxed"
+        )
+
+
+def _check_stride(proposal: ConfigDict) -> None:
+    if proposal.when == "auto":
+        raise InputError(
+            "learner.draw is stride and proposal.when auto, which draws uniformly between trials: every visit counts "
+            "until the next one; use --config.proposal.when=on, or --config.learner.draw=systematic"
+        )
+    if proposal.name == "proportional" and proposal.max_staleness is not None:
+        raise InputError(
+            f"learner.draw is stride, which visits every example, but proposal.max_staleness is "
+            f"{proposal.max_staleness}, which excludes some: use --config.proposal.max_staleness=None, or "
+            "--config.learner.draw=systematic"
         )
 
 

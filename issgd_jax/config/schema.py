@@ -132,8 +132,9 @@ FIELDS = (
     Field("learner.nesterov", True, _ANY, "Use Nesterov momentum where the optimiser has it."),
     Field(
         "learner.draw", "systematic",
-        _one_of("systematic", "independent", "without_replacement", "shuffled", "random_subset"),
-        "How a minibatch is drawn. Only uniformly: shuffled (epochs), random_subset (epochs over a random third).",
+        _one_of("systematic", "independent", "without_replacement", "stride", "shuffled", "random_subset"),
+        "How a minibatch is drawn. stride: evenly spaced visits. Only uniformly: shuffled (epochs), random_subset "
+        "(epochs over a random third).",
     ),
     Field("learner.refresh", True, _ANY, "Write the gradient norms of each minibatch back as its examples' scores."),
     Field(

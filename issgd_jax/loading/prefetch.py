@@ -81,8 +81,8 @@ class Prefetch:
             raise ValueError(f"depth must be >= 0, got {depth}")
         if sampler.draw_method == STRIDE and (depth + 1) * sampler.batch_size > sampler.num_examples:
             raise ValueError(
-                f'draw "stride" ahead of the learner needs depth + 1 minibatches of different examples, got depth {depth} '
-                f"and {sampler.num_examples:,} examples for minibatches of {sampler.batch_size}: lower the depth"
+                f'draw "stride" needs depth + 1 minibatches of different examples, got depth {depth}, batch_size '
+                f"{sampler.batch_size} and {sampler.num_examples:,} examples: lower the depth"
             )
         self._sampler = sampler
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]

@@ -18,7 +18,7 @@ from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.rounds import Rounds
 from issgd_jax.run.run_state import RunState, Snapshot
-from issgd_jax.sampling import Sampler, SamplerState, Uniform, uniform_table
+from issgd_jax.sampling import Sampler, SamplerState, uniform_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Plan:
 
 def start(parts: Parts) -> RunState:
     """Returns the state before the first step."""
-    payoff_state = payoff.State(active=not isinstance(parts.sampler.proposal, Uniform), left=0)
+    payoff_state = payoff.State(active=not parts.sampler.is_uniform, left=0)
     if parts.payoff:
         payoff_state = parts.payoff.init()
     cursor = parts.pool.cursor if parts.pool else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
@@ -13,7 +14,7 @@ from issgd_jax.sampling import uniform
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.checks import NO_EXAMPLE, as_indices, as_numbers, as_step, as_whole
-from issgd_jax.sampling.proposal import Mixture, Proportional, check_proposal
+from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform, check_proposal
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
@@ -99,6 +100,11 @@ class Sampler:
         if rebuild_every < 0:
             raise ValueError(f"rebuild_every must be >= 0, got {rebuild_every}: 0 leaves it to the caller")
         check_proposal(proposal)
+        if draw == STRIDE and getattr(proposal, "max_staleness", None) is not None:
+            raise ValueError(
+                f"draw {draw!r} visits every example, but max_staleness = {proposal.max_staleness} excludes some: use "
+                "None, or systematic draws"
+            )
         _set(self, num_examples, batch_size, proposal, draw, rebuild_every)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
@@ -229,9 +235,43 @@ class Sampler:
         self.check_state(state)
         num_examples = as_whole("num_examples", num_examples)
         state = state.with_store(state.store.append(num_examples))._replace(sums=None)
-        options = self.batch_size, self.proposal, self.draw_method
-        sampler = Sampler(self.num_examples + num_examples, *options, rebuild_every=self.rebuild_every)
+        if state.visits is not None and num_examples:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), self.num_examples)
+            state = state._replace(visits=visits_lib.append(state.visits, key, num_examples))
+        sampler = self._resized(self.num_examples + num_examples)
         return sampler, _rebuild(sampler, state)
+
+    def remove(self, state: SamplerState, indices) -> tuple["Sampler", SamplerState, np.ndarray]:
+        """Returns sampler and state without some examples; on the host, O(N). The state is donated.
+
+        Args:
+          state: of this sampler, perhaps restored.
+          indices: i[m], of the examples.
+
+        Returns:
+          Sampler, state, and i64[N']: the old index of each example that is left, in the old order.
+
+        Raises:
+          TypeError, ValueError: as `update`; or an index is outside [0, N), or fewer examples than a minibatch needs
+            would be left.
+
+        Example:
+          >>> sampler = Sampler(num_examples=100, batch_size=4)
+          >>> sampler, state, old_indices = sampler.remove(sampler.init(seed=0), [0, 2])
+          >>> sampler.num_examples, old_indices[:3].tolist()
+          (98, [1, 3, 4])
+        """
+        self.check_state(state)
+        store, kept = state.store.remove(indices)
+        sampler = self._resized(len(kept))
+        state = state.with_store(store)._replace(sums=None)
+        if state.visits is not None:
+            state = state._replace(visits=visits_lib.select(state.visits, jnp.asarray(kept, jnp.int32)))
+        return sampler, _rebuild(sampler, state), kept
+
+    def _resized(self, num_examples: int) -> "Sampler":
+        options = self.batch_size, self.proposal, self.draw_method
+        return Sampler(num_examples, *options, rebuild_every=self.rebuild_every)
 
     def metrics(self, state: SamplerState) -> dict[str, float]:
         """Returns what the sampler knows of its own work; O(N).
@@ -300,6 +340,11 @@ class Sampler:
         if state.visits is None:
             return state.with_table(state.table.write(indices, v))
         return state._replace(visits=visits_lib.write(state.visits, indices, v, arrived=arrived))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether draws depend on nothing but their number: uniform ones that no state describes."""
+        return isinstance(self.proposal, Uniform) and self.draw_method != STRIDE
 
     def check_state(self, state: SamplerState) -> None:
         """Raises TypeError or ValueError if state is not one of this sampler."""

@@ -175,17 +175,27 @@ def append(visits: Visits, key: jax.Array, num_examples: int) -> Visits:
 
     Args:
       key: random key.
-      num_examples: how many more.
+      num_examples: how many more, >= 1.
     """
-    old, total = visits.num_examples, visits.num_examples + num_examples
-    place = uniform.permute(key, jnp.arange(num_examples, dtype=jnp.int32), max(num_examples, 1))
-    # Spread over an epoch of `total` visits; N * place may exceed 32 bits.
-    spread = (place.astype(jnp.float32) * (total / max(num_examples, 1))).astype(jnp.int32)
-    strides = visits.deadlines[:old] - visits.visited_at
-    strides = jnp.where(strides == in_flight(old), in_flight(total), jnp.minimum(strides, longest(total)))
-    visited_at = jnp.concatenate([visits.visited_at, visits.now + spread - total])
-    deadlines = visited_at + jnp.concatenate([strides, jnp.full(num_examples, total, jnp.int32)])
-    return visits._replace(deadlines=min_tree.build(deadlines, visits.now), visited_at=visited_at)
+    total = visits.num_examples + num_examples
+    place = uniform.permute(key, jnp.arange(num_examples, dtype=jnp.int32), num_examples)
+    due = (place.astype(jnp.float32) * (total / num_examples)).astype(jnp.int32)
+    visited_at = jnp.concatenate([visits.visited_at, visits.now + due - total])
+    strides = jnp.concatenate([_rescale(visits, total), jnp.full(num_examples, total, jnp.int32)])
+    return visits._replace(deadlines=min_tree.build(visited_at + strides, visits.now), visited_at=visited_at)
+
+
+def select(visits: Visits, indices: jax.Array) -> Visits:
+    """Returns the visits of the examples `indices` i[N'] alone, numbered by their place there; O(N)."""
+    visited_at, strides = visits.visited_at[indices], _rescale(visits, indices.size)[indices]
+    return visits._replace(deadlines=min_tree.build(visited_at + strides, visits.now), visited_at=visited_at)
+
+
+def _rescale(visits: Visits, num_examples: int) -> jax.Array:
+    """Returns the strides i32[N], within the limits of another number of examples."""
+    strides = visits.deadlines[: visits.num_examples] - visits.visited_at
+    flying = strides == in_flight(visits.num_examples)
+    return jnp.where(flying, in_flight(num_examples), jnp.minimum(strides, longest(num_examples)))
 
 
 def _plain_draw(batch_size: int):

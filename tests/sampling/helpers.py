@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from issgd_jax import sampling
-from issgd_jax.sampling import ScoreStore
+from issgd_jax.sampling import ScoreStore, kernels
 
 
 def make_store(score, scored_at=0):
@@ -62,3 +63,6 @@ def draw_many(table, batch_size, count, seed=0, method="systematic"):
     """Draws `count` minibatches, each with a key of its own."""
     keys = jax.random.split(jax.random.key(seed), count)
     return _draw_many(keys, table, batch_size=batch_size, method=method)
+
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler: there are no kernels to compare")

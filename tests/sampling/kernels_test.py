@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from issgd_jax.sampling import kernels, store, sum_tree, uniform
+from issgd_jax.sampling import store, sum_tree, uniform
 from issgd_jax.sampling.kernels import native
 from tests.helpers import soak
+from tests.sampling.helpers import needs_kernels
 
 SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled
 WRITTEN = 64
 build = jax.jit(sum_tree.build)
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler: there are no kernels to compare")
 
 
 def leaves(num_leaves, kind, seed=0):
