@@ -25,7 +25,7 @@ ORDER_IN = {
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),
     "task": ("splits", "data", "models", "losses", "problem", "images"),
-    "learning": ("optimizer", "variance", "payoff", "learner", "asgd", "evaluate"),
+    "learning": ("variance", "rate_by_gain", "optimizer", "payoff", "learner", "asgd", "evaluate"),
     "run": (
         "orbax", "checkpoint", "checkpoints", "workdir", "metrics", "status", "supervision", "parts", "run_state",
         "diagnosis", "measure", "rounds", "loop", "wiring", "training",

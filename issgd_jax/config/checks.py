@@ -45,6 +45,11 @@ def validate(config: ConfigDict) -> None:
     _check_asynchronous(config)
     if samples_by_importance(config):
         _check_scoring(config)
+    if config.learner.rate_by_gain and not (samples_by_importance(config) and config.learner.refresh):
+        raise InputError(
+            "learner.rate_by_gain measures the gain by the gradient norms of minibatches drawn by importance: use "
+            "it with --config.learner.refresh=True, and a proposal that is not uniform"
+        )
     _check_transformer(config.model.transformer)
     if any(value is not None for value in config.distributed.values()):
         _check_distributed(config)

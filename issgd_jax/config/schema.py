@@ -129,6 +129,11 @@ FIELDS = (
         "learner.momentum", 0.9, Limit(">= 0 and < 1", lambda value: 0 <= value < 1),
         "Momentum, or the decay of the first moment (b1) where the optimiser has that instead.",
     ),
+    Field(
+        "learner.rate_by_gain", False, _ANY,
+        "Multiply the learning rate by the measured gain of the draws, at most 4; its schedule then runs in effective "
+        "steps.",
+    ),
     Field("learner.nesterov", True, _ANY, "Use Nesterov momentum where the optimiser has it."),
     Field(
         "learner.draw", "systematic",

@@ -211,7 +211,13 @@ class Learner:
 
     def _apply(self, state: TrainState, gradient: Gradient) -> tuple[Any, Any]:
         """Returns the parameters and the optimiser's state after the update."""
-        updates, opt_state = self.optimizer.update(gradient.gradient, state.opt_state, state.params)
+        updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
+            gradient.gradient,
+            state.opt_state,
+            state.params,
+            norms=gradient.norms,
+            importance_weights=gradient.minibatch.importance_weights,
+        )
         params = optax.apply_updates(state.params, updates)
         if not self.skip_nonfinite:
             return params, opt_state

@@ -1,4 +1,4 @@
-"""Optax optimisers by name, with a learning-rate schedule."""
+"""Optax optimisers by name, with a learning-rate schedule, and perhaps a rate that follows the gain."""
 
 import difflib
 import inspect
@@ -7,10 +7,18 @@ import jax
 import optax
 
 from issgd_jax.errors import InputError
+from issgd_jax.learning.rate_by_gain import rate_by_gain as follow_gain
 
 
 def create_optimizer(
-    name: str, *, learning_rate: float | jax.Array, lr_schedule: str, steps: int, momentum: float, nesterov: bool
+    name: str,
+    *,
+    learning_rate: float | jax.Array,
+    lr_schedule: str,
+    steps: int,
+    momentum: float,
+    nesterov: bool,
+    rate_by_gain: bool = False,
 ) -> optax.GradientTransformation:
     """Returns the optimiser `optax.<name>`.
 
@@ -21,6 +29,7 @@ def create_optimizer(
       steps: updates of the run.
       momentum: the optimiser's `momentum`, or its `b1` where it has that instead.
       nesterov: the optimiser's `nesterov`; ignored where it has none.
+      rate_by_gain: whether the rate is multiplied by the measured gain of the draws, see `rate_by_gain`.
 
     Raises:
       InputError: optax has no such optimiser (names the nearest), it needs more than gradients and parameters, or it
@@ -43,6 +52,8 @@ def create_optimizer(
         optimizer = make(_rate(lr_schedule, learning_rate, steps), **options)
         params = jax.ShapeDtypeStruct((2, 2), "float32")
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+        if rate_by_gain:
+            return follow_gain(lambda rate: make(rate, **options), _rate(lr_schedule, learning_rate, steps))
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"optax.{name} cannot train with a {lr_schedule} rate from gradients and parameters alone ({error}): "

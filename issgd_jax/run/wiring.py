@@ -197,6 +197,7 @@ def make_optimizer(config: ConfigDict, learning_rate: float | jax.Array | None =
         steps=config.steps,
         momentum=config.learner.momentum,
         nesterov=config.learner.nesterov,
+        rate_by_gain=config.learner.rate_by_gain,
     )
 
 
