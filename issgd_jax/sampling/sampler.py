@@ -39,8 +39,9 @@ class Sampler:
       batch_size: B, examples in a minibatch, >= 1.
       proposal: from scores to the unnormalised probabilities that are drawn from. A pytree: its numbers may change
         between calls without compiling again. `Uniform()` is plain SGD with the same code.
-      draw: a method of `table.draw`; or, with `Uniform()` alone, "shuffled" (epochs in random order) or
-        "random_subset" (epochs over a random third of the examples, see `uniform.shuffled`). Attribute `draw_method`.
+      draw: a method of `table.draw`; or "stride", evenly spaced visits, see `visits`; or, with `Uniform()` alone,
+        "shuffled" (epochs in random order) or "random_subset" (epochs over a random third of the examples, see
+        `uniform.shuffled`). Attribute `draw_method`.
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
         new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`. None: 32,
         or N / (16 B) where that is more.
@@ -50,6 +51,12 @@ class Sampler:
         whatever the scores are (paper, Corollary 1), but for a proposal whose docstring says that it is biased.
       - The draw of number k is a function of the seed, of k and of the table alone. `draw` may run ahead of `update`:
         a draw from an older table is as unbiased.
+      - With draw "stride" both are replaced by these: a minibatch, given those before it, is NOT unbiased, as with
+        shuffled epochs. But the importance weights of an example, from its second visit up to any other, add up to
+        exactly the time since its first visit, in epochs, whatever the scores are; so that at fixed parameters the mean
+        over t steps converges to that over all examples as 1 / t, where independent draws need 1 / sqrt(t). No example
+        waits longer than its stride and one epoch, and no stride is longer than 64 epochs. What is drawn is in flight,
+        and not drawn again, until its `update`.
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
@@ -125,15 +132,15 @@ class Sampler:
         """Draws the next minibatch; O(B log N).
 
         Args:
-          state: not donated.
-          uniform_draw: whether this draw ignores the scores.
+          state: not donated, but with draw "stride".
+          uniform_draw: whether this draw ignores the scores; not with draw "stride".
 
         Returns:
           The state with one more draw counted, and the draw: indices i32[B], importance_weights f32[B].
 
         Raises:
           TypeError: state is not the state of a sampler.
-          ValueError: state is of another number of examples.
+          ValueError: state is of another number of examples, or uniform_draw does not go with the draw.
         """
         if self.draw_method == STRIDE:
             self._refuse_other_draws(uniform_draw)
@@ -143,7 +150,11 @@ class Sampler:
         return state._replace(num_draws=num_draws), drawn
 
     def draw_number(self, state: SamplerState, number: int | jax.Array, *, uniform_draw: bool = False) -> Draw:
-        """Returns the draw of number `number`, an int or i32[] below 2^30, from the present table; counts nothing."""
+        """Returns the draw of number `number`, an int or i32[] below 2^30, from the present table; counts nothing.
+
+        Raises:
+          ValueError: the draw is "stride", whose draws follow each other.
+        """
         self._refuse_other_draws(True)
         return self._draw(state, number, uniform_draw)[1]
 

@@ -354,6 +354,10 @@ static void WriteMinima(int32_t* tree, int64_t num_leaves, const std::vector<int
   Recombine(tree, Starts(num_leaves), nodes, [&](const int32_t* children, int64_t node, size_t level) {
     int32_t earliest = std::numeric_limits<int32_t>::max();
     const int64_t count = std::min(kRadix, sizes[level] - kRadix * node);
+    if (count == kRadix) {  // of a known number, so that the loop vectorizes
+      for (int64_t i = 0; i < kRadix; ++i) earliest = std::min(earliest, Distance(children[i], now));
+      return Later(now, earliest);
+    }
     for (int64_t i = 0; i < count; ++i) earliest = std::min(earliest, Distance(children[i], now));
     return Later(now, earliest);
   });
@@ -362,6 +366,45 @@ static void WriteMinima(int32_t* tree, int64_t num_leaves, const std::vector<int
 #define REQUIRE_VISITS(tree, visited_at)                               \
   REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);              \
   REQUIRE(static_cast<int64_t>((tree).element_count()) == Starts(num_leaves).back())
+
+static void KeepSmallest(std::vector<uint64_t>& numbers, int64_t count) {
+  std::nth_element(numbers.begin(), numbers.begin() + count, numbers.end());
+  numbers.resize(count);
+}
+
+// Returns the leaves whose deadline is at most `within` visits from now, or the B earliest of them and perhaps others,
+// each as one number in the order of the draw: its distance from now, then the exclusive or of index and salt.
+static std::vector<uint64_t> LeavesWithin(const int32_t* tree, const std::vector<int64_t>& starts,
+                                          const std::vector<int64_t>& sizes, int32_t now, uint32_t salt,
+                                          uint32_t within, int64_t batch_size) {
+  uint32_t latest = within ^ 0x80000000, mask = 0;
+  std::vector<uint64_t> nodes = {0}, children;
+  for (int level = static_cast<int>(sizes.size()) - 2; level >= 0; --level) {
+    const int32_t* numbers = tree + starts[level];
+    const uint32_t child_mask = salt >> (kBits * level);
+    children.resize(kRadix * nodes.size());
+    size_t count = 0;
+    for (size_t i = 0; i < nodes.size(); ++i) {
+      const int64_t ahead = static_cast<uint32_t>(nodes[std::min(i + kAhead, nodes.size() - 1)]) ^ mask;
+      __builtin_prefetch(numbers + kRadix * ahead);
+      const int64_t first = kRadix * static_cast<int64_t>(static_cast<uint32_t>(nodes[i]) ^ mask);
+      const int64_t last = std::min(first + kRadix, sizes[level]);
+      for (int64_t child = first; child < last; ++child) {  // without branches: they could not be predicted
+        const uint32_t key = static_cast<uint32_t>(Distance(numbers[child], now)) ^ 0x80000000;
+        children[count] = static_cast<uint64_t>(key) << 32 | (static_cast<uint32_t>(child) ^ child_mask);
+        count += key <= latest;
+      }
+    }
+    children.resize(count);
+    if (static_cast<int64_t>(count) > 4 * batch_size) {  // those of the earliest minima are above the earliest leaves
+      KeepSmallest(children, batch_size);
+      latest = static_cast<uint32_t>(*std::max_element(children.begin(), children.end()) >> 32);
+    }
+    nodes.swap(children);
+    mask = child_mask;
+  }
+  return nodes;
+}
 
 static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ffi::Result<S32> leaves,
                                ffi::Result<S32> elapsed) {
@@ -375,39 +418,18 @@ static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ff
   const uint32_t salt = *salt_.typed_data() & 0x7fffffff;
   const auto starts = Starts(num_leaves);
   const auto sizes = Sizes(num_leaves);
-  // A node as one number, in the order of the draw: its earliest deadline, then its rank.
-  std::vector<uint64_t> nodes = {0}, children;
-  uint32_t mask = 0;
-  for (int level = static_cast<int>(sizes.size()) - 2; level >= 0; --level) {
-    const int32_t* numbers = tree.typed_data() + starts[level];
-    const uint32_t child_mask = salt >> (kBits * level);
-    // With B nodes, B leaves are no later than the last of them.
-    const int64_t latest = static_cast<int64_t>(nodes.size()) == batch_size
-                               ? static_cast<int64_t>(*std::max_element(nodes.begin(), nodes.end()) >> 32)
-                               : std::numeric_limits<uint32_t>::max();
-    children.clear();
-    for (size_t i = 0; i < nodes.size(); ++i) {
-      const int64_t ahead = static_cast<uint32_t>(nodes[std::min(i + kAhead, nodes.size() - 1)]) ^ mask;
-      __builtin_prefetch(numbers + kRadix * ahead);
-      const int64_t first = kRadix * static_cast<int64_t>(static_cast<uint32_t>(nodes[i]) ^ mask);
-      const int64_t last = std::min(first + kRadix, sizes[level]);
-      for (int64_t child = first; child < last; ++child) {
-        const uint32_t key = static_cast<uint32_t>(Distance(numbers[child], now)) ^ 0x80000000;
-        if (key > latest) continue;
-        children.push_back(static_cast<uint64_t>(key) << 32 | (static_cast<uint32_t>(child) ^ child_mask));
-      }
-    }
-    if (static_cast<int64_t>(children.size()) > batch_size) {
-      std::nth_element(children.begin(), children.begin() + batch_size, children.end());
-      children.resize(batch_size);
-    }
-    nodes.swap(children);
-    mask = child_mask;
+  // In balance, as many are due within B visits: twice as many are looked at, or more if need be.
+  std::vector<uint64_t> nodes;
+  for (uint32_t within = 2 * static_cast<uint32_t>(batch_size); static_cast<int64_t>(nodes.size()) < batch_size;
+       within = within < 0x08000000 ? 16 * within : 0x7fffffff) {
+    nodes = LeavesWithin(tree.typed_data(), starts, sizes, now, salt, within, batch_size);
+    if (within == 0x7fffffff) break;
   }
+  if (static_cast<int64_t>(nodes.size()) > batch_size) KeepSmallest(nodes, batch_size);
   std::sort(nodes.begin(), nodes.end());
   for (int64_t i = 0; i < batch_size; ++i) {
     // Of a tree that was not built and written here, there may be too few.
-    const int64_t found = i < static_cast<int64_t>(nodes.size()) ? static_cast<uint32_t>(nodes[i]) ^ mask : 0;
+    const int64_t found = i < static_cast<int64_t>(nodes.size()) ? static_cast<uint32_t>(nodes[i]) ^ salt : 0;
     const int64_t leaf = std::min(found, num_leaves - 1);
     leaves->typed_data()[i] = static_cast<int32_t>(leaf);
     elapsed->typed_data()[i] = Distance(Later(now, i), visited_at.typed_data()[leaf]);
@@ -422,6 +444,8 @@ static ffi::Error Visit(S32, S32, S32 indices, S32 now_, int64_t in_flight, ffi:
   REQUIRE(now_.element_count() == 1);
   const int32_t now = *now_.typed_data();
   std::vector<int32_t> leaves, deadlines;
+  leaves.reserve(indices.element_count());
+  deadlines.reserve(indices.element_count());
   for (size_t i = 0; i < indices.element_count(); ++i) {
     const int32_t index = indices.typed_data()[i];
     if (index < 0 || index >= num_leaves) continue;
@@ -440,6 +464,8 @@ static ffi::Error WriteDeadlines(S32, S32 visited_at, S32 indices, S32 strides, 
   REQUIRE(now_.element_count() == 1 && strides.element_count() == indices.element_count());
   const size_t count = indices.element_count();
   std::vector<int32_t> leaves, deadlines;
+  leaves.reserve(indices.element_count());
+  deadlines.reserve(indices.element_count());
   for (size_t i = 0; i < count; ++i) {
     const int64_t ahead = std::clamp<int64_t>(indices.typed_data()[std::min(i + kAhead, count - 1)], 0, num_leaves - 1);
     __builtin_prefetch(tree->typed_data() + ahead, 1);
