@@ -85,6 +85,7 @@ DATA = {
 
 _UNIFORM = {"proposal.name": "uniform"}
 _REFRESH_ONLY = {"workers.enabled": False}
+_STRIDE = {"learner.draw": "stride"}
 
 
 def _issgd(smoothing: float) -> dict:
@@ -153,6 +154,13 @@ _FAIR_ARMS = {
     "calibrated": Arm("calibrated, a worker and refresh", {}),
     "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), data=_LARGE),
     "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2), data=_LARGE),
+    "stride": Arm("evenly spaced visits, refresh alone", _STRIDE | _REFRESH_ONLY),
+    "stride_by_gain": Arm(
+        "evenly spaced visits, refresh alone, rate by gain", _STRIDE | _REFRESH_ONLY | {"learner.rate_by_gain": True}
+    ),
+    "stride_1": Arm("evenly spaced visits, a worker and refresh", _STRIDE, data=_LARGE),
+    "stride_3": Arm("evenly spaced visits, three workers and refresh", _STRIDE | _workers(3 * 400, 2), data=_LARGE),
+    "stride_7": Arm("evenly spaced visits, seven workers and refresh", _STRIDE | _workers(7 * 400, 2), data=_LARGE),
     "exact": Arm("oracle: every example scored before every step", _ORACLE, context=True, data=("digits",)),
 }
 
@@ -163,6 +171,14 @@ _IN_LESS_TIME = {
     "calibrated_refresh_3600": Arm(
         "calibrated, refresh alone, 3,600 steps", _REFRESH_ONLY | {"steps": 3600}, data=_LARGE
     ),
+    **{
+        f"stride_{steps}": Arm(
+            f"evenly spaced visits, refresh alone, {steps:,} steps",
+            _STRIDE | _REFRESH_ONLY | {"steps": steps},
+            data=_LARGE,
+        )
+        for steps in (4000, 4800, 6000)
+    },
     "calibrated_50_6000": Arm(
         "calibrated, a worker at a quarter of its time, 6,000 steps", _workers(500, 10) | {"steps": 6000}, data=_LARGE
     ),

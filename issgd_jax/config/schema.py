@@ -211,7 +211,7 @@ FIELDS = (
     ),
     Field(
         "proposal.uniform_fraction", float, Limit(">= 0 and <= 0.999", lambda value: 0 <= value <= 0.999),
-        "Uniform share of the draws (mixture, calibrated); None: learned during the run.",
+        "Uniform share of the draws (mixture, calibrated); None: learned during the run, 0.3 with learner.draw=stride.",
     ),
     Field("proposal.half_life", 1.0, _POSITIVE, "Sweeps after which an observation counts half (calibrated)."),
     Field("monitor.examples", 2048, _between(2), "Training examples on which the variance is measured."),

@@ -24,6 +24,9 @@ from issgd_jax.sampling.visits import Visits
 STRIDE = "stride"
 DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
+# Uniform share of a mixture with draw "stride". Learned from the noise of single minibatches it becomes too small: what
+# has long strides is not seen until it is too late.
+STRIDE_FRACTION = 0.3
 # Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
 REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
 
@@ -41,7 +44,7 @@ class Sampler:
         between calls without compiling again. `Uniform()` is plain SGD with the same code.
       draw: a method of `table.draw`; or "stride", evenly spaced visits, see `visits`; or, with `Uniform()` alone,
         "shuffled" (epochs in random order) or "random_subset" (epochs over a random third of the examples, see
-        `uniform.shuffled`). Attribute `draw_method`.
+        `uniform.shuffled`). Attribute `draw_method`. With "stride", a mixture whose uniform fraction is None has 0.3.
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
         new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`. None: 32,
         or N / (16 B) where that is more.
@@ -112,6 +115,8 @@ class Sampler:
                 f"draw {draw!r} visits every example, but max_staleness = {proposal.max_staleness} excludes some: use "
                 "None, or systematic draws"
             )
+        if draw == STRIDE and isinstance(proposal, Mixture) and proposal.uniform_fraction is None:
+            proposal = Mixture(proposal.proposal, STRIDE_FRACTION)
         _set(self, num_examples, batch_size, proposal, draw, rebuild_every)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
