@@ -72,7 +72,7 @@ RUNNABLE = {
     "learner.learning_rate": POSITIVE,
     "learner.momentum": st.floats(0, 1, exclude_max=True),
     "learner.nesterov": st.booleans(),
-    "learner.draw": st.sampled_from(["systematic", "independent", "without_replacement"]),
+    "learner.draw": st.sampled_from(["systematic", "independent", "without_replacement", "stride"]),
     "learner.refresh": st.booleans(),
     "learner.asynchronous": st.integers(1, 5),
     "learner.max_gradient_delay": st.none() | st.integers(0, 9),

@@ -34,6 +34,18 @@ from tests.helpers import smoke
             {"learner__draw": "random_subset", "proposal__name": "uniform", "learner__batch_size": 401},
             "learner.batch_size is 401, but there are 400 examples to draw from",
         ),
+        (
+            {"learner__draw": "stride", "proposal__when": "auto"},
+            "learner.draw is stride and proposal.when auto, which draws uniformly between trials",
+        ),
+        (
+            {"learner__draw": "stride", "proposal__name": "proportional", "proposal__max_staleness": 10},
+            "learner.draw is stride, which visits every example, but proposal.max_staleness is 10",
+        ),
+        (
+            {"learner__draw": "stride", "learner__batch_size": 1201},
+            "learner.batch_size is 1201, but there are 1200 examples to draw from",
+        ),
         ({"learner__draw": "shuffled"}, "learner.draw is shuffled, which draws uniformly, but proposal.name is"),
         (
             {"workers__chunk_size": 401},

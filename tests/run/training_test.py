@@ -224,9 +224,25 @@ def test_other_scores_lower_the_variance_too(score, tmp_path):
     assert score == "loss" or np.max(found) <= np.sqrt(2)
 
 
-@pytest.mark.parametrize("draw", ["independent", "without_replacement"])
-def test_every_draw_trains(draw, tmp_path):
-    history = issgd_jax.train(smoke(learner__draw=draw), tmp_path)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"learner__draw": "independent"},
+        {"learner__draw": "without_replacement"},
+        {"learner__draw": "stride"},
+        {"learner__draw": "stride", "schedule__name": "free_running", "devices__learners": 2, "devices__workers": 1},
+        {"learner__draw": "stride", "schedule__name": "exact", "learner__refresh": False},
+        {
+            "learner__draw": "stride",
+            "schedule__name": "free_running",
+            "learner__asynchronous": 2,
+            "devices__workers": 2,
+        },
+    ],
+)
+def test_every_draw_trains(overrides, tmp_path):
+    """Red if a kind of draw does not go with a schedule, or with learners that share or take turns."""
+    history = issgd_jax.train(smoke(**overrides), tmp_path)
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
 
