@@ -8,6 +8,7 @@ import signal
 import jax
 import pytest
 
+from tests import sharing
 from tests.helpers import soak
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
@@ -44,11 +45,26 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def collected_rarely():
-    """Keeps the collector of garbage off the modules that stay, and off most of what JAX traces: a tenth of the time."""
+    """Keeps the collector of garbage off modules, and off most of what JAX traces: a tenth of the time."""
     if soak(True, False):
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Lets equal runs be traced once; `make soak` traces each, as users do."""
+    if soak(True, False):
+        sharing.share()
+
+
+@pytest.fixture(autouse=True)
+def programs_apart(request):
+    """Keeps the programs of a test that replaces parts of the package apart from those of others."""
+    if "monkeypatch" in request.fixturenames:
+        sharing.forget()
+        request.addfinalizer(sharing.forget)
 
 
 @pytest.fixture
