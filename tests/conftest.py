@@ -1,5 +1,6 @@
 """Four simulated CPU devices in every test process; programs compiled quickly, once, shared by all processes."""
 
+import gc
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from tests import sharing
 from tests.helpers import soak
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with & ignore it
@@ -15,12 +17,14 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("ISSGD_SOAK_SEED", str(random.randrange(2**31)))
 # Tests compile for minutes and compute for seconds: without most optimizations, and with the older of the two
-# generators of CPU code that XLA has up to JAX 0.10, that takes half the time. `make soak` compiles as users do.
+# generators of CPU code that XLA has up to JAX 0.10, that takes half the time; with a program generated in one part,
+# not in several for threads that the cores are too few for, a quarter less. `make soak` compiles as users do.
 if soak(True, False):
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the programs, notebooks and workers that tests start
+    os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
     if jax.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_report_header():
@@ -38,6 +42,30 @@ def compiled_programs(tmp_path_factory):
     for option, value in options.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collected_rarely():
+    """Keeps the collector of garbage off modules, and off most of what JAX traces: a tenth of the time."""
+    if soak(True, False):
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Lets equal runs be traced once; `make soak` traces each, as users do."""
+    if soak(True, False):
+        sharing.share()
+
+
+@pytest.fixture(autouse=True)
+def programs_apart(request):
+    """Keeps the programs of a test that replaces parts of the package apart from those of others."""
+    if "monkeypatch" in request.fixturenames:
+        sharing.forget()
+        request.addfinalizer(sharing.forget)
 
 
 @pytest.fixture

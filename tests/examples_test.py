@@ -1,5 +1,6 @@
 """Every example trains, in few more lines than without importance sampling, and its ordinary loop trains too."""
 
+import functools
 import pathlib
 import re
 import types
@@ -20,6 +21,8 @@ ADDED, CHANGED = re.compile(r"^.*  # \+$\n", re.M), re.compile(r"^( *)\S.*  # wa
 def execute(path, source) -> types.ModuleType:
     module = types.ModuleType(path.stem)
     exec(compile(source, path, "exec"), module.__dict__)
+    if hasattr(module, "make_data"):
+        module.make_data = functools.cache(module.make_data)  # of the transformer, seconds; each `train` makes it
     return module
 
 

@@ -51,15 +51,17 @@ def train(workdir, begun, overrides):
     training.train(config(**overrides), workdir)
 
 
-def start_command(arguments, log):
-    """Starts the program with these arguments and returns the process."""
-    process = server().Process(target=command, args=(arguments, log))
+def start_command(arguments, log, without=()):
+    """Starts the program with these arguments, and without these variables in its environment; returns the process."""
+    process = server().Process(target=command, args=(arguments, log, without))
     process.start()
     return process
 
 
-def command(arguments, log):
+def command(arguments, log, without=()):
     """The program with these arguments, its output in a file; beside that the history that it returns."""
+    for name in without:
+        os.environ.pop(name, None)
     jax.config.update("jax_platforms", "cpu")
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

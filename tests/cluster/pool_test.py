@@ -29,6 +29,7 @@ from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.run import loop, metrics, wiring
 from issgd_jax.task.losses import example_loss
 from issgd_jax.task.models import MODELS
+from tests import victims
 from tests.helpers import arrays_of, check_same, scores, smoke, soak, steps_of, without_time
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -140,22 +141,21 @@ def make_work(num_examples, size=8):
 
 def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path):
     """The program itself, with a cluster of its own; what it leaves behind is no process, also if it is killed."""
-    command = [
-        sys.executable, "-m", "issgd_jax.main", "--config=experiments/configs/digits.py:smoke", f"--workdir={tmp_path}",
+    logs = [tmp_path.with_name(f"{tmp_path.name}-{number}.log") for number in range(2)]
+    arguments = [
+        f"--config={ROOT}/experiments/configs/digits.py:smoke", f"--workdir={tmp_path}", "--config.steps=1000000",
         "--config.cluster.address=local", "--config.cluster.workers=1", "--config.devices.host_platform_count=1",
         "--config.devices.workers=1", "--config.schedule.name=free_running",
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name not in machines._PATIENT}
-    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    process = subprocess.Popen([*command, "--config.steps=1000000"], **options)
+    process = victims.start_command(arguments, logs[0], without=machines._PATIENT)
     while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), logs[0].read_text()
         time.sleep(0.05)
     processes = psutil.Process(process.pid).children(recursive=True)
     places = {place.laddr for one in processes for place in one.net_connections() if place.status == "LISTEN"}
     assert places and all(place.ip.endswith("127.0.0.1") for place in places), places
     while not (tmp_path / "cluster.json").exists():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), logs[0].read_text()
         time.sleep(0.05)
     status_command = [sys.executable, "-m", "issgd_jax", "status", str(tmp_path)]
     status = subprocess.run(status_command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -163,19 +163,21 @@ def test_a_cluster_run_goes_on_from_its_checkpoint_and_ends_by_a_signal(tmp_path
     raylet = next(one for one in processes if one.name() == "raylet")
     assert raylet.environ()["RAY_worker_register_timeout_seconds"] == "3600"  # a worker that starts is left alone
     assert raylet.nice() == 0 and {os.getpriority(os.PRIO_PROCESS, pid) for pid in workers(process.pid)} == {15}
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    told = logs[0].read_text()
+    assert process.exitcode == 128 + signal.SIGTERM and "stopped by SIGTERM" in told and "Traceback" not in told, told
     wait_for_end(processes)
     step = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
     rows = len((tmp_path / "metrics.jsonl").read_text().splitlines())
-    again = subprocess.Popen([*command, "--config.steps=1000000"], **options)
+    again = victims.start_command(arguments, logs[1], without=machines._PATIENT)
     while len((tmp_path / "metrics.jsonl").read_text().splitlines()) < rows + 1:
-        assert again.poll() is None, again.communicate()
+        assert again.is_alive(), logs[1].read_text()
         time.sleep(0.05)
     processes = psutil.Process(again.pid).children(recursive=True)
     again.kill()
-    assert f"resumes from the checkpoint of step {step:,}" in again.communicate()[1]
+    again.join()
+    assert f"resumes from the checkpoint of step {step:,}" in logs[1].read_text()
     assert len(processes) > 3
     wait_for_end(processes)
 
@@ -245,7 +247,7 @@ def between_steps(monkeypatch, wrap):
 
 def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(undisturbed, tmp_path, monkeypatch):
     """Bit by bit: red if a chunk is lost, scored twice, or entered with the parameters of another step."""
-    plan, killers, others = soak({11: 1, 26: 2}, {7: 1, 18: 2, 30: 3}), [], workers()
+    plan, killers, others = soak({11: 1}, {7: 1, 18: 2, 30: 3}), [], workers()
     between_steps(monkeypatch, lambda step: killers.append(Killer(step, plan, others)) or killers[0])
     check_equal(tmp_path, issgd_jax.train(equal_run(), tmp_path), undisturbed)
     assert len(set(killers[0].killed)) == sum(plan.values())
@@ -313,8 +315,9 @@ def test_training_continues_without_workers_where_ray_cannot_be_had_again(tmp_pa
 def test_workers_make_a_problem_by_its_name(cluster, tmp_path):
     """Red if a worker looks for images and labels where config.problem names something else."""
     config = small(
-        problem="tests.own_problem:make_problem", steps=24, eval_every=12, learner__batch_size=8, workers__chunk_size=8
-    )
+        problem="tests.own_problem:make_problem", steps=24, eval_every=12, learner__batch_size=8, workers__chunk_size=8,
+        cluster__workers=1,
+    )  # fmt: skip
     rows = issgd_jax.train(config, tmp_path)
     assert rows[-1]["worker_examples"] > 0 and rows[-1]["failed_rounds"] == rows[-1]["scores/rejected"] == 0
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
@@ -322,8 +325,8 @@ def test_workers_make_a_problem_by_its_name(cluster, tmp_path):
 
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
     """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
-    others, plan = workers(), soak({40: 2}, {40: 1, 80: 2, 120: 3})
-    prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running"))
+    others, (number, plan) = workers(), soak((1, {40: 1}), (WORKERS, {40: 1, 80: 2, 120: 3}))
+    prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running", cluster__workers=number))
     with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
         parts = wiring.build(prepared)
         killer = Killer(parts.train_step, plan, others)
@@ -341,7 +344,7 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
             restarts = sum(worker["restarts"] for worker in status["workers"])
             if restarts == sum(plan.values()) and all(worker["alive"] for worker in status["workers"]):
                 last.setdefault("back", (status["leases_done"], len(entered)))
-            if "back" in last and status["leases_done"] > last["back"][0] + 5 * WORKERS:
+            if "back" in last and status["leases_done"] > last["back"][0] + 5 * number:
                 raise StopIteration
             return state, sampler_state, found
 
@@ -402,7 +405,7 @@ def without_data():
     ],
 )
 def test_a_machine_that_does_not_fit_is_named_before_training(cluster, make, arguments, message):
-    with pytest.raises(InputError, match=message), start(make, **arguments):
+    with pytest.raises(InputError, match=message), start(make, num_workers=soak(1, 2), **arguments):
         pass
 
 
