@@ -87,7 +87,8 @@ def test_the_kernel_equals_plain_jax(num_examples, batch_size, monkeypatch):
     compiled = []
     for call in (kernels.on_cpu, plain):
         monkeypatch.setattr(kernels, "on_cpu", call)
-        arguments = jnp.zeros(batch_size), jnp.zeros(7, jnp.int32), jnp.zeros(7)
+        f32 = jnp.float32
+        arguments = jnp.zeros(batch_size, f32), jnp.zeros(7, jnp.int32), jnp.zeros(7, f32)
         visits = visits_lib.init(jax.random.key(1), num_examples)
         compiled.append(jax.jit(functools.partial(step)).lower(visits, jnp.uint32(0), *arguments).compile())
     rng = np.random.default_rng(num_examples)
