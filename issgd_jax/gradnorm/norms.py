@@ -1,8 +1,9 @@
 """Per-example gradient norms, alone or together with the gradient of a minibatch, in one pass."""
 
+import functools
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
+# Gradients that are small enough to be kept until the norms of all parameters are checked together.
+SMALL_BYTES = 2**20
 # Memory for gradients that no rule covers; above it, the whole pass runs in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
 
@@ -172,23 +175,54 @@ def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
     """Returns (losses, aux, norms of each leaf), and each leaf's gradient summed with the coefficients."""
     losses, aux, gradients = loss.factored_gradients(loss.params, batch)
     norms, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
-    return (losses, aux, norms), sums
+    return (losses, aux, _checked(norms)), sums
+
+
+class _Plain(NamedTuple):
+    """Norms by one pass over unscaled numbers.
+
+    Attributes:
+      norms: f32[B].
+      exact: bool[B], whether no square left the range.
+      scaled: returns f32[B], the norms by two passes.
+    """
+
+    norms: jax.Array
+    exact: jax.Array
+    scaled: Callable[[], jax.Array]
+
+
+def _checked(norms: Sequence[jax.Array | _Plain]) -> list[jax.Array]:
+    """Returns norms, by two passes for all that one pass was taken for unless each of them is exact.
+
+    One condition for all: on a CPU it takes as long as the norms of a small layer.
+    """
+    plain = [x for x in norms if isinstance(x, _Plain)]
+    if not plain:
+        return list(norms)
+    all_exact = functools.reduce(jnp.logical_and, (jnp.all(x.exact) for x in plain))
+    chosen = iter(lax.cond(all_exact, lambda: [x.norms for x in plain], lambda: [x.scaled() for x in plain]))
+    return [next(chosen) if isinstance(x, _Plain) else x for x in norms]
 
 
 def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
-    """Returns the norms [B] of one leaf's gradients, and their sum with the coefficients, if given."""
+    """Returns the norms [B] of one leaf's gradients, to be checked, and their sum with the coefficients, if given."""
     if isinstance(gradient, Factored) and not gradient.terms:
         return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
     if not isinstance(gradient, Factored):
+        is_small = sum(x.nbytes for x in jax.tree.leaves(gradient)) <= SMALL_BYTES
+        return (_form_all if is_small else _form_and_check)(gradient, coefficients)
+    bytes_of_forming = cost.bytes_of_forming(example)
+    size = max(1, _formed_bytes() // bytes_of_forming)
+    if cost.by_gram(example):
+        return _gram_norms(gradient, example, size), _weighted_sum(gradient, coefficients)
+    if num_examples * bytes_of_forming <= SMALL_BYTES:
         return _form_all(gradient, coefficients)
-    size = max(1, _formed_bytes() // cost.bytes_of_forming(example))
-    if not cost.by_gram(example):
-        return _in_microbatches(lambda chunk: _form_all(*chunk), (gradient, coefficients), size)
-    return _gram_norms(gradient, example, size), _weighted_sum(gradient, coefficients)
+    return _in_microbatches(lambda chunk: _form_and_check(*chunk), (gradient, coefficients), size)
 
 
-def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array:
+def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array | _Plain:
     """Returns norms [B] from pairs of uses; where those lose their digits, from formed gradients."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
     (norms, exact), _ = _in_microbatches(
@@ -200,10 +234,10 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
             safe = jax.vmap(lambda x: gram.scaled_norm(*x.terms, x))(gradient)
             return jnp.where(jax.vmap(gram.has_nan)(gradient), jnp.nan, safe).astype(norms.dtype)
 
-        return lax.cond(jnp.all(exact), lambda: norms, scaled)
+        return _Plain(norms, exact, scaled)
 
     def formed():
-        formed, _ = _in_microbatches(lambda chunk: _form_all(chunk, None), gradient, formed_size, has_sums=False)
+        formed, _ = _in_microbatches(lambda chunk: _form_and_check(chunk, None), gradient, formed_size, has_sums=False)
         return formed.astype(norms.dtype)
 
     # Zeros look like underflow, and are looked for only where there is one or the other.
@@ -212,15 +246,20 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     return lax.cond(all_exact, lambda: norms, formed)
 
 
-def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Returns norms [B] of formed gradients, and their sum with the coefficients, if given."""
+def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[_Plain, jax.Array | None]:
+    """Returns norms [B] of formed gradients, to be checked, and their sum with the coefficients, if given."""
     products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
         sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
         total = algebra.lay_out(gradient, sums)
-    norms, exact = jax.vmap(plain_length)(products)
-    return lax.cond(jnp.all(exact), lambda: norms, lambda: jax.vmap(length)(products)), total
+    return _Plain(*jax.vmap(plain_length)(products), lambda: jax.vmap(length)(products)), total
+
+
+def _form_and_check(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns norms [B] of formed gradients, and their sum, and lets go of the gradients."""
+    norms, total = _form_all(gradient, coefficients)
+    return _checked([norms])[0], total
 
 
 def _weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
