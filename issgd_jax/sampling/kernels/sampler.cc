@@ -420,10 +420,11 @@ static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ff
   const auto sizes = Sizes(num_leaves);
   // In balance, as many are due within B visits: twice as many are looked at, or more if need be.
   std::vector<uint64_t> nodes;
-  for (uint32_t within = 2 * static_cast<uint32_t>(batch_size); static_cast<int64_t>(nodes.size()) < batch_size;
-       within = within < 0x08000000 ? 16 * within : 0x7fffffff) {
-    nodes = LeavesWithin(tree.typed_data(), starts, sizes, now, salt, within, batch_size);
-    if (within == 0x7fffffff) break;
+  constexpr int64_t kAny = std::numeric_limits<int32_t>::max();
+  for (int64_t within = 2 * batch_size; static_cast<int64_t>(nodes.size()) < batch_size; within *= 16) {
+    const auto limit = static_cast<uint32_t>(std::min(within, kAny));
+    nodes = LeavesWithin(tree.typed_data(), starts, sizes, now, salt, limit, batch_size);
+    if (limit == kAny) break;
   }
   if (static_cast<int64_t>(nodes.size()) > batch_size) KeepSmallest(nodes, batch_size);
   std::sort(nodes.begin(), nodes.end());
