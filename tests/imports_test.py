@@ -20,7 +20,7 @@ ORDER_IN = {
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
         "checks", "kernels", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",
-        "state", "moments", "fallback", "level", "proposal", "calibrated", "sampler",
+        "state", "moments", "fallback", "level", "proposal", "calibrated", "draws", "sampler",
     ),
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),

@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from issgd_jax.loading.source import Source, as_source
 from issgd_jax.sampling import Draw, Sampler, SamplerState, Table
 from issgd_jax.sampling import visits as visits_lib
-from issgd_jax.sampling.sampler import STRIDE, draw_earliest, draw_number
+from issgd_jax.sampling.draws import STRIDE, draw_earliest, draw_number
 from issgd_jax.sampling.visits import Visits
 
 

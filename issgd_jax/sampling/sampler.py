@@ -10,19 +10,17 @@ import numpy as np
 
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
-from issgd_jax.sampling import uniform
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.checks import NO_EXAMPLE, as_indices, as_numbers, as_step, as_whole
+from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_earliest, draw_number
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform, check_proposal
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
-from issgd_jax.sampling.table import Draw, Table
-from issgd_jax.sampling.visits import Visits
+from issgd_jax.sampling.table import Draw
+from issgd_jax.sampling.uniform import EPOCHS
 
-STRIDE = "stride"
-DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Uniform share of a mixture with draw "stride". Learned from the noise of single minibatches it becomes too small: what
 # has long strides is not seen until it is too late.
@@ -46,8 +44,8 @@ class Sampler:
         "shuffled" (epochs in random order) or "random_subset" (epochs over a random third of the examples, see
         `uniform.shuffled`). Attribute `draw_method`. With "stride", a mixture whose uniform fraction is None has 0.3.
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
-        new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`. None: 32,
-        or N / (16 B) where that is more.
+        new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`, but for
+        those early ones with draw "stride". None: 32, or N / (16 B) where that is more.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -97,13 +95,9 @@ class Sampler:
         num_examples, batch_size = as_whole("num_examples", num_examples), as_whole("batch_size", batch_size)
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
             raise ValueError(f"num_examples must be between 1 and {table_lib.MAX_EXAMPLES}, got {num_examples}")
-        if draw not in DRAWS:
-            raise ValueError(f"draw must be one of {', '.join(DRAWS)}, got {draw!r}")
-        if draw in uniform.EPOCHS and isinstance(proposal, Mixture | Calibrated | Proportional):
+        check_draw(draw, num_examples, batch_size)
+        if draw in EPOCHS and isinstance(proposal, Mixture | Calibrated | Proportional):
             raise ValueError(f"draw {draw!r} is uniform, but the proposal is {proposal}: use Uniform(), or systematic")
-        most = uniform.largest_minibatch(num_examples, draw)
-        if batch_size < 1 or batch_size > most:
-            raise ValueError(f"batch_size must be between 1 and {most:,} with draw {draw!r}, got {batch_size}")
         if rebuild_every is None:
             rebuild_every = max(REBUILD_EVERY, num_examples // (EXAMPLES_REBUILT_A_DRAW * batch_size))
         rebuild_every = as_whole("rebuild_every", rebuild_every)
@@ -192,7 +186,7 @@ class Sampler:
             draw is of another number of examples.
         """
         self.check_state(state)
-        drawn, norms, scores = self._check_minibatch(drawn, norms, scores)
+        drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples)
         scored_at = None if scored_at is None else as_step("scored_at", scored_at)
         return _update(self, state, drawn, norms, scores, scored_at)
 
@@ -374,34 +368,11 @@ class Sampler:
                 f"the state is of {len(state.store):,} examples, the sampler of {self.num_examples:,}: use the sampler "
                 "that made it, or its `append`"
             )
-
-    def _check_minibatch(self, drawn: Draw, norms, scores) -> tuple[Draw, jax.Array | None, jax.Array | None]:
-        """Returns the draw with i32[B] and f32[B], and norms and scores as f32[B]."""
-        if not isinstance(drawn, Draw):
-            raise TypeError(f"drawn must be a Draw, got {type(drawn).__name__}: pass what `draw` returned")
-        if drawn.num_examples not in (None, self.num_examples):
+        if (state.visits is None) == (self.draw_method == STRIDE):
             raise ValueError(
-                f"the draw is of {drawn.num_examples:,} examples, the sampler of {self.num_examples:,}: pass a draw of "
-                "this sampler"
+                f"the state is that of another draw than {self.draw_method!r}: use the sampler that made it, or begin "
+                "with init"
             )
-        if norms is None and scores is not None:
-            raise ValueError("scores without norms: use ingest(state, indices, scores, scored_at, are_norms=False)")
-        if drawn.importance_weights is None:
-            raise ValueError(
-                "the draw has no importance weights: for examples that this sampler did not draw, use "
-                "ingest(state, indices, norms, scored_at=state.step)"
-            )
-        indices = as_indices(drawn.indices, self.num_examples)
-        arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
-        for name, array in arrays.items():
-            if array is not None and jnp.shape(array) != indices.shape:
-                raise ValueError(
-                    f"{name} must have the shape of the draw, {indices.shape}, one for each of its examples, got "
-                    f"{jnp.shape(array)}"
-                )
-            if array is not None:
-                arrays[name] = as_numbers(name, array, indices.shape)
-        return Draw(indices, arrays["importance_weights"], self.num_examples), arrays["norms"], arrays["scores"]
 
 
 def _with_types(new: Any, old: Any) -> Any:
@@ -444,6 +415,7 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     visits, table = None, table_lib.uniform_table(sampler.num_examples)
     if sampler.draw_method == STRIDE:
         visits = visits_lib.init(jax.random.wrap_key_data(key), sampler.num_examples)
+        visits = visits_lib.rebuild(visits, sampler.proposal.v(basis, store.score, store.scored_at, step))
     else:
         table = sampler.proposal.table(basis, store, step)
     return SamplerState(
@@ -452,32 +424,11 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, inline=True, static_argnames=("batch_size", "method"))
-def draw_number(
-    key: jax.Array, number: jax.Array, table: Table, batch_size: int, method: str
-) -> tuple[jax.Array, Draw]:
-    """Returns the number after this one, and the draw of this one: a function of its arguments alone."""
-    key = jax.random.wrap_key_data(key)
-    if method not in uniform.EPOCHS:
-        return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, method)
-    subset = method == "random_subset"
-    indices = uniform.shuffled(key, number, table.num_examples, batch_size, subset=subset)
-    return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
-
-
 @functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="batch_size")
 def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, Draw]:
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
     drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
     return state._replace(visits=visits_lib.visit(state.visits, drawn.indices), num_draws=state.num_draws + 1), drawn
-
-
-def draw_earliest(
-    visits: Visits, key: jax.Array, number: jax.Array, batch_size: int, ahead: jax.Array | None = None
-) -> Draw:
-    """Returns the draw of number `number` of evenly spaced visits, after the minibatches `ahead` i32[k, B]."""
-    salt = uniform.mix_bits(jnp.ravel(key)[-1] ^ uniform.mix_bits(number.astype(jnp.uint32)))
-    return Draw(*visits_lib.draw(visits, salt, batch_size, ahead), visits.num_examples)
 
 
 @functools.partial(jax.jit, donate_argnames="state", inline=True)
@@ -496,10 +447,12 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     state = sampler._write(state, indices, scores, norms, importance_weights, scored_at)
     moments = moments_lib.update(state.moments, norms, importance_weights)
     state = sampler._write_v(state, indices, step, arrived=True)._replace(step=step, moments=moments)
-    if not sampler.rebuild_every:
+    if not sampler.rebuild_every and state.visits is None:
         return state
     # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
-    is_due = (step % sampler.rebuild_every == 0) | (step & (step - 1) == 0)
+    is_due = step & (step - 1) == 0
+    if sampler.rebuild_every:
+        is_due |= step % sampler.rebuild_every == 0
     return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
 
 

@@ -30,7 +30,7 @@ from issgd_jax.sampling import (
     uniform_table,
 )
 from issgd_jax.sampling import store as store_lib
-from issgd_jax.sampling.sampler import STRIDE
+from issgd_jax.sampling.draws import STRIDE
 from issgd_jax.sampling.table import METHODS
 from tests.helpers import soak
 from tests.sampling.helpers import draw_many

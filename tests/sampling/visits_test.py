@@ -331,10 +331,31 @@ def test_a_proposal_that_excludes_examples_is_refused():
         Sampler(20, 4, Proportional(1.0, max_staleness=5), draw="stride")
 
 
+@pytest.mark.parametrize("draws", [("stride", "systematic"), ("systematic", "stride")])
+def test_a_state_of_another_kind_of_draw_is_refused(draws):
+    """Red if a state without visits, or with nothing else, ends in an error of a missing attribute."""
+    first, second = (Sampler(20, 4, draw=draw) for draw in draws)
+    with pytest.raises(ValueError, match=f"the state is that of another draw than '{draws[1]}'"):
+        second.draw(first.init(0))
+
+
 def test_minibatches_larger_than_the_data_are_refused():
     """Red if a minibatch has no different examples to hold."""
     with pytest.raises(ValueError, match="batch_size must be between 1 and 20"):
         Sampler(20, 21, draw="stride")
+
+
+@pytest.mark.parametrize("rebuild_every", [None, 0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_unit_of_the_norms_does_not_matter(scale, rebuild_every):
+    """Red if the first norms are compared with v = 1: large ones would be visited again at once, small ones never."""
+    sampler = Sampler(400, 8, draw="stride", rebuild_every=rebuild_every)
+    step, state, norms = _compiled(sampler), sampler.init(0), scale * (1 + jnp.arange(400) % 3)
+    seen = []
+    for _ in range(40):
+        state, drawn = step(sampler, state, norms)
+        seen += drawn.indices.tolist()
+    assert len(set(seen)) > 200
 
 
 def test_v_is_read_back_from_strides():

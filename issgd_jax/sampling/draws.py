@@ -1,0 +1,75 @@
+"""Kinds of draws, and what an update is given of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax.sampling import table as table_lib
+from issgd_jax.sampling import uniform
+from issgd_jax.sampling import visits as visits_lib
+from issgd_jax.sampling.checks import as_indices, as_numbers
+from issgd_jax.sampling.table import Draw, Table
+from issgd_jax.sampling.visits import Visits
+
+STRIDE = "stride"
+DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
+
+
+def check_draw(draw: str, num_examples: int, batch_size: int) -> None:
+    """Raises ValueError if there is no such kind of draw, or it has no minibatch of that size."""
+    if draw not in DRAWS:
+        raise ValueError(f"draw must be one of {', '.join(DRAWS)}, got {draw!r}")
+    most = uniform.largest_minibatch(num_examples, draw)
+    if batch_size < 1 or batch_size > most:
+        raise ValueError(f"batch_size must be between 1 and {most:,} with draw {draw!r}, got {batch_size}")
+
+
+@functools.partial(jax.jit, inline=True, static_argnames=("batch_size", "method"))
+def draw_number(
+    key: jax.Array, number: jax.Array, table: Table, batch_size: int, method: str
+) -> tuple[jax.Array, Draw]:
+    """Returns the number after this one, and the draw of this one: a function of its arguments alone."""
+    key = jax.random.wrap_key_data(key)
+    if method not in uniform.EPOCHS:
+        return number + 1, table_lib.draw(jax.random.fold_in(key, number), table, batch_size, method)
+    subset = method == "random_subset"
+    indices = uniform.shuffled(key, number, table.num_examples, batch_size, subset=subset)
+    return number + 1, Draw(indices, jnp.ones(batch_size, jnp.float32), table.num_examples)
+
+
+def draw_earliest(
+    visits: Visits, key: jax.Array, number: jax.Array, batch_size: int, ahead: jax.Array | None = None
+) -> Draw:
+    """Returns the draw of number `number` of evenly spaced visits, after the minibatches `ahead` i32[k, B]."""
+    salt = uniform.mix_bits(jnp.ravel(key)[-1] ^ uniform.mix_bits(number.astype(jnp.uint32)))
+    return Draw(*visits_lib.draw(visits, salt, batch_size, ahead), visits.num_examples)
+
+
+def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw, jax.Array | None, jax.Array | None]:
+    """Returns what an update is given: the draw with i32[B] and f32[B], and norms and scores as f32[B]; or raises."""
+    if not isinstance(drawn, Draw):
+        raise TypeError(f"drawn must be a Draw, got {type(drawn).__name__}: pass what `draw` returned")
+    if drawn.num_examples not in (None, num_examples):
+        raise ValueError(
+            f"the draw is of {drawn.num_examples:,} examples, the sampler of {num_examples:,}: pass a draw of "
+            "this sampler"
+        )
+    if norms is None and scores is not None:
+        raise ValueError("scores without norms: use ingest(state, indices, scores, scored_at, are_norms=False)")
+    if drawn.importance_weights is None:
+        raise ValueError(
+            "the draw has no importance weights: for examples that this sampler did not draw, use "
+            "ingest(state, indices, norms, scored_at=state.step)"
+        )
+    indices = as_indices(drawn.indices, num_examples)
+    arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
+    for name, array in arrays.items():
+        if array is not None and jnp.shape(array) != indices.shape:
+            raise ValueError(
+                f"{name} must have the shape of the draw, {indices.shape}, one for each of its examples, got "
+                f"{jnp.shape(array)}"
+            )
+        if array is not None:
+            arrays[name] = as_numbers(name, array, indices.shape)
+    return Draw(indices, arrays["importance_weights"], num_examples), arrays["norms"], arrays["scores"]
