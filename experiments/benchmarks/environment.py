@@ -1,4 +1,4 @@
-"""Virtual environments for the libraries that benchmarks compare with, and the hardware of a run."""
+"""Virtual environments for the libraries that benchmarks compare with, and results with the hardware of a run."""
 
 import argparse
 import json
@@ -10,7 +10,9 @@ import venv
 from collections.abc import Sequence
 
 from issgd_jax.errors import InputError
+from issgd_jax.files import write_text_atomically
 from issgd_jax.paths import cache_folder, local_path, private_folder
+from issgd_jax.provenance import versions
 
 # Results of all benchmarks.
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -45,6 +47,20 @@ def path_argument(text: str) -> pathlib.Path:
         return local_path(text, "the path")
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def save_results(path: pathlib.Path, command: str, results: dict, **details) -> None:
+    """Writes the results of a benchmark as JSON, with what they depend on.
+
+    Args:
+      path: of the file.
+      command: that repeats it.
+      results: of the benchmark.
+      **details: of the environment, beside hardware and versions, or in their place.
+    """
+    record = {"command": command, "hardware": hardware(), "versions": versions(), **details, "results": results}
+    path.parent.mkdir(exist_ok=True)
+    write_text_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def installed_versions(folder: pathlib.Path, packages: Sequence[str]) -> dict[str, str]:

@@ -30,18 +30,16 @@ from tqdm import tqdm
 from experiments.benchmarks.environment import (
     CACHE,
     RESULTS,
-    hardware,
     installed_versions,
     make_environment,
     path_argument,
+    save_results,
 )
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
 from experiments.benchmarks.measuring import median_ratio
-from issgd_jax.files import write_text_atomically
 from issgd_jax.gradnorm import per_example_grad_norms, value_grad_and_norms
-from issgd_jax.provenance import versions
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKER = "experiments.benchmarks.gradnorm_peers"
@@ -208,16 +206,14 @@ def main():
         make_environment(options.peers_env, REQUIREMENTS)
     results = run(options)
     print(table(results))
-    record = {
-        "command": " ".join(["python -m experiments.benchmarks.gradnorm", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "environment": KEEP_MEMORY,
-        "versions": versions(),
-        "peer_versions": installed_versions(options.peers_env, PEER_PACKAGES) if options.peers else None,
-        "results": results,
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
+    command = " ".join(["python -m experiments.benchmarks.gradnorm", *sys.argv[1:]])
+    save_results(
+        options.results,
+        command,
+        results,
+        environment=KEEP_MEMORY,
+        peer_versions=installed_versions(options.peers_env, PEER_PACKAGES) if options.peers else None,
+    )
 
 
 if __name__ == "__main__":

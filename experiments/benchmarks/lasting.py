@@ -12,7 +12,6 @@ Images of the first are random bytes: times do not depend on their values. Write
 """
 
 import argparse
-import json
 import pathlib
 import shutil
 import statistics
@@ -21,10 +20,8 @@ import sys
 import tempfile
 import time
 
-from experiments.benchmarks.environment import RESULTS, hardware
+from experiments.benchmarks.environment import RESULTS, save_results
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
-from issgd_jax.files import write_text_atomically
-from issgd_jax.provenance import versions
 from issgd_jax.run.metrics import read_metrics
 
 NUM_EXAMPLES, BATCH_SIZE, STEPS = 73_257, 128, 100
@@ -152,13 +149,8 @@ def main():
         print(name)
         for key, value in result.items():
             print(f"  {key:<40}{value:12.4g}")
-    record = {
-        "command": f"python -m experiments.benchmarks.lasting --pairs={options.pairs}",
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": results,
-    }
-    write_text_atomically(RESULTS / "lasting.json", json.dumps(record, indent=2) + "\n")
+    command = f"python -m experiments.benchmarks.lasting --pairs={options.pairs}"
+    save_results(RESULTS / "lasting.json", command, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Images are random bytes: times do not depend on their values. Writes results/lea
 """
 
 import dataclasses
-import json
 import statistics
 import time
 
@@ -23,11 +22,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.benchmarks.environment import RESULTS, hardware
+from experiments.benchmarks.environment import RESULTS, save_results
 from experiments.benchmarks.measuring import median_ratio
-from issgd_jax.files import write_text_atomically
 from issgd_jax.learning.learner import Learner, TrainState
-from issgd_jax.provenance import versions
 from issgd_jax.sampling import Sampler, Uniform
 from issgd_jax.task import losses, models
 
@@ -170,13 +167,8 @@ def main():
         print(name)
         for key, value in results[name].items():
             print(f"  {key:<40}{value:10.3f}" if isinstance(value, float) else f"  {key:<40}{value:10d}")
-    record = {
-        "command": "python -m experiments.benchmarks.learner_step",
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": results,
-    }
-    write_text_atomically(RESULTS / "learner_step.json", json.dumps(record, indent=2) + "\n")
+    command = "python -m experiments.benchmarks.learner_step"
+    save_results(RESULTS / "learner_step.json", command, results)
 
 
 if __name__ == "__main__":

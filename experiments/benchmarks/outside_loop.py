@@ -11,7 +11,6 @@ Prints medians over pairs of blocks (A B A B ... in one process) of
 Images are random bytes: times do not depend on their values. Writes results/outside_loop.json.
 """
 
-import json
 import statistics
 
 import jax
@@ -20,11 +19,9 @@ import numpy as np
 import optax
 
 import issgd_jax
-from experiments.benchmarks.environment import RESULTS, hardware
+from experiments.benchmarks.environment import RESULTS, save_results
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
-from issgd_jax.files import write_text_atomically
 from issgd_jax.learning.learner import Learner, TrainState
-from issgd_jax.provenance import versions
 from issgd_jax.task import losses, models
 
 NUM_EXAMPLES, BATCH_SIZE, STEPS_PER_ROUND = 60_000, 128, 32
@@ -138,13 +135,8 @@ def main():
     }
     for name, value in results.items():
         print(f"{name:<48}{value:12.3f}")
-    record = {
-        "command": "python -m experiments.benchmarks.outside_loop",
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": results,
-    }
-    write_text_atomically(RESULTS / "outside_loop.json", json.dumps(record, indent=2) + "\n")
+    command = "python -m experiments.benchmarks.outside_loop"
+    save_results(RESULTS / "outside_loop.json", command, results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ do not depend on their values. Writes results/prefetch.json.
 
 import argparse
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -28,12 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.environment import RESULTS, hardware, path_argument
+from experiments.benchmarks.environment import RESULTS, path_argument, save_results
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import Prefetch, Sampler, value_grad_and_norms
-from issgd_jax.files import write_text_atomically
 from issgd_jax.loading.source import as_source
-from issgd_jax.provenance import versions
 from issgd_jax.task import losses, models
 
 SHAPE, HIDDEN_SIZES, BATCH_SIZE = (28, 28, 1), (256,) * 4, 128
@@ -133,13 +130,8 @@ def main():
         print(name)
         for key, value in results[name].items():
             print(f"  {key:<24}{value:10.3f}" if isinstance(value, float) else f"  {key:<24}{value:10d}")
-    record = {
-        "command": " ".join(["python -m experiments.benchmarks.prefetch", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": results,
-    }
-    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
+    command = " ".join(["python -m experiments.benchmarks.prefetch", *sys.argv[1:]])
+    save_results(options.results, command, results)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import sys
 from experiments.benchmarks.environment import (
     CACHE,
     RESULTS,
-    hardware,
     installed_versions,
     make_environment,
     path_argument,
+    save_results,
 )
-from issgd_jax.files import write_text_atomically
 
 ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = (("torch==2.13.0", "cpprb==11.0.0", "flashbax==0.1.3", "jax==0.10.2", "scipy", "numpy"),)
@@ -58,14 +57,8 @@ def main():
         for name, value in result.items():
             if not isinstance(value, dict):
                 print(f"  {name:<28}{value:12,.4g}")
-    record = {
-        "command": " ".join(["python -m experiments.benchmarks.sampler", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": installed_versions(options.peers_env, PACKAGES),
-        "results": results,
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
+    command = " ".join(["python -m experiments.benchmarks.sampler", *sys.argv[1:]])
+    save_results(options.results, command, results, versions=installed_versions(options.peers_env, PACKAGES))
 
 
 if __name__ == "__main__":

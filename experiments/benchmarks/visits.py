@@ -9,18 +9,15 @@ results/visits.json.
 import argparse
 import functools
 import itertools
-import json
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.environment import RESULTS, hardware, path_argument
+from experiments.benchmarks.environment import RESULTS, path_argument, save_results
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import sampling
-from issgd_jax.files import write_text_atomically
-from issgd_jax.provenance import versions
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.sampler import order_after
 
@@ -86,13 +83,8 @@ def main():
     for size in options.sizes:
         results[f"N = {size:,}"] = result = measure(size, options.pairs)
         print(f"N = {size:,}", *(f"  {name:<28}{value:10.2f}" for name, value in result.items()), sep="\n", flush=True)
-    record = {
-        "command": " ".join(["python -m experiments.benchmarks.visits", *sys.argv[1:]]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "results": results,
-    }
-    write_text_atomically(options.results, json.dumps(record, indent=2) + "\n")
+    command = " ".join(["python -m experiments.benchmarks.visits", *sys.argv[1:]])
+    save_results(options.results, command, results)
 
 
 if __name__ == "__main__":
