@@ -1,4 +1,4 @@
-"""A learning rate that follows the gain of importance sampling, as in RAIS (Johnson and Guestrin 2018, algorithm 1)."""
+"""A learning rate that follows the gain of importance sampling, as in RAIS (Johnson and Guestrin 2018)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ class RateByGainState(NamedTuple):
 
     Attributes:
       moments: running means of the minibatches' moments, from zero.
-      count: f32[], updates that they are of, each counting as long as its minibatch does; from 0 to 1.
+      filled: f32[], sum of the minibatches' shares in the running means, from 0 to 1.
       gain: f32[], by which the last rate was multiplied.
       effective_steps: f32[], sum of the gains: the place in the schedule.
       inner: the optimiser's.
     """
 
     moments: variance.Moments
-    count: jax.Array
+    filled: jax.Array
     gain: jax.Array
     effective_steps: jax.Array
     inner: Any
@@ -76,8 +76,8 @@ def rate_by_gain(
 
     def init(params) -> RateByGainState:
         moments = variance.Moments(*(jnp.zeros((), jnp.float32) for _ in variance.Moments._fields))
-        count, gain, steps = (jnp.full((), value, jnp.float32) for value in (0, 1, 0))
-        return RateByGainState(moments, count, gain, steps, optimizer.init(params))
+        filled, gain, steps = (jnp.full((), value, jnp.float32) for value in (0, 1, 0))
+        return RateByGainState(moments, filled, gain, steps, optimizer.init(params))
 
     def update(gradient, state, params=None, *, norms=None, importance_weights=None, **extra):
         if norms is None or importance_weights is None or jnp.shape(norms) != jnp.shape(importance_weights):
@@ -100,8 +100,8 @@ def _observe(state: RateByGainState, new: variance.Moments, batch_size: int, max
     valid = jnp.stack([(x >= 0) & (x < LARGEST) for x in new]).all()
     share = jnp.where(valid, 1 / WINDOW, 0)
     moments = jax.tree.map(lambda old, new: old + share * (jnp.where(valid, new, 0) - old), state.moments, new)
-    count = state.count + share * (1 - state.count)
+    filled = state.filled + share * (1 - state.filled)
     known = moments.gradient > 0
     excess = (moments.uniform - moments.proposed) / (batch_size * jnp.where(known, moments.gradient, 1))
-    gain = jnp.clip(1 + jnp.where(known, count * excess, 0), 1 / max_gain, max_gain)
-    return state._replace(moments=moments, count=count, gain=gain.astype(jnp.float32))
+    gain = jnp.clip(1 + jnp.where(known, filled * excess, 0), 1 / max_gain, max_gain)
+    return state._replace(moments=moments, filled=filled, gain=gain.astype(jnp.float32))

@@ -21,7 +21,7 @@ from issgd_jax.loading.source import arguments
 from issgd_jax.run.measure import make_measure, measure_on
 from issgd_jax.run.parts import Parts
 from issgd_jax.sampling import Calibrated, Mixture, Proportional, Sampler, Uniform
-from issgd_jax.sampling.uniform import largest_minibatch
+from issgd_jax.sampling.draws import largest_minibatch
 from issgd_jax.scoring import schedule
 from issgd_jax.scoring.workers import WorkerPool
 from issgd_jax.task import data

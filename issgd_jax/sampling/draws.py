@@ -16,11 +16,23 @@ STRIDE = "stride"
 DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
 
 
+def largest_minibatch(num_examples: int, draw: str) -> int:
+    """Returns the largest minibatch that this kind of draw has from N examples; 2^31 - 1 with replacement.
+
+    Example:
+      >>> largest_minibatch(100, "shuffled"), largest_minibatch(100, "random_subset")
+      (100, 33)
+    """
+    if draw == "random_subset":
+        return num_examples // uniform.SUBSET
+    return num_examples if draw in ("shuffled", "without_replacement", STRIDE) else 2**31 - 1
+
+
 def check_draw(draw: str, num_examples: int, batch_size: int) -> None:
     """Raises ValueError if there is no such kind of draw, or it has no minibatch of that size."""
     if draw not in DRAWS:
         raise ValueError(f"draw must be one of {', '.join(DRAWS)}, got {draw!r}")
-    most = uniform.largest_minibatch(num_examples, draw)
+    most = largest_minibatch(num_examples, draw)
     if batch_size < 1 or batch_size > most:
         raise ValueError(f"batch_size must be between 1 and {most:,} with draw {draw!r}, got {batch_size}")
 

@@ -22,8 +22,8 @@ from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
 
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
-# Uniform share of a mixture with draw "stride". Learned from the noise of single minibatches it becomes too small: what
-# has long strides is not seen until it is too late.
+# Uniform share of a mixture with draw "stride": not learned, as other draws learn it from the noise of single
+# minibatches, which is not what counts where minibatches balance each other.
 STRIDE_FRACTION = 0.3
 # Updates between rebuilds; more where N is large, so that a rebuild costs each update less than its draw.
 REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
@@ -56,8 +56,8 @@ class Sampler:
         shuffled epochs. But the importance weights of an example, from its second visit up to any other, add up to
         exactly the time since its first visit, in epochs, whatever the scores are; so that at fixed parameters the mean
         over t steps converges to that over all examples as 1 / t, where independent draws need 1 / sqrt(t). No example
-        waits longer than its stride and one epoch, and no stride is longer than 64 epochs. What is drawn is in flight,
-        and not drawn again, until its `update`.
+        waits longer than its stride, one epoch and one minibatch, and no stride is longer than 64 epochs. What is drawn
+        is in flight until its `update`; it is drawn again before only where nothing else is left, or after 64 epochs.
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
@@ -176,7 +176,7 @@ class Sampler:
           drawn: the minibatch, of this or an earlier draw; its importance weights undo its preference for large scores.
             Use `ingest` for examples that were not drawn here.
           norms: f[B], the gradient norms of its examples, without importance weights; None: nothing was measured, and
-            only the step is counted.
+            only the step is counted; with draw "stride", its examples are in flight no longer.
           scores: f[B], where scores are not gradient norms; None: the norms.
           scored_at: i32[], step of the parameters of the norms; None: the present one.
 
@@ -259,7 +259,8 @@ class Sampler:
           indices: i[m], of the examples.
 
         Returns:
-          Sampler, state, and i64[N']: the old index of each example that is left, in the old order.
+          Sampler, state, and i64[N']: the old index of each example that is left, in the old order. Draws made before
+          have the old indices: `update` with them first.
 
         Raises:
           TypeError, ValueError: as `update`; or an index is outside [0, N), or fewer examples than a minibatch needs
@@ -366,7 +367,7 @@ class Sampler:
         if len(state.store) != self.num_examples:
             raise ValueError(
                 f"the state is of {len(state.store):,} examples, the sampler of {self.num_examples:,}: use the sampler "
-                "that made it, or its `append`"
+                "that made it, or its `append` or `remove`"
             )
         if (state.visits is None) == (self.draw_method == STRIDE):
             raise ValueError(
@@ -474,6 +475,7 @@ def _rebuild(sampler: Sampler, state: SamplerState) -> SamplerState:
 @functools.partial(jax.jit, inline=True)
 def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
     store, gain = state.store, moments_lib.gain(state.moments)
+    effective_sample_size = (table_lib if state.visits is None else visits_lib).effective_sample_size
     staleness = jnp.where(store.scored, store.staleness(state.step), 0)
     num_scored = jnp.sum(store.scored)
     return {
@@ -482,6 +484,6 @@ def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
         "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
         "staleness_max": jnp.max(staleness),
         "scored_fraction": num_scored / len(store),
-        "effective_sample_size": table_lib.effective_sample_size(state.table, sampler.batch_size),
+        "effective_sample_size": effective_sample_size(state.table, sampler.batch_size),
         "rejected": state.rejected.count,
     }

@@ -32,6 +32,18 @@ def clip(values: jax.Array) -> jax.Array:
     return jnp.where(is_positive, jnp.clip(values, SMALLEST, LARGEST), 0)
 
 
+def repair(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns values f32[N] as leaves, and whether they say nothing, bool[].
+
+    Those that are not valid count as the mean of the others, with which draws are as unbiased. If the others are all 0,
+    nothing is said, and every leaf is 1.
+    """
+    valid = is_valid(values)
+    leaves = jnp.where(valid, clip(values), 0)
+    mean = jnp.sum(leaves) / jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1).astype(jnp.float32)
+    return jnp.where(mean == 0, 1, jnp.where(valid, leaves, mean)), mean == 0
+
+
 def size(num_leaves: int) -> int:
     """Returns M, the length of the tree of N leaves."""
     return levels.starts(num_leaves)[-1]

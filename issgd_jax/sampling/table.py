@@ -174,11 +174,7 @@ def _check_v(v: np.ndarray) -> None:
 @functools.partial(jax.jit, inline=True)
 def _build_table(v: jax.Array, population: jax.Array | None) -> Table:
     num_examples = v.shape[0]
-    valid = sum_tree.is_valid(v)
-    leaves = jnp.where(valid, sum_tree.clip(v), 0)
-    mean = jnp.sum(leaves) / jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1).astype(jnp.float32)
-    all_zero = mean == 0
-    leaves = jnp.where(all_zero, 1, jnp.where(valid, leaves, mean))
+    leaves, all_zero = sum_tree.repair(v)
     population = num_examples if population is None else jnp.clip(population, 1, num_examples)
     population = jnp.where(all_zero, num_examples, population).astype(jnp.float32)
     return Table(sum_tree.build(leaves), population, num_examples, rejected=jnp.int32(0))
@@ -191,7 +187,7 @@ def effective_sample_size(table: Table, batch_size: int) -> jax.Array:
       >>> float(effective_sample_size(build_table(jnp.array([1.0, 1.0, 2.0, 4.0])), batch_size=11))
       8.0
     """
-    if isinstance(table, Table) and table.sums is None:
+    if table.sums is None:
         return jnp.float32(batch_size)
     v = table.v()
     positive = v > 0

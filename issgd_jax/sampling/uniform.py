@@ -16,18 +16,6 @@ EPOCHS = ("shuffled", "random_subset")
 FEISTEL_ROUNDS = 8
 
 
-def largest_minibatch(num_examples: int, draw: str) -> int:
-    """Returns the largest minibatch that this kind of draw has from N examples; 2^31 - 1 with replacement.
-
-    Example:
-      >>> largest_minibatch(100, "shuffled"), largest_minibatch(100, "random_subset")
-      (100, 33)
-    """
-    if draw == "random_subset":
-        return num_examples // SUBSET
-    return num_examples if draw in ("shuffled", "without_replacement", "stride") else 2**31 - 1
-
-
 def draw(key: jax.Array, num_examples: int, batch_size: int, method: str) -> jax.Array:
     """Draws examples uniformly; O(B), and O(B^2) without replacement.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from issgd_jax.sampling import kernels, min_tree, uniform
 from issgd_jax.sampling.checks import as_indices
-from issgd_jax.sampling.sum_tree import LARGEST, is_valid
+from issgd_jax.sampling.sum_tree import is_valid, repair
 
 # Longest stride, in epochs, and in visits: that, and N visits of waiting, are less than 2^31.
 MAX_EPOCHS, MAX_STRIDE = 64, 7 * 2**28
@@ -40,25 +40,22 @@ class Visits(NamedTuple):
         """N."""
         return self.visited_at.shape[0]
 
-    @property
-    def population(self) -> jax.Array:
-        """f32[], number of examples that the mean of v is taken over: all."""
-        return jnp.float32(self.num_examples)
+    def last_strides(self) -> jax.Array:
+        """Returns i32[N]: visits from the last one of each example to its deadline; `in_flight` where that is open."""
+        return self.deadlines[: self.num_examples] - self.visited_at
 
     def strides(self, indices: jax.Array | None = None) -> jax.Array:
         """Returns i32[N], or i32[m] of the examples `indices` i[m]: visits between two visits of each.
 
         Those outside [0, N), and those in flight, whose next stride is not known, have N.
         """
+        strides = self.last_strides()
+        strides = jnp.where(strides == in_flight(self.num_examples), self.num_examples, strides)
         if indices is None:
-            deadlines, visited_at = self.deadlines[: self.num_examples], self.visited_at
-            inside = True
-        else:
-            indices = as_indices(indices, self.num_examples)
-            inside = (indices >= 0) & (indices < self.num_examples)
-            deadlines, visited_at = (x[jnp.where(inside, indices, 0)] for x in (self.deadlines, self.visited_at))
-        strides = deadlines - visited_at
-        return jnp.where(inside & (strides != in_flight(self.num_examples)), strides, self.num_examples)
+            return strides
+        indices = as_indices(indices, self.num_examples)
+        inside = (indices >= 0) & (indices < self.num_examples)
+        return jnp.where(inside, strides[jnp.where(inside, indices, 0)], self.num_examples)
 
     def v(self, indices: jax.Array | None = None) -> jax.Array:
         """Returns the unnormalised probabilities f32[N], or f32[m] of some examples, as rounded to whole strides."""
@@ -160,14 +157,19 @@ def write(visits: Visits, indices: jax.Array, v: jax.Array, *, arrived: bool) ->
 
 
 def rebuild(visits: Visits, v: jax.Array) -> Visits:
-    """Returns the visits with deadlines by the v f32[N] of all examples, but of those in flight; O(N)."""
-    num_examples, valid = visits.num_examples, is_valid(v)
-    v = jnp.where(valid, jnp.minimum(v, LARGEST), 0)
-    mean = jnp.sum(v) / jnp.maximum(jnp.sum(valid, dtype=jnp.int32), 1).astype(jnp.float32)
-    v, mean = jnp.where(mean > 0, jnp.where(valid, v, mean), 1), jnp.where(mean > 0, mean, 1)
-    flying = visits.deadlines[:num_examples] - visits.visited_at == in_flight(num_examples)
-    strides = jnp.where(flying, in_flight(num_examples), stride(v, mean, num_examples))
+    """Returns the visits with deadlines by the v f32[N] of all examples, but of those in flight; O(N).
+
+    A v that is NaN, infinite or negative counts as the mean of the others; if all are 0, strides are equal.
+    """
+    v, _ = repair(v)
+    mean, old = jnp.mean(v), visits.last_strides()
+    strides = jnp.where(old == in_flight(v.size), old, stride(v, mean, v.size))
     return visits._replace(deadlines=min_tree.build(visits.visited_at + strides, visits.now), mean_v=mean)
+
+
+def effective_sample_size(visits: Visits, batch_size: int) -> jax.Array:
+    """Returns Kish's effective size f32[] of a minibatch: B over the mean stride in epochs."""
+    return batch_size / jnp.mean(visits.strides().astype(jnp.float32) / visits.num_examples)
 
 
 def append(visits: Visits, key: jax.Array, num_examples: int) -> Visits:
@@ -193,7 +195,7 @@ def select(visits: Visits, indices: jax.Array) -> Visits:
 
 def _rescale(visits: Visits, num_examples: int) -> jax.Array:
     """Returns the strides i32[N], within the limits of another number of examples."""
-    strides = visits.deadlines[: visits.num_examples] - visits.visited_at
+    strides = visits.last_strides()
     flying = strides == in_flight(visits.num_examples)
     return jnp.where(flying, in_flight(num_examples), jnp.minimum(strides, longest(num_examples)))
 

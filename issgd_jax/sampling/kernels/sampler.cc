@@ -363,8 +363,8 @@ static void WriteMinima(int32_t* tree, int64_t num_leaves, const std::vector<int
   });
 }
 
-#define REQUIRE_VISITS(tree, visited_at)                               \
-  REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);              \
+#define REQUIRE_TREE(tree, num_leaves)                        \
+  REQUIRE(num_leaves >= 1 && num_leaves <= kMaxExamples);     \
   REQUIRE(static_cast<int64_t>((tree).element_count()) == Starts(num_leaves).back())
 
 static void KeepSmallest(std::vector<uint64_t>& numbers, int64_t count) {
@@ -410,7 +410,7 @@ static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ff
                                ffi::Result<S32> elapsed) {
   const int64_t num_leaves = visited_at.element_count();
   const int64_t batch_size = leaves->element_count();
-  REQUIRE_VISITS(tree, visited_at);
+  REQUIRE_TREE(tree, num_leaves);
   REQUIRE(now_.element_count() == 1 && salt_.element_count() == 1);
   REQUIRE(batch_size >= 1 && batch_size <= num_leaves);
   REQUIRE(static_cast<int64_t>(elapsed->element_count()) == batch_size);
@@ -441,7 +441,7 @@ static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ff
 static ffi::Error Visit(S32, S32, S32 indices, S32 now_, int64_t in_flight, ffi::Result<S32> tree,
                         ffi::Result<S32> visited_at) {
   const int64_t num_leaves = visited_at->element_count();
-  REQUIRE_VISITS(*tree, *visited_at);
+  REQUIRE_TREE(*tree, num_leaves);
   REQUIRE(now_.element_count() == 1);
   const int32_t now = *now_.typed_data();
   std::vector<int32_t> leaves, deadlines;
@@ -461,7 +461,7 @@ static ffi::Error Visit(S32, S32, S32 indices, S32 now_, int64_t in_flight, ffi:
 static ffi::Error WriteDeadlines(S32, S32 visited_at, S32 indices, S32 strides, S32 now_, int64_t in_flight,
                                  bool arrived, ffi::Result<S32> tree) {
   const int64_t num_leaves = visited_at.element_count();
-  REQUIRE_VISITS(*tree, visited_at);
+  REQUIRE_TREE(*tree, num_leaves);
   REQUIRE(now_.element_count() == 1 && strides.element_count() == indices.element_count());
   const size_t count = indices.element_count();
   std::vector<int32_t> leaves, deadlines;
