@@ -27,13 +27,14 @@ def is_valid(values: jax.Array) -> jax.Array:
 
 
 def clip(values: jax.Array) -> jax.Array:
-    """Returns valid values f32[...] as leaves: those that are not 0 in [2^-64, 2^64]."""
+    """Returns valid values f[...] as leaves f32[...]: those that are not 0 in [2^-64, 2^64]."""
+    values = values.astype(jnp.float32)
     is_positive = jax.lax.bitcast_convert_type(values, jnp.int32) > 0  # XLA compares subnormal numbers as zeros
     return jnp.where(is_positive, jnp.clip(values, SMALLEST, LARGEST), 0)
 
 
 def repair(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns values f32[N] as leaves, and whether they say nothing, bool[].
+    """Returns values f[N] as leaves f32[N], and whether they say nothing, bool[].
 
     Those that are not valid count as the mean of the others, with which draws are as unbiased. If the others are all 0,
     nothing is said, and every leaf is 1.
