@@ -46,10 +46,8 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def collected_rarely():
-    """Keeps the collector of garbage off modules, and off most of what JAX traces: a tenth of the time."""
+    """Keeps the collector of garbage off most of what JAX traces: a tenth of the time."""
     if soak(True, False):
-        gc.collect()
-        gc.freeze()
         gc.set_threshold(50_000, 20, 20)
 
 

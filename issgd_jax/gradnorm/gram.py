@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
 
 import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
-from issgd_jax.gradnorm.lengths import accumulator, length, plain_length, root, underflow
+from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, squares, underflow
 
 # Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
 # float32 would exceed a relative error of 1e-5.
@@ -42,15 +42,13 @@ def _join(x: Factored) -> Factored:
 
 
 def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm √Σ_st <left_s, left_t> <right_s, right_t> over all pairs of uses; no gradient is formed.
+    """Returns the norm √Σ_st <left_s, left_t> <right_s, right_t> of uses whose inner products may cancel.
 
     Returns:
       The norm, f32[], and whether it has its digits, bool[]: the inner products do not nearly cancel, and what
       underflows in them is too small to matter, even if the other factor is as large as it gets.
     """
     x = _join(x)
-    if not can_cancel(x):
-        return _uncancelled(x.terms[0], x, plain_length)
     total = absolute = jnp.float32(0)
     for a, first in enumerate(x.terms):
         for b, second in enumerate(x.terms[: a + 1]):
@@ -66,9 +64,22 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
     return root(jnp.maximum(total, 0)), exact
 
 
+def factor_squares(x: Factored, scales: tuple[jax.Array, ...] = (None, None)) -> tuple[Squares, ...]:
+    """Returns the squared lengths of the factors of a gradient that cannot cancel.
+
+    Each is f32[K]; the squared norm is the sum over K of their product.
+
+    Args:
+      x: The gradient.
+      scales: Of each factor, see `squares`.
+    """
+    return tuple(squares(parts, scale) for parts, scale in zip(_factors(x.terms[0], x), scales))
+
+
 def scaled_norm(term: Term, x: Factored) -> jax.Array:
     """Returns the norm f32[] of a term that cannot cancel: as exact, whatever the size of its factors."""
-    return _uncancelled(term, x, lambda parts, axis=None: (length(parts, axis), jnp.bool_(True)))[0]
+    # Each of the two lengths is in range, even where one factor is huge and the other tiny.
+    return length([math.prod(length(parts, axis=(1, 2)) for parts in _factors(term, x))])
 
 
 def is_zero(x: Factored) -> jax.Array:
@@ -82,42 +93,26 @@ def is_zero(x: Factored) -> jax.Array:
     return functools.reduce(jnp.logical_and, map(zero, x.terms))
 
 
-def has_nan(x: Factored) -> jax.Array:
-    """Returns whether 0 is multiplied by an infinity in a gradient of one term, whose norm then is no number."""
-    (term,) = x.terms
-    if isinstance(term.left, OneHot):
-        return jnp.bool_(False)
-
-    def any_of(which, factor):
-        return functools.reduce(jnp.logical_or, (jnp.any(which(part), (1, 2)) for part in factor))
-
-    left, right = algebra.left_slabs(term, x)[1], [algebra.right_factor(term, x)]
-    return jnp.any(
-        (any_of(jnp.isinf, left) & any_of(_is_zero, right)) | (any_of(_is_zero, left) & any_of(jnp.isinf, right))
+def has_zeros(x: Factored) -> tuple[jax.Array, ...]:
+    """Returns whether the factors of a gradient that cannot cancel hold zeros, each bool[K]."""
+    return tuple(
+        functools.reduce(jnp.logical_or, (jnp.any(part == 0, axis=(1, 2)) for part in parts))
+        for parts in _factors(x.terms[0], x)
     )
-
-
-def _is_zero(x: jax.Array) -> jax.Array:
-    return x == 0
 
 
 def _can_cancel(term: Term) -> bool:
     return not isinstance(term.left, OneHot) and term.uses > 1
 
 
-def _uncancelled(term: Term, x: Factored, length: Callable) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of a term that has one use, or whose rows are summed before they are squared, and its exactness.
+def _factors(term: Term, x: Factored) -> list[list[jax.Array]]:
+    """Returns the parts, each [K, ., .], of each factor of a term that cannot cancel.
 
-    Args:
-      length: as `plain_length`.
+    It has one use, or its rows are summed, which makes one factor of it.
     """
     if isinstance(term.left, OneHot):
-        return length([_summed_rows(term, x)])
-    # Each of the two norms is in range, even where one factor is huge and the other tiny.
-    left, left_exact = length(algebra.left_slabs(term, x)[1], axis=(1, 2))
-    right, right_exact = length([algebra.right_factor(term, x)], axis=(1, 2))
-    both, exact = length([left * right])
-    return both, exact & jnp.all(left_exact & right_exact)
+        return [[_summed_rows(term, x)]]
+    return [algebra.left_slabs(term, x)[1], [algebra.right_factor(term, x)]]
 
 
 def _right_products(first: Term, second: Term, x: Factored) -> jax.Array:

@@ -1,5 +1,6 @@
 """Euclidean norms whose squares neither overflow nor underflow."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -33,16 +34,45 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
     return root(squares) * scale.reshape(squares.shape)
 
 
-def plain_length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
-    """Returns √Σx² as `length` does, but of squares of unscaled numbers, and whether it is as exact, bool[...].
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["count"])
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Sums of squares, which take one pass over the numbers where `length` takes two.
 
-    It takes one pass over the numbers instead of two. It is not as exact where squares overflow or underflow, and not
-    known to be where all numbers are 0.
+    Attributes:
+      sums: f32[..., K], or wider.
+      count: Number of squares in each sum.
     """
-    parts = [part.astype(accumulator(part.dtype)) for part in parts]
-    squares = sum(jnp.sum(jnp.square(part), axis) for part in parts)
-    count = sum(part.size for part in parts) / max(1, squares.size)
-    return root(squares), jnp.isfinite(squares) & (squares >= count * underflow(squares.dtype))
+
+    sums: jax.Array
+    count: int
+
+    @property
+    def least(self) -> float:
+        """The least sum in which no square that underflowed matters; sums of zeros are not known to be exact."""
+        return self.count * underflow(self.sums.dtype)
+
+    def scales(self) -> jax.Array:
+        """Returns powers of two f32[..., K] to multiply the numbers with, for sums that are all exact."""
+        finfo = jnp.finfo(self.sums.dtype)
+        small, large = 2.0 ** (-5 * finfo.minexp // 8), 2.0 ** (5 * finfo.minexp // 8)
+        scales = jnp.where(self.sums < self.least, small, jnp.where(jnp.isfinite(self.sums), 1, large))
+        return lax.stop_gradient(scales.astype(self.sums.dtype))
+
+
+def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squares:
+    """Returns the sums of squares of the parts, each [K, ...], over all axes but the first.
+
+    Args:
+      parts: Arrays of one K.
+      scales: f32[K], powers of two that the numbers are multiplied with.
+    """
+    parts = [part.astype(accumulator(part.dtype)).reshape(part.shape[0], -1) for part in parts]
+    # XLA's CPU backend else computes again what is squared, and by a slower reduction.
+    parts = [lax.optimization_barrier(part) for part in parts]
+    if scales is not None:
+        parts = [part * scales[:, None] for part in parts]
+    return Squares(sum(jnp.sum(jnp.square(part), axis=1) for part in parts), sum(part.shape[1] for part in parts))
 
 
 def underflow(dtype) -> float:

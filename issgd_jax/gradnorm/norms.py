@@ -1,18 +1,19 @@
 """Per-example gradient norms, alone or together with the gradient of a minibatch, in one pass."""
 
-import functools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
-from issgd_jax.gradnorm.lengths import length, plain_length
+from issgd_jax.gradnorm.lengths import Squares, length, root, squares
 from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
@@ -178,31 +179,59 @@ def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
     return (losses, aux, _checked(norms)), sums
 
 
-class _Plain(NamedTuple):
-    """Norms by one pass over unscaled numbers.
+class _Unchecked(NamedTuple):
+    """Norms of one leaf by one pass over unscaled numbers.
 
     Attributes:
-      norms: f32[B].
-      exact: bool[B], whether no square left the range.
-      scaled: returns f32[B], the norms by two passes.
+      factors: Each f32[B, K]; the squared norm is the sum over K of the product of the factors.
+      scaled: `(scales) -> factors` of numbers that are multiplied with the scales of each factor, f32[B, K].
+      has_zeros: Returns whether the factors hold zeros, each bool[B, K].
     """
 
-    norms: jax.Array
-    exact: jax.Array
-    scaled: Callable[[], jax.Array]
+    factors: tuple[Squares, ...]
+    scaled: Callable[[tuple[jax.Array, ...]], tuple[Squares, ...]]
+    has_zeros: Callable[[], tuple[jax.Array, ...]]
+
+    def norms(self) -> jax.Array:
+        return _sum_of_products([root(factor.sums) for factor in self.factors])
+
+    def scaled_norms(self) -> jax.Array:
+        """Returns the norms by another pass, whatever the size of the numbers."""
+        scales = tuple(factor.scales() for factor in self.factors)
+        lengths = [root(factor.sums) / scale for factor, scale in zip(self.scaled(scales), scales)]
+        if len(lengths) > 1:  # 0 · ∞ somewhere in the gradient
+            for zeros, other in zip(self.has_zeros(), reversed(range(2))):
+                lengths[other] = jnp.where(zeros & jnp.isinf(lengths[other]), jnp.nan, lengths[other])
+        return _sum_of_products(lengths)
 
 
-def _checked(norms: Sequence[jax.Array | _Plain]) -> list[jax.Array]:
-    """Returns norms, by two passes for all that one pass was taken for unless each of them is exact.
+def _sum_of_products(lengths: Sequence[jax.Array]) -> jax.Array:
+    """Returns the norms f32[B] of products of lengths [B, K]."""
+    product = math.prod(lengths)
+    return product[:, 0] if product.shape[1] == 1 else length([product], axis=1)
 
-    One condition for all: on a CPU it takes as long as the norms of a small layer.
+
+def _checked(norms: Sequence[jax.Array | _Unchecked]) -> list[jax.Array]:
+    """Returns norms f32[B], by another pass over scaled numbers unless every square is exact.
+
+    One condition for all, on all squares side by side: on a CPU each small array takes as long as a small layer, and so
+    do some in the branch that is not taken.
     """
-    plain = [x for x in norms if isinstance(x, _Plain)]
-    if not plain:
+    unchecked = [x for x in norms if isinstance(x, _Unchecked)]
+    if not unchecked:
         return list(norms)
-    all_exact = functools.reduce(jnp.logical_and, (jnp.all(x.exact) for x in plain))
-    chosen = iter(lax.cond(all_exact, lambda: [x.norms for x in plain], lambda: [x.scaled() for x in plain]))
-    return [next(chosen) if isinstance(x, _Plain) else x for x in norms]
+    factors = [factor for x in unchecked for factor in x.factors]
+    sums = jnp.concatenate([factor.sums for factor in factors], axis=1)
+    least = np.repeat([factor.least for factor in factors], [factor.sums.shape[1] for factor in factors])
+    all_exact = jnp.all(jnp.isfinite(sums) & (sums >= least.astype(sums.dtype)))
+    rows = iter(
+        lax.cond(
+            all_exact,
+            lambda: jnp.stack([x.norms() for x in unchecked]),
+            lambda: jnp.stack([x.scaled_norms() for x in unchecked]),
+        )
+    )
+    return [next(rows).astype(x.factors[0].sums.dtype) if isinstance(x, _Unchecked) else x for x in norms]
 
 
 def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
@@ -222,19 +251,21 @@ def _norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examp
     return _in_microbatches(lambda chunk: _form_and_check(*chunk), (gradient, coefficients), size)
 
 
-def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array | _Plain:
+def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array | _Unchecked:
     """Returns norms [B] from pairs of uses; where those lose their digits, from formed gradients."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
-    (norms, exact), _ = _in_microbatches(
-        lambda chunk: (jax.vmap(gram.norm)(chunk), None), gradient, size, has_sums=False
-    )
+
+    def by_example(function, *args):
+        return _in_microbatches(lambda chunk: (jax.vmap(function)(*chunk), None), args, size, has_sums=False)[0]
+
     if not gram.can_cancel(example):
+        return _Unchecked(
+            by_example(gram.factor_squares, gradient),
+            lambda scales: by_example(gram.factor_squares, gradient, scales),
+            lambda: by_example(gram.has_zeros, gradient),
+        )
 
-        def scaled():
-            safe = jax.vmap(lambda x: gram.scaled_norm(*x.terms, x))(gradient)
-            return jnp.where(jax.vmap(gram.has_nan)(gradient), jnp.nan, safe).astype(norms.dtype)
-
-        return _Plain(norms, exact, scaled)
+    norms, exact = by_example(gram.norm, gradient)
 
     def formed():
         formed, _ = _in_microbatches(lambda chunk: _form_and_check(chunk, None), gradient, formed_size, has_sums=False)
@@ -246,14 +277,19 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     return lax.cond(all_exact, lambda: norms, formed)
 
 
-def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[_Plain, jax.Array | None]:
+def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[_Unchecked, jax.Array | None]:
     """Returns norms [B] of formed gradients, to be checked, and their sum with the coefficients, if given."""
     products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
         sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
         total = algebra.lay_out(gradient, sums)
-    return _Plain(*jax.vmap(plain_length)(products), lambda: jax.vmap(length)(products)), total
+
+    def factors(scales=(None,)):
+        axes = 0, None if scales[0] is None else 0
+        return (jax.vmap(lambda parts, scale: squares([part[None] for part in parts], scale), axes)(products, *scales),)
+
+    return _Unchecked(factors(), factors, has_zeros=tuple), total
 
 
 def _form_and_check(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
