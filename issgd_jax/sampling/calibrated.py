@@ -116,16 +116,11 @@ class Calibrated:
         column = _staleness_bin(staleness)
         decay = 0.5 ** (jnp.float32(stride * jnp.sum(known)) / (self.half_life * num_examples))
         square = normalize(norms, level) ** 2
-        # Sums over bins as a product of one-hot matrices: the same bits on every run, which a scatter on a GPU is not.
-        rows = jax.nn.one_hot(row, SCORE_BINS, dtype=jnp.float32)
-        columns = jax.nn.one_hot(column, STALENESS_BINS, dtype=jnp.float32)
-
-        def sum_by_bin(values):
-            return jnp.matmul((rows * values[:, None]).T, columns, precision=jax.lax.Precision.HIGHEST)
-
+        values = stride * jnp.where(known, jnp.stack([square, jnp.ones_like(square)]), 0)
+        squares, counts = jax.lax.platform_dependent(row, column, values, cpu=_scatter, default=_sum_by_bin)
         return CalibratedState(
-            squares=decay * state.squares + sum_by_bin(jnp.where(known, stride * square, 0)),
-            counts=decay * state.counts + sum_by_bin(stride * known.astype(jnp.float32)),
+            squares=decay * state.squares + squares,
+            counts=decay * state.counts + counts,
             level=level,
         )
 
@@ -141,6 +136,19 @@ class Calibrated:
 
     def table(self, basis: CalibratedBasis, store: ScoreStore, step: jax.Array) -> Table:
         return build_table(self.v(basis, store.score, store.scored_at, step))
+
+
+def _scatter(row: jax.Array, column: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns sums f32[k, 40, 12] over bins of values f32[k, m]; on a CPU, where the order of additions is fixed."""
+    sums = jnp.zeros((len(values), SCORE_BINS, STALENESS_BINS), jnp.float32)
+    return sums.at[:, row, column].add(values, mode="drop")
+
+
+def _sum_by_bin(row: jax.Array, column: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns what `_scatter` does, by a product of one-hot matrices: the same bits on every run also on a GPU."""
+    rows = values[:, :, None] * jax.nn.one_hot(row, SCORE_BINS, dtype=jnp.float32)
+    columns = jax.nn.one_hot(column, STALENESS_BINS, dtype=jnp.float32)
+    return jnp.einsum("kmr,mc->krc", rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def _log_root_mean_squares(state: CalibratedState) -> jax.Array:

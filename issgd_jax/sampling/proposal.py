@@ -313,8 +313,9 @@ class Mixture:
         norms = jnp.where(valid, norms, 0)
         level = update_level(state.level, norms, importance_weights, num_examples)
         v = self.proposal.v(basis.inner, score, scored_at, step)
-        ratios = [_ratio(_mix(basis.mean, basis.mean, f), _mix(v, basis.mean, f)) for f in FRACTIONS]
-        new = jnp.sum(importance_weights * normalize(norms, level) ** 2 * jnp.stack(ratios), axis=1)
+        fractions = jnp.asarray(FRACTIONS, jnp.float32)[:, None]
+        ratios = _ratio(_mix(basis.mean, basis.mean, fractions), _mix(v, basis.mean, fractions))
+        new = jnp.sum(importance_weights * normalize(norms, level) ** 2 * ratios, axis=1)
         decay = 0.5 ** (jnp.sum(importance_weights) / num_examples)
         return MixtureState(inner, decay * state.second_moments + new, level)
 

@@ -403,9 +403,9 @@ def order_after(indices: jax.Array, read: Any) -> jax.Array:
 
     Without that, XLA does not know the order, and copies the arrays, O(N), instead of writing in place.
     """
-    leaves = jax.tree.leaves(read)
-    num_nan = sum(jnp.sum(jnp.isnan(x), dtype=jnp.int32) for x in leaves)
-    return jnp.where(num_nan > sum(x.size for x in leaves), NO_EXAMPLE, indices)  # never more than all
+    first = [x.reshape(-1)[0] for x in jax.tree.leaves(read) if x.size]  # each depends on the whole read
+    num_nan = sum(jnp.isnan(x).astype(jnp.int32) for x in first)
+    return jnp.where(num_nan > len(first), NO_EXAMPLE, indices)  # never more than all
 
 
 # Inlined, these are part of the caller's program, as if they had not been compiled on their own.
