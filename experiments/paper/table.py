@@ -20,7 +20,7 @@ _BASELINE = parsers.define_optional(
 
 _COLUMNS = (
     "arm", "n", "rate", "final training loss", "ratio", "test error", "steps", "cost", "time", "loss at equal time",
-    "mean staleness", "gain", "√Tr actual/ideal", "max actual/uniform", "spikes", "diverged",
+    "mean staleness", "gain", "√Tr actual/ideal", "√Tr window/uniform", "max actual/uniform", "spikes", "diverged",
 )  # fmt: skip
 _TYPICAL = {"mean staleness": "scores/staleness_mean", "gain": "variance/gain"}
 
@@ -71,6 +71,9 @@ def _row(arm: dict, baseline: dict, step_cost: float | None, steps: int) -> dict
     for column, curve in _TYPICAL.items():
         if (typical := results.typical(arm, curve)) is not None:
             row[column] = f"{typical:.3g}"
+    window, uniform = (results.typical(arm, f"variance/{kind}") for kind in ("window", "uniform"))
+    if window is not None and uniform:
+        row["√Tr window/uniform"] = f"{window / uniform:.2f}"
     if step_cost is not None:
         at_equal_time = [
             results.loss_at(steps / step_cost, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"]

@@ -16,6 +16,7 @@ ALWAYS = {
     "variance/uniform": "√Tr Σ of one example's gradient under uniform draws.",
     "variance/actual": "√Tr Σ of one example's importance-weighted gradient under the draws of the run.",
     "variance/ideal": "√Tr Σ under draws in proportion to the exact gradient norms, the least possible.",
+    "variance/window": "As variance/actual, of ten successive minibatches, which shuffled epochs and strides balance.",
     "variance/gain": "Variance under uniform draws over that of the run: above 1, importance sampling lowers it.",
     "variance/equivalent_batch": "Size of a uniform minibatch whose gradient has the variance of the run's.",
     "memory/resident_bytes": "Memory of the process on the host, in bytes.",

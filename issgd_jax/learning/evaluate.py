@@ -38,7 +38,9 @@ def make_evaluate(functions: dict[str, Callable[..., jax.Array]]) -> Callable[..
 def make_measure_variance(
     loss_fn: Callable[..., jax.Array], norms_fn: Callable[..., jax.Array]
 ) -> Callable[..., variance.Variance]:
-    """Returns `(params, table, examples, indices) -> Variance`, compiled: of draws from the table at these parameters.
+    """Returns `(params, table, examples, indices, strides=None, window=1) -> Variance`, compiled.
+
+    It is that of draws from the table at these parameters; strides and window as in `variance.measure`.
 
     Args:
       loss_fn: `(params, *example) -> f[]`, the loss of one example.
@@ -46,7 +48,7 @@ def make_measure_variance(
         with all of them the result is exact.
     """
 
-    def measure_variance(params, table: sampling.Table, examples, indices):
+    def measure_variance(params, table: sampling.Table, examples, indices, strides=None, window=1):
         sample = jax.tree.map(lambda x: x[indices], examples)
 
         def mean_loss(params):
@@ -60,6 +62,8 @@ def make_measure_variance(
             mean_v=table.mean_v,
             mean_gradient_norm=optax.tree.norm(jax.grad(mean_loss)(params)),
             num_examples=table.num_examples,
+            strides=strides,
+            window=window,
         )
 
-    return jax.jit(measure_variance)
+    return jax.jit(measure_variance, static_argnames="window")

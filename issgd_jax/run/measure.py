@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
-from issgd_jax.learning import evaluate
-from issgd_jax.sampling import Sampler
+from issgd_jax.learning import evaluate, variance
+from issgd_jax.sampling import Sampler, SamplerState
 from issgd_jax.scoring import scores
 from issgd_jax.task.problem import SCORING_MICROBATCH, Problem
 
@@ -38,7 +39,14 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
         if test_examples is not None:
             splits["test"] = with_keys(test_examples)
         means = {split: evaluate_split(params, examples) for split, examples in splits.items()}
-        roots = measure_variance(params, sampler_state.table, splits["train"], sample)
+        roots = measure_variance(
+            params,
+            sampler_state.table,
+            splits["train"],
+            sample,
+            strides=_strides(sampler, sampler_state, sample),
+            window=variance.WINDOW * sampler.batch_size,
+        )
         measured = {
             **{f"{split}/{name}": mean for split, of_split in means.items() for name, mean in of_split.items()},
             **{f"variance/{name}": value for name, value in roots._asdict().items()},
@@ -53,6 +61,13 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
         return measured | {f"scores/{name}": value for name, value in known.items()}
 
     return jax.jit(measure)
+
+
+def _strides(sampler: Sampler, state: SamplerState, indices: np.ndarray) -> jax.Array | None:
+    """Returns the visits f32[m] between two visits of each example; None where minibatches are independent."""
+    if state.visits is not None:
+        return state.visits.strides(indices).astype(jnp.float32)
+    return jnp.full(len(indices), sampler.num_examples, jnp.float32) if sampler.draw_method == "shuffled" else None
 
 
 def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_examples) -> Callable[..., dict]:

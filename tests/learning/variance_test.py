@@ -2,11 +2,14 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import issgd_jax
 from issgd_jax.learning import variance
 
 
@@ -74,6 +77,46 @@ def test_a_subset_is_unbiased_over_all_subsets():
         assert min(traces[-1]) > 0  # not clipped at zero, which would hide a bias
     expected = [brute_force_trace(g, p) for p in (np.ones(9), v, norms_square_sum)]
     np.testing.assert_allclose(np.mean(traces, axis=0), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("draw", ["shuffled", "stride"])
+def test_the_noise_of_a_window_is_that_of_minibatches_drawn(draw):
+    """Red if the monitor takes minibatches that balance each other for independent ones."""
+    num_examples, batch_size, steps = 400, 4, 6000
+    g = gradients(num_examples)
+    norms = np.linalg.norm(g, axis=1)
+    proposal = issgd_jax.Uniform() if draw == "shuffled" else issgd_jax.Mixture(issgd_jax.Proportional(0.0), 0.3)
+    sampler = issgd_jax.Sampler(num_examples, batch_size, proposal, draw, rebuild_every=0)
+    state = sampler.ingest(sampler.init(0), np.arange(num_examples), norms, 0)
+
+    def step(state, _):
+        state, drawn = sampler.draw(state)
+        mean = jnp.mean(drawn.importance_weights[:, None] * jnp.asarray(g)[drawn.indices], axis=0)
+        return sampler.update(state, drawn, None), mean
+
+    state, means = jax.lax.scan(step, state, None, length=steps)
+    means = np.asarray(means)[steps // 2 :]
+    windows = means[: len(means) // variance.WINDOW * variance.WINDOW].reshape(-1, variance.WINDOW, g.shape[1]).mean(1)
+    window = variance.WINDOW * batch_size
+    measured = variance.measure(
+        norms,
+        state.table.v() if state.visits is None else state.visits.v(),
+        mean_v=state.table.mean_v if state.visits is None else state.visits.mean_v,
+        mean_gradient_norm=np.linalg.norm(g.mean(0)),
+        num_examples=num_examples,
+        strides=jnp.full(num_examples, 1.0 * num_examples) if state.visits is None else state.visits.strides() * 1.0,
+        window=window,
+    )
+    np.testing.assert_allclose(measured.window, np.sqrt(window * np.var(windows, axis=0).sum()), rtol=0.1)
+    np.testing.assert_allclose(measured.actual, np.sqrt(batch_size * np.var(means, axis=0).sum()), rtol=0.1)
+    assert measured.window < 0.97 * measured.actual
+
+
+def test_independent_minibatches_do_not_balance_each_other():
+    """Red if the column of windows says less than that of single minibatches where nothing is balanced."""
+    g = gradients(12)
+    measured = measure(g, np.linalg.norm(g, axis=1))
+    assert measured.window == measured.actual > 0
 
 
 def test_gain_is_the_ratio_of_traces_and_one_without_noise():
