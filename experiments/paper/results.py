@@ -22,7 +22,8 @@ from issgd_jax.run import workdir as workdir_lib
 FOLDER = pathlib.Path(__file__).parent / "results"
 CURVES = (
     "train/loss", "train/error", "test/loss", "test/error",
-    "variance/uniform", "variance/actual", "variance/ideal", "variance/window", "variance/gain", "scores/staleness_mean",
+    "variance/uniform", "variance/actual", "variance/ideal", "variance/window", "variance/gain",
+    "scores/staleness_mean",
 )  # fmt: skip
 FINALS = ("train/loss", "train/error", "test/error")
 # Fields that results must have in common to be shown side by side.

@@ -10,6 +10,7 @@ from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
+from issgd_jax.sampling.draws import STRIDE
 from issgd_jax.scoring.schedule import Round
 
 # Rounds lost in a row, after which training continues without workers.
@@ -49,7 +50,10 @@ class Rounds:
 
     @property
     def _is_table_old(self) -> bool:
-        return self._state.step - self._state.rebuilt_at >= self._parts.window
+        step = self._state.step
+        # A deadline by a v of another unit than the mean would stand for epochs.
+        is_early = self._parts.sampler.draw_method == STRIDE and step & (step - 1) == 0
+        return step - self._state.rebuilt_at >= self._parts.window or (is_early and step > 0)
 
     def _start(self) -> None:
         state = self._state

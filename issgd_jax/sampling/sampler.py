@@ -44,8 +44,8 @@ class Sampler:
         "shuffled" (epochs in random order) or "random_subset" (epochs over a random third of the examples, see
         `uniform.shuffled`). Attribute `draw_method`. With "stride", a mixture whose uniform fraction is None has 0.3.
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
-        new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`, but for
-        those early ones with draw "stride". None: 32, or N / (16 B) where that is more.
+        new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`, which
+        those early ones need too: until the first, v is in no unit. None: 32, or N / (16 B) where that is more.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -448,12 +448,10 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     state = sampler._write(state, indices, scores, norms, importance_weights, scored_at)
     moments = moments_lib.update(state.moments, norms, importance_weights)
     state = sampler._write_v(state, indices, step, arrived=True)._replace(step=step, moments=moments)
-    if not sampler.rebuild_every and state.visits is None:
+    if not sampler.rebuild_every:
         return state
     # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
-    is_due = step & (step - 1) == 0
-    if sampler.rebuild_every:
-        is_due |= step % sampler.rebuild_every == 0
+    is_due = (step & (step - 1) == 0) | (step % sampler.rebuild_every == 0)
     return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
 
 

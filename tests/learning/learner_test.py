@@ -191,7 +191,7 @@ def test_scores_that_are_no_numbers_never_enter_by_refresh():
     assert sampler_state.rejected.count == BATCH_SIZE and not np.any(sampler_state.store.scored)
 
 
-@pytest.mark.parametrize("draw", ["systematic", "independent"])
+@pytest.mark.parametrize("draw", ["systematic", "independent", "stride"])
 @pytest.mark.parametrize("proposal", [Proportional(1.0), Mixture(Calibrated())], ids=repr)
 def test_a_step_copies_neither_store_nor_table(proposal, draw):
     """Where XLA does not know that all reading comes before the writing, it copies the arrays: O(N) a step."""

@@ -283,3 +283,14 @@ def test_the_best_checkpoint_is_of_the_least_test_loss_where_there_is_no_error(t
     rows = read_metrics(tmp_path / "metrics.jsonl")
     states = [json.loads(path.read_text()) for path in pathlib.Path(tmp_path).glob("checkpoints/*/state.json")]
     assert min(state["test_error"] for state in states) == min(row["test/loss"] for row in rows[1:])
+
+
+def test_the_first_strides_are_in_the_unit_of_the_norms(tmp_path):
+    """Red if the trainer waits for a window: until a rebuild, small norms look like examples that need no visit."""
+
+    def tiny_error(params, x, y):
+        return 1e-4 * squared_error(params, x, y)
+
+    changes = {"learner__draw": "stride", "workers__enabled": False, "steps": 4, "eval_every": 4}
+    row = issgd_jax.train(config(**changes), tmp_path, problem=regression(loss_fn=tiny_error))[-1]
+    assert row["scores/effective_sample_size"] > 7
