@@ -116,7 +116,7 @@ def summarize(
         "command": f"python -m experiments.paper.sweep --study={study} --data={data}",
         "network": describe_network(the_study, config),
         "train_examples": config["data"]["train_split"],
-        "steps": _common_length(the_study, summaries),
+        "steps": _common_length(the_study, data, summaries),
         "devices": records[0]["devices"],
         "versions": records[0]["versions"],
         "git_commits": sorted({record["git_commit"] or "?" for record in records}),
@@ -138,10 +138,12 @@ def _arm_head(study: studies.Study, name: str, rate: float, by_rate: dict) -> di
     return {"label": study.arms[name].label, "baseline": baseline, "learning_rate": rate, "tuning": tuning}
 
 
-def _common_length(study: studies.Study, summaries: dict) -> int:
-    """Returns the steps of the arms that have no length of their own, or of all if each has one."""
+def _common_length(study: studies.Study, data: str, summaries: dict) -> int:
+    """Returns the steps of the arms that have no length of their own; those of the study if each has one."""
     lengths = {name: summary["step"][-1] for name, summary in summaries.items()}
-    lengths = {name: steps for name, steps in lengths.items() if "steps" not in study.arms[name].overrides} or lengths
+    lengths = {name: steps for name, steps in lengths.items() if "steps" not in study.arms[name].overrides}
+    if not lengths:
+        return studies.make_config(study, next(iter(study.arms)), data, learning_rate=1.0, seed=0).steps
     if len(set(lengths.values())) > 1:
         raise InputError(f"arms have different lengths, {lengths}: sweep them with the same --steps")
     return next(iter(lengths.values()))

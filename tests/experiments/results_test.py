@@ -80,6 +80,8 @@ def test_an_arm_with_fewer_steps_of_its_own_is_accepted(tmp_path):
         assert record["steps"] == 20
     _, row = table.make_rows(record, {"uniform": 1.0, "calibrated_refresh_3600": 1.5})
     assert (row["steps"], row["time"], row["ratio"], row["loss at equal time"]) == ("0.25", "0.38", "0.1", "0.1")
+    alone = results.summarize(tmp_path, **study, arms=["calibrated_refresh_3600"])
+    assert alone["steps"] == 8000, "swept alone, it would replace the saved results of all others"
     write_run(tmp_path, "calibrated", 0.1, 0, [1.0, 0.01], **study)
     with pytest.raises(InputError, match="arms have different lengths"):
         results.summarize(tmp_path, **study)
