@@ -190,8 +190,9 @@ def test_its_thread_ends(end):
     elif end == "with":
         with prefetch:
             pass
-    del prefetch
-    gc.collect()
+    else:
+        del prefetch
+        gc.collect()
     thread.join(60)
     assert not thread.is_alive()
 
