@@ -18,11 +18,23 @@ from tests.sampling.helpers import needs_kernels
 SIZES = [(1, 1), (5, 5), (16, 3), (17, 4), (300, 7), (300, 300), (5000, 32), (70_000, 128)]
 
 
+# As one program each: called in Python they compile every operation of their own.
+build = jax.jit(min_tree.build)
+draw = jax.jit(visits_lib.draw, static_argnames="batch_size")
+
+
+@jax.jit
+def visit(visits, indices, v):
+    """Returns visits after one of these examples, whose v have arrived, and the new strides."""
+    visits = visits_lib.write(visits_lib.visit(visits, indices), indices, v, arrived=True)
+    return visits, visits_lib.stride(v, jnp.float32(1), visits.num_examples)
+
+
 def minima(num_examples, now, strides, visited_at):
     """Visits of given strides and times of the last visit, i64."""
     visited_at = jnp.asarray(np.asarray(visited_at).astype(np.int64).astype(np.uint32).view(np.int32))
     now = jnp.asarray(np.uint32(now % 2**32).view(np.int32))
-    deadlines = min_tree.build(visited_at + jnp.asarray(strides, jnp.int32), now)
+    deadlines = build(visited_at + jnp.asarray(strides, jnp.int32), now)
     return visits_lib.Visits(deadlines, visited_at, jnp.float32(1), now)
 
 
@@ -59,16 +71,15 @@ def test_the_examples_that_are_due_first_are_drawn(num_examples, batch_size, now
     scheduler = Scheduler(num_examples, now, strides, visited_at)
     for _ in range(soak(60, 6)):
         salt = int(rng.integers(2**32))
-        indices, importance_weights = visits_lib.draw(visits, jnp.uint32(salt), batch_size)
+        indices, importance_weights = draw(visits, jnp.uint32(salt), batch_size=batch_size)
         expected, elapsed = scheduler.draw(salt, batch_size)
         np.testing.assert_array_equal(indices, expected)
         np.testing.assert_allclose(importance_weights, elapsed / num_examples, rtol=1e-6)
         v = np.exp(rng.normal(size=batch_size) * 2).astype(np.float32)
-        visits = visits_lib.write(visits_lib.visit(visits, indices), indices, jnp.asarray(v), arrived=True)
-        strides = np.asarray(visits_lib.stride(jnp.asarray(v), jnp.float32(1), num_examples))
+        visits, strides = visit(visits, indices, v)
         exact = np.clip(num_examples / v.astype(np.float64), 1, visits_lib.longest(num_examples))
         np.testing.assert_allclose(strides, exact, atol=0.5, rtol=1e-6)
-        scheduler.write(indices, strides)
+        scheduler.write(indices, np.asarray(strides))
 
 
 @needs_kernels
