@@ -1,6 +1,8 @@
 # `make run` trains and compares, `make test` tests, `make soak` tests for hours. Each installs what it needs, once.
 PYTHON ?= python3
 NEWEST ?= python3.13
+# Processes of tests: more than two cores, as tests of clusters and processes mostly wait.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 # Python 3.11 gets the lowest versions that the project supports, a later one the newest that it was tested with.
@@ -18,7 +20,7 @@ run: install
 	@$(BIN)/issgd-jax compare --workdir=runs/digits --overwrite --seeds=3 --uniform_rate=0.02
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # What depends most on the version of JAX, with the newest versions: a virtual environment of its own.
 test-newest:
@@ -26,8 +28,8 @@ test-newest:
 
 # What computes with numbers of the caller, once with 64-bit types and once without the compiled kernels.
 variants: $(VENV)/.installed-test
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/sampling tests/learning
-	ISSGD_JAX_KERNELS=0 $(BIN)/python -m pytest -n 2 --dist worksteal tests/sampling tests/learning
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning
+	ISSGD_JAX_KERNELS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning
 
 # Every repetition and every case that `make test` has a fixed share of, on the lowest and the newest versions; with a
 # new seed each time, which it prints.
@@ -36,10 +38,10 @@ soak:
 	$(MAKE) soak-here PYTHON=$(NEWEST) VENV=.venv-newest
 
 representative: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(REPRESENTATIVE)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(REPRESENTATIVE)
 
 soak-here: $(VENV)/.installed-test
-	ISSGD_SOAK=1 $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=3600 -o faulthandler_timeout=3000
+	ISSGD_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -o timeout=3600 -o faulthandler_timeout=3000
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
