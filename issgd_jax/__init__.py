@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from issgd_jax.errors import NonFiniteLossError as NonFiniteLossError
     from issgd_jax.errors import ProcessLostError as ProcessLostError
     from issgd_jax.errors import StoppedError as StoppedError
+    from issgd_jax.gradnorm import clipped_grad as clipped_grad
     from issgd_jax.gradnorm import explain as explain
     from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "per_example": "gradnorm",
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
+    "clipped_grad": "gradnorm",
     "explain": "gradnorm",
     "Sampler": "sampling",
     "SamplerState": "sampling",
