@@ -79,7 +79,7 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     Raises:
       ValueError, TypeError: As listed in `per_example_grad_norms`.
     """
-    positions = _positions(argnums, len(args))
+    positions = positions_of_params(argnums, len(args))
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
     params = [args[i] for i in positions]
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
@@ -126,7 +126,7 @@ def with_keys(
     if not keyed:
         return loss_fn, args, argnums
     check_key("key", key, ", which is split into one for each example")
-    positions = _positions(argnums, len(args))
+    positions = positions_of_params(argnums, len(args))
     batch = [arg for i, arg in enumerate(args) if i not in positions]
     # Other shapes are refused by trace_loss.
     size = next((jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), 1)
@@ -141,7 +141,7 @@ def check_key(name: str, key: jax.Array, purpose: str = "") -> None:
         raise ValueError(f"{name} must be one random key{purpose}, got {jnp.shape(key)}")
 
 
-def _positions(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
+def positions_of_params(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
     """Returns the positions of the parameters, >= 0."""
     positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
     in_range = all(-num_args <= i < num_args for i in positions)
