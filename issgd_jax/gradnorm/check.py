@@ -88,8 +88,8 @@ def check(
 
     Raises:
       AssertionError: An error exceeds rtol, or a reference is not finite; the message holds each leaf that differs.
-      ValueError: num_examples is not a whole number >= 1, rtol not >= 0, or params without leaves. Otherwise as
-        `per_example_grad_norms`.
+      ValueError: num_examples is not a whole number >= 1, rtol not >= 0, params without leaves, or a value is traced.
+        Otherwise as `per_example_grad_norms`.
       TypeError: As `per_example_grad_norms`.
 
     The reference is `jax.grad` of loss_fn itself: a loss that is not what you mean, such as that of a batch whose
@@ -106,6 +106,8 @@ def check(
         raise ValueError(f"num_examples must be >= 1, and a whole number, got {num_examples!r}")
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"rtol must be >= 0, got {rtol}: None chooses it by the types of params and batch")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, key))):
+        raise ValueError("params and batch must be arrays, got traced values: call check outside jit and vmap")
     positions = positions_of_params(argnums, len(args))
     argnums = argnums if isinstance(argnums, numbers.Integral) else positions
     loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)

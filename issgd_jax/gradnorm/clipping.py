@@ -33,7 +33,8 @@ def clipped_grad(
     """Transforms the loss of one example into a function that returns losses, clipped gradient and norms.
 
     The gradient of each example is scaled by `min(1, max_norm / norm)` before it is added. One forward and one backward
-    pass compute everything, per leaf too: the norms come first, and the sums from the same factors.
+    pass compute everything, per leaf too: the norms come first, then the sums from the same factors. Gradients that have
+    to be formed are kept in between, as far as 64 MiB hold them, and else formed twice.
 
     Clipping BIASES the gradient: its mean is no longer that of the loss wherever a norm exceeds max_norm.
 
@@ -91,6 +92,7 @@ def clipped_grad(
 
     def clipped(*args, key=None, noise_key=None, mask=None):
         _check_noise_key(noise_key, noise_multiplier)
+        mask = None if mask is None else jnp.asarray(mask)
         return compiled(amounts, *args, key=key, noise_key=noise_key, mask=mask)
 
     return clipped

@@ -98,3 +98,9 @@ def test_wrong_arguments_are_named(error, message, args, options):
     loss = loss_fn if args[0] else lambda params, x: jnp.sum(x)
     with pytest.raises(error, match=message):
         check(loss, *args, **options)
+
+
+def test_inside_jit_it_says_so():
+    """Red if a traced value reaches NumPy."""
+    with pytest.raises(ValueError, match="got traced values: call check outside jit"):
+        jax.jit(lambda x: check(loss_fn, PARAMS, x).rtol)(X)

@@ -117,7 +117,7 @@ def test_an_example_that_is_not_finite_can_be_kept():
 def test_padding_adds_nothing(nonfinite):
     """Red if an example that the mask leaves out adds to the sum, nan or not, or changes the divisor."""
     padded = X.at[4].set(jnp.nan).at[5].set(7)
-    mask = jnp.array([True] * 4 + [False] * 2)
+    mask = [True] * 4 + [False] * 2
     grad_fn = clipped_grad(loss_fn, 0.5, nonfinite=nonfinite)
     _, gradient, norms = grad_fn(PARAMS, padded, mask=mask)
     _, expected, _ = clipped_grad(loss_fn, 0.5, normalize_by=6)(PARAMS, X[:4])
