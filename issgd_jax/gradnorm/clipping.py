@@ -33,8 +33,8 @@ def clipped_grad(
     """Transforms the loss of one example into a function that returns losses, clipped gradient and norms.
 
     The gradient of each example is scaled by `min(1, max_norm / norm)` before it is added. One forward and one backward
-    pass compute everything, per leaf too: the norms come first, then the sums from the same factors. Gradients that have
-    to be formed are kept in between, as far as 64 MiB hold them, and else formed twice.
+    pass compute everything, per leaf too: the norms come first, then the sums from the same factors. Gradients that are
+    formed are kept in between, as far as 64 MiB hold them, and else formed twice.
 
     Clipping BIASES the gradient: its mean is no longer that of the loss wherever a norm exceeds max_norm.
 
