@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from issgd_jax.errors import NonFiniteLossError as NonFiniteLossError
     from issgd_jax.errors import ProcessLostError as ProcessLostError
     from issgd_jax.errors import StoppedError as StoppedError
+    from issgd_jax.gradnorm import NoiseScale as NoiseScale
+    from issgd_jax.gradnorm import average_noise_scale as average_noise_scale
+    from issgd_jax.gradnorm import check as check
+    from issgd_jax.gradnorm import clipped_grad as clipped_grad
+    from issgd_jax.gradnorm import el2n as el2n
     from issgd_jax.gradnorm import explain as explain
+    from issgd_jax.gradnorm import grand as grand
+    from issgd_jax.gradnorm import noise_scale as noise_scale
     from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
@@ -55,6 +62,13 @@ _MODULE_OF = {
     "per_example": "gradnorm",
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
+    "clipped_grad": "gradnorm",
+    "check": "gradnorm",
+    "el2n": "gradnorm",
+    "grand": "gradnorm",
+    "noise_scale": "gradnorm",
+    "average_noise_scale": "gradnorm",
+    "NoiseScale": "gradnorm",
     "explain": "gradnorm",
     "Sampler": "sampling",
     "SamplerState": "sampling",

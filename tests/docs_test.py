@@ -43,6 +43,15 @@ def test_python_blocks_run_in_order(page):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+def test_the_privacy_of_the_clipped_gradient_is_accounted_for():
+    """Red if the block that meets dp-accounting, the one marked py, raises or names what the page does not define."""
+    pytest.importorskip("dp_accounting", reason="dp-accounting is no dependency of the tests")
+    page, namespace = ROOT / "docs" / "gradient-norms.md", {}
+    for block in [*blocks(page, "python"), *blocks(page, "py")]:
+        exec(compile(block, page.name, "exec"), namespace)
+    assert 0 < namespace["epsilon"] < 10
+
+
 @pytest.mark.parametrize("command", list(commands()))
 def test_commands_work(command, tmp_path):
     """Red if a command names a module, target, extra, config or field that is missing, or does not train."""

@@ -12,6 +12,16 @@ from issgd_jax.gradnorm.caching import remember
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 
+# What each rule does, for the legend.
+RULES = {
+    "outer": "one use; its norm is the product of the norms of its two factors",
+    "gram": "inner products of all pairs of uses; formed at run time where they nearly cancel",
+    "patches": "a convolution, whose left factors are windows of the image; formed unless gram is named too",
+    "one-hot": "rows of a table, those of equal index summed before they are squared",
+    "formed": "the gradient itself, formed and squared",
+    "zero": "the loss does not depend on the leaf",
+}
+
 
 class Row(NamedTuple):
     """Explanation of one parameter leaf. Sizes are None where no rule covers the leaf.
@@ -19,9 +29,7 @@ class Row(NamedTuple):
     Attributes:
       name: Path of the leaf.
       shape: Shape of the leaf.
-      rule: outer (one use: product of two norms), gram (inner products of all pairs of uses, unless they nearly cancel
-        at run time), patches (windows of a convolution), one-hot (rows of a table), formed (the gradient itself), zero
-        (the leaf is not used), or a combination.
+      rule: One of RULES, or a combination, joined by +.
       uses: Number of outer products in the sum, T; those of two or three terms are joined by +.
       left: Size of the left factor, I.
       right: Size of the right factor, J.
@@ -46,7 +54,7 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Table of all parameter leaves; `str` gives aligned text, flops and bytes also as a share of forming the gradient.
+    """Table of all parameter leaves; `str` gives aligned text with a total line and a legend.
 
     Attributes:
       rows: One row for each leaf.
@@ -66,7 +74,18 @@ class Explanation(NamedTuple):
             "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
             for line in table
         ]
-        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
+        return "\n".join([*(line.rstrip() for line in lines), *self._legend(), *self.notes])
+
+    def _legend(self) -> list[str]:
+        """Returns what is saved, what the columns mean, and what each rule that occurs does."""
+        total = self.total
+        saved = 100 - 100 * total.flops / total.formed_flops if total.formed_flops else 0
+        rules = {part for row in self.rows for part in row.rule.split(" + ")}
+        return [
+            f"flops saved: {saved:.0f} % of those that form and square each example's gradient",
+            "T uses of I × J factors, in K groups; flops and bytes of one example's norm, without its backward pass",
+            *(f"{rule}: {meaning}" for rule, meaning in RULES.items() if rule in rules),
+        ]
 
     @property
     def total(self) -> Row:
@@ -94,7 +113,7 @@ def explain(
       keyed: Whether loss_fn takes a random key, `key=`, see `per_example_grad_norms`.
 
     Returns:
-      A table with one row for each parameter leaf, to be printed.
+      A table with one row for each parameter leaf, a total line and a legend, to be printed.
 
     Raises:
       ValueError: As `per_example_grad_norms` when called.
@@ -109,6 +128,10 @@ def explain(
       ['b']      4      formed                  8      100 %     16      100 %
       ['w']      8×4    outer   1  8  4  1     24       19 %      0        0 %
       all                                      32       24 %     16       11 %
+      flops saved: 76 % of those that form and square each example's gradient
+      T uses of I × J factors, in K groups; flops and bytes of one example's norm, without its backward pass
+      outer: one use; its norm is the product of the norms of its two factors
+      formed: the gradient itself, formed and squared
     """
     leaves, tree = jax.tree.flatten(args)
     shapes = tuple(

@@ -22,6 +22,8 @@ CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
 SMALL_BYTES = 2**20
 # Memory for gradients that no rule covers; above it, the whole pass runs in microbatches.
 UNCOVERED_BYTES = 64 * 2**20
+# Memory for formed gradients that are kept until their coefficients are known, those of all parameters together.
+KEPT_BYTES = 64 * 2**20
 
 
 def per_example_grad_norms(
@@ -80,7 +82,7 @@ def per_example_grad_norms(
       >>> norms(jnp.ones(2), jnp.array([[3.0, 4.0], [0.0, 1.0]])).tolist()
       [5.0, 1.0]
     """
-    return _norms(loss_fn, *_options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
+    return _norms(loss_fn, *hashable(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
 
 
 @cached
@@ -90,7 +92,7 @@ def _norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed)
         (_, aux, norms), _ = _in_microbatches(
             lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or _default_size(loss)
         )
-        result = _finish(norms, loss, squared, per_leaf)
+        result = combine(norms, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
 
     return norms
@@ -142,7 +144,7 @@ def value_grad_and_norms(
       >>> len(set(losses.tolist())), norms.tolist()
       (2, [5.0, 1.0])
     """
-    return _value_grad_and_norms(loss_fn, *_options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
+    return _value_grad_and_norms(loss_fn, *hashable(argnums, has_aux, squared, per_leaf, microbatch_size, keyed))
 
 
 @cached
@@ -166,7 +168,7 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
         return (
             (losses, aux) if has_aux else losses,
             jax.tree.unflatten(loss.params_tree, gradient),
-            _finish(norms, loss, squared, per_leaf),
+            combine(norms, loss, squared, per_leaf),
         )
 
     return value_grad_and_norms
@@ -177,6 +179,78 @@ def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
     losses, aux, gradients = loss.factored_gradients(loss.params, batch)
     norms, sums = zip(*(_norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
     return (losses, aux, _checked(norms)), sums
+
+
+def sums_by_norms(loss: TracedLoss, find_coefficients: Callable, mask: jax.Array | None, microbatch_size: int | None):
+    """Sums gradients with coefficients that follow from their norms, in one forward and one backward pass.
+
+    The factors of all leaves are kept until the norms are known, so each leaf may have coefficients of its own.
+
+    Args:
+      loss: The traced loss, with its batch.
+      find_coefficients: `(norms of each leaf, mask) -> coefficients of each leaf`, lists of f32[B]. An example of
+        coefficient 0 adds nothing, whatever its gradient is.
+      mask: bool[B], passed on, or None.
+      microbatch_size: See `per_example_grad_norms`.
+
+    Returns:
+      (losses, aux, norms of each leaf), and the sum of each leaf in float32 or wider.
+    """
+
+    def one_pass(batch):
+        examples, mask = batch
+        losses, aux, gradients = loss.factored_gradients(loss.params, examples)
+        kept = _keep(gradients, losses.size)
+        norms = _checked([_norms_and_sum(gradient, None, losses.size)[0] for gradient in kept])
+        coefficients = find_coefficients(norms, mask)
+        return (losses, aux, norms), [_sum_kept(*leaf) for leaf in zip(gradients, kept, coefficients)]
+
+    return _in_microbatches(one_pass, (loss.batch, mask), microbatch_size or _default_size(loss))
+
+
+def _keep(gradients: Sequence[Gradient], num_examples: int) -> list[Gradient]:
+    """Returns the batches of gradients, those formed that would else be formed twice, if KEPT_BYTES hold them."""
+    kept, free = [], KEPT_BYTES
+    for gradient in gradients:
+        size = _formed_size(gradient)
+        num_bytes = 4 * num_examples * math.prod(gradient.shape)
+        is_kept = size is not None and num_bytes <= free
+        free -= num_bytes if is_kept else 0
+        kept.append(_formed(gradient, size) if is_kept else gradient)
+    return kept
+
+
+def _formed_size(gradient: Gradient) -> int | None:
+    """Returns how many gradients of a leaf are formed together, None where they need not be formed."""
+    if not isinstance(gradient, Factored) or not gradient.terms:
+        return None
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
+    return None if cost.by_gram(example) else max(1, _formed_bytes() // cost.bytes_of_forming(example))
+
+
+def _formed(gradient: Factored, size: int) -> jax.Array:
+    """Returns a batch of formed gradients [B, K, I, J], not laid out."""
+
+    def form(chunk):
+        return jnp.concatenate(jax.vmap(algebra.multiply_out)(chunk), axis=2), None
+
+    return _in_microbatches(form, gradient, size, has_sums=False)[0]
+
+
+def _sum_kept(gradient: Gradient, kept: Gradient, coefficients: jax.Array) -> jax.Array:
+    """Returns the sum of one leaf's gradients with the coefficients, of what is kept of them."""
+    kept = _without(kept, coefficients == 0)
+    if not isinstance(kept, Factored):
+        return algebra.lay_out(gradient, [_weighted_sum(kept, coefficients)])
+    size = _formed_size(gradient)
+    return _in_microbatches(lambda chunk: (chunk[1], _weighted_sum(*chunk)), (kept, coefficients), size)[1]
+
+
+def _without(gradient: Gradient, left_out: jax.Array) -> Gradient:
+    """Returns a batch of gradients with zeros for the examples bool[B] that are left out: 0 times nan is nan."""
+    return jax.tree.map(
+        lambda x: jnp.where(left_out.reshape(-1, *(1 for _ in x.shape[1:])), jnp.zeros((), x.dtype), x), gradient
+    )
 
 
 class _Unchecked(NamedTuple):
@@ -332,7 +406,8 @@ def _in_microbatches(function: Callable, batch, size: int | None, *, has_sums: b
     )
 
 
-def _finish(norms, loss: TracedLoss, squared: bool, per_leaf: bool):
+def combine(norms, loss: TracedLoss, squared: bool, per_leaf: bool):
+    """Returns the norms of all leaves as a pytree, or as those of the whole gradients, f32[B]."""
     if per_leaf:
         return jax.tree.unflatten(loss.params_tree, [jnp.square(x) if squared else x for x in norms])
     norm = length([jnp.stack([jnp.zeros(loss.batch_size), *norms])], axis=0)
@@ -347,7 +422,7 @@ def _formed_bytes() -> int:
     return CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
 
 
-def _options(argnums, has_aux, squared, per_leaf, microbatch_size, keyed) -> tuple:
+def hashable(argnums, has_aux, squared, per_leaf, microbatch_size, keyed) -> tuple:
     """Returns the options in a form that can be hashed."""
     if microbatch_size is not None and not (isinstance(microbatch_size, numbers.Integral) and microbatch_size >= 1):
         raise ValueError(f"microbatch_size must be >= 1, and a whole number, got {microbatch_size!r}")

@@ -79,7 +79,7 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     Raises:
       ValueError, TypeError: As listed in `per_example_grad_norms`.
     """
-    positions = _positions(argnums, len(args))
+    positions = positions_of_params(argnums, len(args))
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
     params = [args[i] for i in positions]
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
@@ -125,10 +125,8 @@ def with_keys(
         raise TypeError(f"{wrong} loss_fn takes a key")
     if not keyed:
         return loss_fn, args, argnums
-    is_typed = jnp.issubdtype(_dtype(key), jax.dtypes.prng_key)
-    if jnp.ndim(key) != (0 if is_typed else 1):
-        raise ValueError(f"key must be one random key, which is split into one for each example, got {jnp.shape(key)}")
-    positions = _positions(argnums, len(args))
+    check_key("key", key, ", which is split into one for each example")
+    positions = positions_of_params(argnums, len(args))
     batch = [arg for i, arg in enumerate(args) if i not in positions]
     # Other shapes are refused by trace_loss.
     size = next((jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), 1)
@@ -136,7 +134,14 @@ def with_keys(
     return positional_key(loss_fn), (*args, jax.random.split(key, size)), argnums
 
 
-def _positions(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
+def check_key(name: str, key: jax.Array, purpose: str = "") -> None:
+    """Raises ValueError unless key is one random key, typed or raw."""
+    is_typed = jnp.issubdtype(_dtype(key), jax.dtypes.prng_key)
+    if jnp.ndim(key) != (0 if is_typed else 1):
+        raise ValueError(f"{name} must be one random key{purpose}, got {jnp.shape(key)}")
+
+
+def positions_of_params(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
     """Returns the positions of the parameters, >= 0."""
     positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
     in_range = all(-num_args <= i < num_args for i in positions)

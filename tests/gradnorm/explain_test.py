@@ -40,7 +40,25 @@ def test_explain_names_the_rule_of_every_leaf():
     assert by_name["kernel"].flops == by_name["kernel"].formed_flops
     assert table.total.flops == sum(row.flops for row in table.rows)
     lines = str(table).splitlines()
-    assert len(lines) == len(shapes) + 2 and len({len(line) for line in lines[1:-1]}) == 1
+    assert len({len(line) for line in lines[1 : len(shapes) + 1]}) == 1 and lines[len(shapes) + 1].startswith("all ")
+
+
+def test_the_text_ends_with_what_is_saved_and_a_legend():
+    """Red if the share is that which remains, or a rule of the table is not explained, or another is."""
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4), "kernel": jnp.ones((2, 1, 1))}
+
+    def loss_fn(p, x):
+        windows = jax.lax.conv_general_dilated(
+            x[None, :, None], p["kernel"], (1,), "VALID", None, None, ("NWC", "WIO", "NWC")
+        )
+        return jnp.sum(jnp.tanh(x @ p["w"] + p["b"])) + jnp.sum(windows)
+
+    table = explain(loss_fn, params, jnp.ones((16, 8)))
+    saved, columns, *legend = str(table).splitlines()[len(params) + 2 :]
+    share = 1 - sum(row.flops for row in table.rows) / sum(row.formed_flops for row in table.rows)
+    assert saved.startswith(f"flops saved: {100 * share:.0f} % of") and columns.startswith("T uses of I × J")
+    occurring = {part for row in table.rows for part in row.rule.split(" + ")}
+    assert {line.split(":")[0] for line in legend} == occurring and {"outer", "formed"} < occurring
 
 
 def test_explain_computes_nothing():
