@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
+    from issgd_jax.learning.potential import potential as potential
     from issgd_jax.learning.rate_by_gain import rate_by_gain as rate_by_gain
     from issgd_jax.loading.prefetch import Prefetch as Prefetch
     from issgd_jax.run.training import train as train
@@ -83,6 +84,7 @@ _MODULE_OF = {
     "uniform_table": "sampling",
     "draw": "sampling",
     "rate_by_gain": "learning.rate_by_gain",
+    "potential": "learning.potential",
     "Prefetch": "loading.prefetch",
     "GradientNorm": "scoring.scores",
     "PerExample": "scoring.scores",

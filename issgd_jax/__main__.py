@@ -16,6 +16,7 @@ usage: issgd-jax COMMAND [ARGUMENTS]
 commands:
   train      train an experiment in a folder, or resume the run that is there
   compare    train with importance sampling and without, and print both side by side
+  potential  measure what importance sampling could gain, before it is adopted
   plot       draw loss, error and noise of runs, finished or running
   status     print how far a run is, its last measurement, and its workers
 
@@ -69,6 +70,13 @@ def _compare() -> None:
     program.run(compare.main)
 
 
+def _potential() -> None:
+    from issgd_jax import main as program
+    from issgd_jax.run import potential
+
+    program.run(potential.main)
+
+
 def _plot() -> None:
     """Writes a figure of the runs that the arguments name."""
     from issgd_jax import plots
@@ -97,7 +105,7 @@ def _status() -> None:
     print(status.read(parser.parse_args().run))
 
 
-_COMMANDS = {"train": _train, "compare": _compare, "plot": _plot, "status": _status}
+_COMMANDS = {"train": _train, "compare": _compare, "potential": _potential, "plot": _plot, "status": _status}
 
 if __name__ == "__main__":
     main()
