@@ -46,7 +46,7 @@ def train(steps, learning_rate=0.016, **options):
 
     def loss_fn(params, images, labels, key):
         model = nnx.merge(graph, params, rest, copy=True)
-        nnx.reseed(model, dropout=key)
+        nnx.reseed(model, default=key)  # the stream of nnx.Rngs(0): other names change nothing
         return cross_entropy(model, images, labels)
 
     @jax.jit

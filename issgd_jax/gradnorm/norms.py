@@ -42,7 +42,7 @@ def per_example_grad_norms(
 
     Args:
       loss_fn: `(params, *example) -> f[]`, the loss of ONE example, with any pytree of floating-point parameters.
-        See `per_example` for the loss of a batch.
+        See `per_example` for the loss of a batch. What examples share, such as frozen weights, it closes over.
       argnums: Positions of the parameters among the arguments of loss_fn, as in `jax.grad`. All other arguments are
         batch arguments.
       has_aux: Whether loss_fn returns `(loss, aux)`.
@@ -61,7 +61,8 @@ def per_example_grad_norms(
     Raises:
       ValueError: microbatch_size is not a whole number >= 1. When called: the batch is empty, its leaves differ in B,
         argnums is out of range, loss_fn does not return a scalar, or key is not one key.
-      TypeError: When called: a parameter is not floating-point, or a key is missing or not expected.
+      TypeError: When called: a leaf is neither an array nor a number, a parameter is not floating-point, params hold
+        running averages of flax, or a key is missing or not expected.
 
     Guarantees:
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
