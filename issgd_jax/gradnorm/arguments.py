@@ -65,13 +65,33 @@ def check_batch(batch: Mapping[int, Any]) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     if not shapes:
-        raise ValueError("every batch argument needs a leading axis of at least one example, got no batch argument")
+        raise ValueError(
+            "every batch argument needs a leading axis of at least one example, got no batch argument; where there are "
+            "importance_weights, they come between params and batch"
+        )
     hint = f"{KEYED}; " if _has_one_key(batch) else ""
     hint += f"close over what all examples share ({DOCS})"
     if any(shape[:1] in ((), (0,)) for shape in shapes.values()):
         raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}; {hint}")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"batch arguments differ in their leading axis: {shapes}; {hint}")
+
+
+def check_weights(importance_weights: Any, batch: Sequence[Any]) -> None:
+    """Raises ValueError unless there is one importance weight for each example of the batch arguments.
+
+    Those that have no one leading axis are left to `check_batch`.
+    """
+    shape = None if importance_weights is None else jnp.shape(importance_weights)
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or sizes == {()}:
+        return
+    (size,) = sizes.pop()
+    if shape != (size,):
+        raise ValueError(
+            f"importance_weights, the second argument, must have shape ({size},), one for each example of the batch, "
+            f"got {shape}: pass jnp.ones({size}) for the plain mean"
+        )
 
 
 def check_key(name: str, key: jax.Array, purpose: str = "") -> None:

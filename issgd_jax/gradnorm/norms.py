@@ -11,10 +11,11 @@ import numpy as np
 from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram
+from issgd_jax.gradnorm.arguments import check_weights
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.lengths import Squares, length, root, squares
-from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
+from issgd_jax.gradnorm.tracing import TracedLoss, positions_of_params, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
@@ -151,13 +152,10 @@ def value_grad_and_norms(
 @cached
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def value_grad_and_norms(params, importance_weights, *batch, key=None):
-        loss = trace_loss(*with_keys(loss_fn, (params, *batch), argnums, key, keyed), has_aux)
-        shape = None if importance_weights is None else jnp.shape(importance_weights)
-        if shape != (loss.batch_size,):
-            raise ValueError(
-                f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
-                f"{shape}: pass jnp.ones({loss.batch_size}) for the plain mean"
-            )
+        args = params, *batch
+        positions = positions_of_params(argnums, len(args))
+        check_weights(importance_weights, [x for i, x in enumerate(args) if i not in positions])
+        loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         importance_weights = jnp.asarray(importance_weights)
         coefficients = importance_weights / loss.batch_size
         (losses, aux, norms), gradient = _in_microbatches(

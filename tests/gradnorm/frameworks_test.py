@@ -164,6 +164,79 @@ def test_frozen_weights_are_closed_over_and_have_no_norm():
     ]
 
 
+def nnx_lora():
+    model = nnx.LoRALinear(3, 2, lora_rank=2, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.LoRAParam, ...)
+    loss_fn = lambda params, x, y: cross_entropy(nnx.merge(graph, params, rest, copy=True)(x), y)  # noqa: E731
+    return loss_fn, params, {"['lora']['lora_a'].value", "['lora']['lora_b'].value"}
+
+
+class Normalized(eqx.Module):
+    linear: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self, key):
+        self.linear, self.norm = eqx.nn.Linear(3, 2, key=key), eqx.nn.BatchNorm(2, "batch", mode="batch")
+
+    def __call__(self, x, state):
+        return self.norm(self.linear(x), state)
+
+
+def equinox_with_state(of_weight_alone):
+    """Returns a loss of a model with running averages, of all its parameters or of those of a filter."""
+    model, state = eqx.nn.make_with_state(Normalized)(KEY)
+    _, state = jax.vmap(lambda x: model(x, state), axis_name="batch", out_axes=(0, None))(X)
+    model = eqx.nn.inference_mode(model)
+    is_trained = eqx.is_inexact_array
+    if of_weight_alone:
+        is_trained = eqx.tree_at(lambda model: model.linear.weight, jax.tree.map(lambda _: False, model), True)
+    params, static = eqx.partition(model, is_trained)
+    loss_fn = lambda params, x, y: cross_entropy(eqx.combine(params, static)(x, state)[0], y)  # noqa: E731
+    norm = set() if of_weight_alone else {".linear.bias", ".norm.weight", ".norm.bias"}
+    return loss_fn, params, {".linear.weight", *norm}
+
+
+PARTS = {
+    "nnx LoRA": nnx_lora,
+    "equinox with state": functools.partial(equinox_with_state, False),
+    "equinox, one leaf": functools.partial(equinox_with_state, True),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_of_a_model_may_be_params(part):
+    """Red if a leaf that is not trained has a norm, or state that is closed over changes one."""
+    loss_fn, params, names = part()
+    assert {row.name for row in check(loss_fn, params, X, Y).rows} == {"", *names}
+
+
+def test_collections_that_one_example_changes_are_aux():
+    """Red if what a linen module sows is lost, or is not that of each example."""
+
+    class Sowing(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            self.sow("intermediates", "inputs", x)
+            return linen.Dense(1)(x)[0]
+
+    model = Sowing()
+    params = model.init(KEY, X[0])["params"]
+    loss_fn = lambda params, x: model.apply({"params": params}, x, mutable=["intermediates"])  # noqa: E731
+    (_, collections), _, _ = value_grad_and_norms(loss_fn, has_aux=True)(params, jnp.ones(6), X)
+    np.testing.assert_array_equal(collections["intermediates"]["inputs"][0], X)
+
+
+def test_the_gradient_of_an_nnx_state_is_one_for_its_optimizer():
+    """Red if a step with `nnx.Optimizer` needs more than the gradient as it is."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    loss_fn = lambda params, x, y: cross_entropy(nnx.merge(graph, params, rest, copy=True)(x), y)  # noqa: E731
+    _, gradient, _ = value_grad_and_norms(loss_fn)(params, jnp.ones(6), X, Y)
+    before = np.asarray(model.kernel[...])
+    nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param).update(model, gradient)
+    np.testing.assert_allclose(before - model.kernel[...], 0.5 * gradient["kernel"][...], rtol=1e-4, atol=1e-6)
+
+
 def test_none_in_params_stays_none():
     """Red if a place without a parameter becomes a leaf, or is lost from the gradient or the norms."""
     params = {"w": jnp.ones(3), "bias": None}
