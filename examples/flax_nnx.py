@@ -38,7 +38,7 @@ def cross_entropy(model, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
-def train(steps, learning_rate=0.016, **options):
+def train(steps, learning_rate=0.004, **options):
     images, labels = make_data()
     graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.adam(learning_rate)

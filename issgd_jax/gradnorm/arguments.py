@@ -19,8 +19,14 @@ EQUINOX = (
     "`model = eqx.combine(params, static)`"
 )
 LINEN = "pass `model.init(...)['params']`, and call `model.apply({'params': params}, ...)` in loss_fn"
-# Classes of other libraries that can hold more than arrays, and what to pass instead.
-MODULES = (("equinox", "Module", EQUINOX), ("flax.nnx", "Module", NNX), ("flax.linen", "Module", LINEN))
+# Classes of other libraries that hold more than parameters, and what to pass instead.
+LIBRARIES = (
+    ("flax.training.train_state", "TrainState", "pass state.params"),
+    ("flax.linen", "Module", LINEN),
+    ("flax.nnx", "Module", NNX),
+    ("flax.nnx", "Variable", NNX),
+    ("equinox", "Module", EQUINOX),
+)
 KEYED = "pass one random key for the batch as key=, with keyed=True"
 
 
@@ -29,8 +35,7 @@ def check_arrays(args: Sequence[Any]) -> None:
     for i, arg in enumerate(args):
         for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
             if not _is_array(leaf):
-                remedies = (remedy for library, name, remedy in MODULES if _nodes(arg, library, name))
-                remedy = next(remedies, "close over it, or encode it as numbers")
+                remedy = _remedy_of_library(arg) or "close over it, or encode it as numbers"
                 where = f"has the leaf {jax.tree_util.keystr(path)}" if path else "is"
                 raise TypeError(
                     f"argument {i} {where} of type {_type_of(leaf)}: only arrays and numbers are allowed; "
@@ -46,7 +51,7 @@ def check_params(params: Sequence[Any], positions: Sequence[int]) -> None:
             if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
                 raise TypeError(
                     f"{name}{jax.tree_util.keystr(path)} has dtype {dtype_of(leaf)} and shape {jnp.shape(leaf)}: "
-                    f"gradients need floating point; {_remedy(tree, leaf)} ({DOCS})"
+                    f"gradients need floating point; {_remedy_of_library(tree) or _remedy(leaf)} ({DOCS})"
                 )
         if _nodes(tree, "flax.nnx", "BatchStat"):
             raise TypeError(f"{name} has leaves of type nnx.BatchStat, which are no parameters: {NNX} ({DOCS})")
@@ -116,12 +121,13 @@ def add_note(error: Exception, shapes: str) -> None:
         )
 
 
-def _remedy(tree: Any, leaf: Any) -> str:
+def _remedy_of_library(tree: Any) -> str | None:
+    """Returns what to pass instead of a pytree with a library's own class in it, None where there is none."""
+    return next((remedy for library, name, remedy in LIBRARIES if _nodes(tree, library, name)), None)
+
+
+def _remedy(leaf: Any) -> str:
     """Returns what to do about a leaf of params that is not floating-point."""
-    if _nodes(tree, "flax.nnx", "Variable"):
-        return NNX
-    if _nodes(tree, "equinox", "Module"):
-        return EQUINOX
     if _is_typed_key(leaf):
         return f"take it out of params, and {KEYED}"
     if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):

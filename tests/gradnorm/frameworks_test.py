@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training.train_state import TrainState
 
 from issgd_jax.gradnorm import (
     check,
@@ -274,12 +275,14 @@ SPLIT, PARTITION = r"nnx.split\(model, nnx.Param, ...\)", r"eqx.partition\(model
 def networks_that_are_no_params():
     network = Network(nnx.Rngs(0))
     running_averages = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
+    state = TrainState.create(apply_fn=jnp.dot, params={"w": X}, tx=optax.sgd(0.1)).replace(step=jnp.int32(0))
     counted = eqx.nn.BatchNorm(3, "batch", mode="batch")
     return {
         "nnx module": (network, f"params.dropout.rngs.count.* has dtype uint32.*{SPLIT}"),
         "nnx state": (nnx.state(network), rf"params\['dropout'\].* has dtype uint32.*{SPLIT}"),
         "nnx running averages": (running_averages, f"params has leaves of type nnx.BatchStat.*{SPLIT}"),
         "linen variables": (linen_problem()[1], r"collections \['batch_stats', 'params'\].*pass params\['params'\]"),
+        "train state": (state, "params.step has dtype int32.*pass state.params"),
         "linen module": (Classifier(), r"argument 0 is of type Classifier:.*pass `model.init\(...\)\['params'\]`"),
         "equinox state": (counted, f"argument 0 has the leaf .* of type .*{PARTITION}"),
         "haiku network": (hk.transform(abs), "argument 0 has the leaf .init of type function.*close over it"),
