@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from issgd_jax.gradnorm.arguments import check_arrays
+
 # Transformations that are remembered, those used last.
 REMEMBERED = 128
 # A loss that is compiled so often, from the same line and for the same shapes, is made anew in a loop.
@@ -20,7 +22,7 @@ def cached(transform: Callable[..., Callable]) -> Callable[..., Callable]:
 
     As with `jax.jit`, two functions are the same if they are equal, and what a function closes over is read when it is
     traced. A function that is made anew at every call, such as a lambda in a loop, is compiled at every call: a warning
-    says so once.
+    says so once. An argument that holds no arrays is named before JAX's own error, see `check_arrays`.
 
     Example:
       >>> @cached
@@ -41,7 +43,17 @@ def cached(transform: Callable[..., Callable]) -> Callable[..., Callable]:
             return transformed(*args, **kwargs)
 
         result = jax.jit(traced)
-        return result
+
+        @functools.wraps(transformed)
+        def checked(*args, **kwargs):
+            try:
+                return result(*args, **kwargs)
+            except TypeError:
+                check_arrays(args)
+                raise
+
+        checked.lower = result.lower
+        return checked
 
     return remember(compiled)
 

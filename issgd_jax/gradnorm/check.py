@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax.gradnorm.arguments import check_arrays
 from issgd_jax.gradnorm.norms import per_example_grad_norms, value_grad_and_norms
 from issgd_jax.gradnorm.tracing import positions_of_params, trace_loss, with_keys
 
@@ -106,6 +107,7 @@ def check(
         raise ValueError(f"num_examples must be >= 1, and a whole number, got {num_examples!r}")
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"rtol must be >= 0, got {rtol}: None chooses it by the types of params and batch")
+    check_arrays(args)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, key))):
         raise ValueError("params and batch must be arrays, got traced values: call check outside jit and vmap")
     positions = positions_of_params(argnums, len(args))

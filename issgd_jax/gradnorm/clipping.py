@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.gradnorm.arguments import check_key
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.norms import combine, hashable, sums_by_norms
-from issgd_jax.gradnorm.tracing import check_key, trace_loss, with_keys
+from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 
 # Folded into noise_key, so that a key that is also the loss's, which is split into one for each example, does no harm.
 NOISE_STREAM = 2**31
@@ -93,14 +94,14 @@ def clipped_grad(
     def clipped(*args, key=None, noise_key=None, mask=None):
         _check_noise_key(noise_key, noise_multiplier)
         mask = None if mask is None else jnp.asarray(mask)
-        return compiled(amounts, *args, key=key, noise_key=noise_key, mask=mask)
+        return compiled(*args, amounts=amounts, key=key, noise_key=noise_key, mask=mask)
 
     return clipped
 
 
 @cached
 def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed, nonfinite):
-    def clipped_grad(amounts, *args, key, noise_key, mask):
+    def clipped_grad(*args, amounts, key, noise_key, mask):
         max_norm, normalize_by, noise_multiplier = amounts
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         _check_mask(mask, loss.batch_size)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from issgd_jax.gradnorm import cost
+from issgd_jax.gradnorm.arguments import check_arrays, dtype_of
 from issgd_jax.gradnorm.caching import remember
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.tracing import trace_loss, with_keys
@@ -133,10 +134,9 @@ def explain(
       outer: one use; its norm is the product of the norms of its two factors
       formed: the gradient itself, formed and squared
     """
+    check_arrays(args)
     leaves, tree = jax.tree.flatten(args)
-    shapes = tuple(
-        jax.ShapeDtypeStruct(jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x)) for x in leaves
-    )
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)) for x in leaves)
     argnums = argnums if isinstance(argnums, numbers.Integral) else tuple(argnums)
     return _explain(loss_fn, tree, shapes, argnums, has_aux, keyed)
 

@@ -11,10 +11,11 @@ import numpy as np
 from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram
+from issgd_jax.gradnorm.arguments import check_weights
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.lengths import Squares, length, root, squares
-from issgd_jax.gradnorm.tracing import TracedLoss, trace_loss, with_keys
+from issgd_jax.gradnorm.tracing import TracedLoss, positions_of_params, trace_loss, with_keys
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
@@ -42,7 +43,7 @@ def per_example_grad_norms(
 
     Args:
       loss_fn: `(params, *example) -> f[]`, the loss of ONE example, with any pytree of floating-point parameters.
-        See `per_example` for the loss of a batch.
+        See `per_example` for the loss of a batch. What examples share, such as frozen weights, it closes over.
       argnums: Positions of the parameters among the arguments of loss_fn, as in `jax.grad`. All other arguments are
         batch arguments.
       has_aux: Whether loss_fn returns `(loss, aux)`.
@@ -61,7 +62,8 @@ def per_example_grad_norms(
     Raises:
       ValueError: microbatch_size is not a whole number >= 1. When called: the batch is empty, its leaves differ in B,
         argnums is out of range, loss_fn does not return a scalar, or key is not one key.
-      TypeError: When called: a parameter is not floating-point, or a key is missing or not expected.
+      TypeError: When called: a leaf is neither an array nor a number, a parameter is not floating-point, params hold
+        running averages of flax, or a key is missing or not expected.
 
     Guarantees:
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
@@ -150,13 +152,10 @@ def value_grad_and_norms(
 @cached
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def value_grad_and_norms(params, importance_weights, *batch, key=None):
-        loss = trace_loss(*with_keys(loss_fn, (params, *batch), argnums, key, keyed), has_aux)
-        shape = None if importance_weights is None else jnp.shape(importance_weights)
-        if shape != (loss.batch_size,):
-            raise ValueError(
-                f"importance_weights must have shape ({loss.batch_size},), one for each example of the batch, got "
-                f"{shape}: pass jnp.ones({loss.batch_size}) for the plain mean"
-            )
+        args = params, *batch
+        positions = positions_of_params(argnums, len(args))
+        check_weights(importance_weights, [x for i, x in enumerate(args) if i not in positions])
+        loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         importance_weights = jnp.asarray(importance_weights)
         coefficients = importance_weights / loss.batch_size
         (losses, aux, norms), gradient = _in_microbatches(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.gradnorm.arguments import add_note, check_batch, check_key, check_params, dtype_of
 from issgd_jax.gradnorm.mapping import map_examples, why_one_at_a_time
 from issgd_jax.gradnorm.per_example import positional_key
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED
@@ -43,7 +44,7 @@ class TracedLoss:
     @functools.cached_property
     def dtypes(self) -> list:
         """Data type of each parameter leaf."""
-        return [_dtype(leaf) for leaf in self.params]
+        return [dtype_of(leaf) for leaf in self.params]
 
     @functools.cached_property
     def uncovered_bytes(self) -> int:
@@ -83,9 +84,9 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     argnums = positions[0] if isinstance(argnums, numbers.Integral) else positions
     params = [args[i] for i in positions]
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
-    _check_params(params, positions)
-    _check_batch(batch)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], _dtype(x)), batch)
+    check_params(params, positions)
+    check_batch(batch)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], dtype_of(x)), batch)
 
     def value_and_grad(params, example):
         arguments = dict(zip(positions, params)) | example
@@ -134,13 +135,6 @@ def with_keys(
     return positional_key(loss_fn), (*args, jax.random.split(key, size)), argnums
 
 
-def check_key(name: str, key: jax.Array, purpose: str = "") -> None:
-    """Raises ValueError unless key is one random key, typed or raw."""
-    is_typed = jnp.issubdtype(_dtype(key), jax.dtypes.prng_key)
-    if jnp.ndim(key) != (0 if is_typed else 1):
-        raise ValueError(f"{name} must be one random key{purpose}, got {jnp.shape(key)}")
-
-
 def positions_of_params(argnums: int | Sequence[int], num_args: int) -> tuple[int, ...]:
     """Returns the positions of the parameters, >= 0."""
     positions = (argnums,) if isinstance(argnums, numbers.Integral) else tuple(argnums)
@@ -157,18 +151,14 @@ def _with_aux(loss_fn: Callable, has_aux: bool, positions: tuple[int, ...]) -> C
         try:
             result = loss_fn(*args)
         except Exception as error:
-            if not any("issgd_jax.per_example" in note for note in getattr(error, "__notes__", [])):
-                error.add_note(
-                    f"loss_fn was called with ONE example, {_shapes(args, positions)}: if it takes a batch, wrap it, "
-                    "issgd_jax.per_example(loss_fn)"
-                )
+            add_note(error, _shapes(args, positions))
             raise
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(f"loss_fn must return (loss, aux) with has_aux, got {type(result).__name__}")
         loss, aux = result if has_aux else (result, None)
         leaf = jax.tree.structure(loss) == jax.tree.structure(0)
-        if not leaf or jnp.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
-            got = f"shape {jnp.shape(loss)} and dtype {_dtype(loss)}" if leaf else f"a {type(loss).__name__}"
+        if not leaf or jnp.shape(loss) != () or not jnp.issubdtype(dtype_of(loss), jnp.floating):
+            got = f"shape {jnp.shape(loss)} and dtype {dtype_of(loss)}" if leaf else f"a {type(loss).__name__}"
             hint = "; set has_aux=True if it is (loss, aux)" if isinstance(loss, tuple) and not has_aux else ""
             hint = "; if it takes a batch, wrap it: issgd_jax.per_example(loss_fn)" if leaf and jnp.ndim(loss) else hint
             raise ValueError(f"loss_fn must return one floating-point scalar for one example, got {got}{hint}")
@@ -180,40 +170,3 @@ def _with_aux(loss_fn: Callable, has_aux: bool, positions: tuple[int, ...]) -> C
 def _shapes(args: tuple, positions: tuple[int, ...]) -> str:
     """Returns the shapes of the arguments that are not parameters."""
     return ", ".join(str(jax.tree.map(jnp.shape, arg)) for i, arg in enumerate(args) if i not in positions)
-
-
-def _check_params(params: list, positions: tuple[int, ...]) -> None:
-    for i, tree in zip(positions, params):
-        name = "params" if i == 0 else f"argument {i}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not jnp.issubdtype(_dtype(leaf), jnp.floating):
-                raise TypeError(
-                    f"{name}{jax.tree_util.keystr(path)} has dtype {_dtype(leaf)} and shape {jnp.shape(leaf)}: "
-                    f"gradients need floating point; pass it as a batch argument or close over it"
-                )
-
-
-def _check_batch(batch: dict) -> None:
-    shapes = {
-        f"argument {i}{jax.tree_util.keystr(path)}": jnp.shape(leaf)
-        for i, tree in batch.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    hint = "; pass one random key for the batch as key=, with keyed=True" if _has_one_key(batch) else ""
-    if not shapes or any(shape[:1] in ((), (0,)) for shape in shapes.values()):
-        raise ValueError(f"every batch argument needs a leading axis of at least one example, got {shapes}{hint}")
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(f"batch arguments differ in their leading axis: {shapes}{hint}")
-
-
-def _has_one_key(batch: dict) -> bool:
-    """Returns whether one random key, typed or raw, is among the batch arguments."""
-    return any(
-        (jnp.ndim(leaf) == 0 and jnp.issubdtype(_dtype(leaf), jax.dtypes.prng_key))
-        or (jnp.shape(leaf) == (2,) and _dtype(leaf) == jnp.uint32)
-        for leaf in jax.tree.leaves(batch)
-    )
-
-
-def _dtype(leaf):
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

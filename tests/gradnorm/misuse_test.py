@@ -49,8 +49,19 @@ def test_microbatch_size_must_be_positive(transform):
 
 @pytest.mark.parametrize("importance_weights", [None, 1.0, np.ones(3, np.float32), np.ones((2, 1), np.float32)])
 def test_importance_weights_of_another_shape_are_refused(importance_weights):
-    with pytest.raises(ValueError, match=r"importance_weights must have shape \(2,\).* got .*: pass jnp.ones\(2\)"):
+    with pytest.raises(ValueError, match=r"importance_weights, .* shape \(2,\).* got .*: pass jnp.ones\(2\)"):
         value_grad_and_norms(lambda p, x: p @ x)(jnp.ones(3), importance_weights, jnp.ones((2, 3)))
+
+
+def test_importance_weights_that_are_forgotten_or_elsewhere_are_told_of():
+    """Red if the loss is traced with arguments that are one place off, and its own error hides what is wrong."""
+    step = value_grad_and_norms(lambda p, x, y: p @ x - y)
+    with pytest.raises(ValueError, match=r"importance_weights, the second argument, .* got \(2, 3\)"):
+        step(jnp.ones(3), jnp.ones((2, 3)), jnp.ones(2))
+    with pytest.raises(ValueError, match=r"importance_weights, the second argument, .* got \(2, 3\)"):
+        step(jnp.ones(3), jnp.ones((2, 3)), jnp.ones(2), jnp.ones(2))
+    with pytest.raises(ValueError, match="got no batch argument.*importance_weights.* come between params and batch"):
+        step(jnp.ones(3), jnp.ones((2, 3)))
 
 
 @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
