@@ -72,9 +72,9 @@ def _compare() -> None:
 
 def _potential() -> None:
     from issgd_jax import main as program
-    from issgd_jax.run import potential
+    from issgd_jax import prospect
 
-    program.run(potential.main)
+    program.run(prospect.main)
 
 
 def _plot() -> None:

@@ -52,7 +52,7 @@ def test_the_modules_and_the_installed_program_are_one(run_command):
     ("arguments", "message"),
     [
         (["trian"], "error: issgd-jax has no command 'trian': did you mean train?\n"),
-        (["--workdir=x"], "has no command '--workdir=x': choose one of train, compare, plot, status\n"),
+        (["--workdir=x"], "has no command '--workdir=x': choose one of train, compare, potential, plot, status\n"),
         (["train"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
         (["compare"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
         (["train", "--workdri=x"], "error: Unknown command line flag 'workdri'. Did you mean: workdir ?\n"),

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 ORDER = (
     "errors", "extras", "console", "interrupts", "paths", "files", "records", "provenance", "config", "history",
     "plots", "processes", "devices", "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run",
-    "main", "compare", "__main__",
+    "main", "compare", "prospect", "__main__",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
@@ -25,7 +25,7 @@ ORDER_IN = {
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),
     "task": ("splits", "data", "models", "losses", "problem", "images"),
-    "learning": ("variance", "rate_by_gain", "optimizer", "payoff", "learner", "asgd", "evaluate"),
+    "learning": ("variance", "potential", "rate_by_gain", "optimizer", "payoff", "learner", "asgd", "evaluate"),
     "run": (
         "orbax", "checkpoint", "checkpoints", "workdir", "metrics", "status", "supervision", "parts", "run_state",
         "diagnosis", "measure", "rounds", "loop", "wiring", "training",
@@ -40,7 +40,7 @@ FORBIDDEN = {
     "cluster": {"config", "sampling", "gradnorm", "plots"},
     "learning": {"config", "scoring", "cluster", "task", "plots"},
 }
-ONLY_IMPORTER = {"flax": {"task"}, "ml_collections": {"config", "main", "compare", "task", "run"}}
+ONLY_IMPORTER = {"flax": {"task"}, "ml_collections": {"config", "main", "compare", "prospect", "task", "run"}}
 
 
 def imports(path):

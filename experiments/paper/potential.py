@@ -12,7 +12,7 @@ import json
 
 from experiments.benchmarks.environment import save_results
 from experiments.paper import results, studies, table
-from issgd_jax.run.potential import measure
+from issgd_jax.prospect import measure
 
 PATH = results.FOLDER / "potential.json"
 STUDY, ARM, BASELINE = "fair", "calibrated_refresh", "uniform"

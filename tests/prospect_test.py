@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import issgd_jax
-from issgd_jax.run import potential, wiring
+from issgd_jax import prospect
+from issgd_jax.run import wiring
 from tests.helpers import smoke
 
 TIMES = {"norms_cost": 0, "refresh_cost": 0}
@@ -21,14 +22,14 @@ def test_the_config_is_trained_as_plain_sgd():
     other = smoke(
         learner__draw="stride", devices__learners=2, devices__workers=1, learner__batch_size=plain.learner.batch_size
     )
-    found = [potential.measure(config, after=20, sample=256) for config in (plain, other)]
+    found = [prospect.measure(config, after=20, sample=256) for config in (plain, other)]
     assert dataclasses.replace(found[0], **TIMES) == dataclasses.replace(found[1], **TIMES)
     assert found[0].gain.value > 1
 
 
 def test_the_gain_grows_as_examples_are_learned():
     """Red if the parameters before training are measured."""
-    first, later = (potential.measure(smoke(), after=after, sample=1024).gain for after in (0, 300))
+    first, later = (prospect.measure(smoke(), after=after, sample=1024).gain for after in (0, 300))
     assert later.low > first.high
 
 
@@ -41,7 +42,7 @@ def test_a_loss_with_keys(monkeypatch):
     x = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
     problem = issgd_jax.Problem(init=lambda key: jax.numpy.ones(3), loss_fn=noisy, train=x, keyed=True, name="noisy")
     monkeypatch.setattr(wiring, "make_problem", lambda config: problem)
-    found = potential.measure(smoke(learner__batch_size=8), after=3, sample=400)
+    found = prospect.measure(smoke(learner__batch_size=8), after=3, sample=400)
     # Independent normal factors: E[x² n²] against (E|x n|)².
     assert 1.2 < found.gain.value < 2
 
