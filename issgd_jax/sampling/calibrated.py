@@ -116,7 +116,7 @@ class Calibrated:
         column = _staleness_bin(staleness)
         decay = 0.5 ** (jnp.float32(stride * jnp.sum(known)) / (self.half_life * num_examples))
         square = normalize(norms, level) ** 2
-        values = stride * jnp.where(known, jnp.stack([square, jnp.ones_like(square)]), 0)
+        values = jnp.where(known, jnp.stack([square, jnp.ones_like(square)]), 0).astype(jnp.float32) * stride
         squares, counts = jax.lax.platform_dependent(row, column, values, cpu=_scatter, default=_sum_by_bin)
         return CalibratedState(
             squares=decay * state.squares + squares,
