@@ -429,7 +429,8 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
 def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, Draw]:
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
     drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
-    return state._replace(visits=visits_lib.visit(state.visits, drawn.indices), num_draws=state.num_draws + 1), drawn
+    visits = visits_lib.visit(state.visits, order_after(drawn.indices, drawn.importance_weights))
+    return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
 
 
 @functools.partial(jax.jit, donate_argnames="state", inline=True)
