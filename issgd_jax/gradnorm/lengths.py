@@ -72,7 +72,8 @@ def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squa
         parts = [part * scales[:, None] for part in parts]
     # XLA's CPU backend has faster kernels for products than for reductions, and then does not compute again what is
     # squared.
-    sums = sum(jnp.einsum("kn,kn->k", part, part, precision=lax.Precision.HIGHEST) for part in parts)
+    products = (((1,), (1,)), ((0,), (0,)))
+    sums = sum(lax.dot_general(part, part, products, precision=lax.Precision.HIGHEST) for part in parts)
     return Squares(sums, sum(part.shape[1] for part in parts))
 
 
