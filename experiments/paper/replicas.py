@@ -23,6 +23,7 @@ from issgd_jax.run import wiring
 from issgd_jax.run.measure import make_measure, to_row
 from issgd_jax.sampling import Draw, SamplerState
 from issgd_jax.sampling.draws import STRIDE
+from issgd_jax.sampling.sampler import is_early
 from issgd_jax.scoring import schedule
 from issgd_jax.task import images
 from issgd_jax.task import problem as problem_lib
@@ -267,8 +268,8 @@ class _Program:
             gradient = learner.gradient(*oldest, examples)
             state, sampler_state, _ = learner.update(state, sampler_state, self._sampler, gradient)
             if self._sampler.draw_method == STRIDE:  # the early rebuilds of `Rounds`
-                is_early = state.step & (state.step - 1) == 0
-                sampler_state = jax.lax.cond(is_early, self._sampler.rebuild, lambda state: state, sampler_state)
+                rebuild = self._sampler.rebuild
+                sampler_state = jax.lax.cond(is_early(state.step), rebuild, lambda state: state, sampler_state)
             return (state._replace(in_flight=in_flight), sampler_state), None
 
         states, _ = jax.lax.scan(step, (replica.train_state, replica.sampler_state), length=num_steps)

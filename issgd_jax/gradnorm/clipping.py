@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from issgd_jax.gradnorm.arguments import check_key
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.lengths import length
-from issgd_jax.gradnorm.norms import combine, hashable, sums_by_norms
+from issgd_jax.gradnorm.norms import assemble, hashable
+from issgd_jax.gradnorm.sums import sums_by_norms
 from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 
 # Folded into noise_key, so that a key that is also the loss's, which is split into one for each example, does no harm.
@@ -114,16 +115,11 @@ def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size,
             limited = norms if per_leaf else [whole] * len(norms)
             return [jnp.where(adds, _shrinkage(norm, max_norm) / divisor, 0).astype(norm.dtype) for norm in limited]
 
-        (losses, aux, norms), sums = sums_by_norms(loss, find_coefficients, mask, microbatch_size)
+        outputs, sums = sums_by_norms(loss, find_coefficients, mask, microbatch_size)
         if noise_multiplier is not None:
             sensitivity = max_norm * math.sqrt(len(sums)) if per_leaf else max_norm
             sums = _with_noise(sums, noise_multiplier * sensitivity / divisor, noise_key)
-        gradient = [total.astype(dtype) for total, dtype in zip(sums, loss.dtypes)]
-        return (
-            (losses, aux) if has_aux else losses,
-            jax.tree.unflatten(loss.params_tree, gradient),
-            combine(norms, loss, squared, per_leaf),
-        )
+        return assemble(loss, outputs, sums, has_aux, squared, per_leaf)
 
     return clipped_grad
 
@@ -143,21 +139,21 @@ def _with_noise(sums: list[jax.Array], std: jax.Array, key: jax.Array) -> list[j
 
 
 def _check_options(max_norm, normalize_by, nonfinite, noise_multiplier) -> None:
-    check_number("max_norm", max_norm, "> 0", lambda x: x > 0, "clip to the median norm, or to infinity for none")
+    _check_number("max_norm", max_norm, "> 0", lambda x: x > 0, "clip to the median norm, or to infinity for none")
     if normalize_by is not None:
-        check_number("normalize_by", normalize_by, "> 0", lambda x: 0 < x < math.inf, "None divides by the batch size")
+        _check_number("normalize_by", normalize_by, "> 0", lambda x: 0 < x < math.inf, "None divides by the batch size")
     if nonfinite not in ("zero", "keep"):
         raise ValueError(f'nonfinite must be "zero" or "keep", got {nonfinite!r}')
     if noise_multiplier is None:
         return
-    check_number("noise_multiplier", noise_multiplier, ">= 0", lambda x: 0 <= x < math.inf, "None adds no noise")
+    _check_number("noise_multiplier", noise_multiplier, ">= 0", lambda x: 0 <= x < math.inf, "None adds no noise")
     if nonfinite == "keep":
         raise ValueError('noise_multiplier needs nonfinite="zero": one example could make the sum nan, got "keep"')
     if not isinstance(max_norm, jax.core.Tracer) and math.isinf(max_norm):
         raise ValueError("noise_multiplier needs a finite max_norm: noise is in proportion to it, got inf")
 
 
-def check_number(name: str, value, allowed: str, is_allowed: Callable[[float], bool], remedy: str) -> None:
+def _check_number(name: str, value, allowed: str, is_allowed: Callable[[float], bool], remedy: str) -> None:
     """Raises ValueError unless value is one number that is allowed; of a traced one the shape alone is known."""
     is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     if not is_number or not (isinstance(value, jax.core.Tracer) or is_allowed(float(value))):

@@ -11,6 +11,7 @@ from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
 from issgd_jax.sampling.draws import STRIDE
+from issgd_jax.sampling.sampler import is_early
 from issgd_jax.scoring.schedule import Round
 
 # Rounds lost in a row, after which training continues without workers.
@@ -51,9 +52,9 @@ class Rounds:
     @property
     def _is_table_old(self) -> bool:
         step = self._state.step
-        # A deadline by a v of another unit than the mean would stand for epochs.
-        is_early = self._parts.sampler.draw_method == STRIDE and step & (step - 1) == 0
-        return step - self._state.rebuilt_at >= self._parts.window or (is_early and step > 0)
+        # Other draws forget a table in the wrong unit at the first rebuild; a deadline would stand for epochs.
+        is_due = step > 0 and self._parts.sampler.draw_method == STRIDE and is_early(step)
+        return is_due or step - self._state.rebuilt_at >= self._parts.window
 
     def _start(self) -> None:
         state = self._state

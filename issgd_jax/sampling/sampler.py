@@ -398,6 +398,14 @@ def _set(sampler: Sampler, *values) -> Sampler:
     return sampler
 
 
+def is_early(step: int | jax.Array) -> bool | jax.Array:
+    """Returns whether a rebuild is due after update `step`, >= 1, of the first ones: 1, 2, 4, 8, ...
+
+    Until the first, never-scored examples have v = 1, whatever the unit of the norms.
+    """
+    return step & (step - 1) == 0
+
+
 def order_after(indices: jax.Array, read: Any) -> jax.Array:
     """Returns the indices of a write such that it needs, as data, what was read from the same arrays before.
 
@@ -451,8 +459,7 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     state = sampler._write_v(state, indices, step, arrived=True)._replace(step=step, moments=moments)
     if not sampler.rebuild_every:
         return state
-    # Early rebuilds too: until the first, never-scored examples have v = 1, whatever the unit of the norms.
-    is_due = (step & (step - 1) == 0) | (step % sampler.rebuild_every == 0)
+    is_due = is_early(step) | (step % sampler.rebuild_every == 0)
     return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax.gradnorm import clipped_grad, norms, value_grad_and_norms
+from issgd_jax.gradnorm import clipped_grad, sums, value_grad_and_norms
 from issgd_jax.task import models
 from tests.gradnorm.helpers import cast, jitted_grad, model_problem
 from tests.gradnorm.norms_test import tied_problem
@@ -46,12 +46,12 @@ def assert_close(gradient, expected, rtol=2e-5):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol, rtol * scale), gradient, expected)
 
 
-@pytest.mark.parametrize("kept_bytes", [norms.KEPT_BYTES, 0], ids=["kept", "formed twice"])
+@pytest.mark.parametrize("kept_bytes", [sums.KEPT_BYTES, 0], ids=["kept", "formed twice"])
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 @pytest.mark.parametrize("name", [*models.MODELS, "tied"])
 def test_equals_the_sum_of_gradients_that_are_formed_and_clipped(name, microbatch_size, kept_bytes, monkeypatch):
     """Red if a leaf, a rule or a microbatch is clipped by other norms than its own, or not clipped."""
-    monkeypatch.setattr(norms, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(sums, "KEPT_BYTES", kept_bytes)
     loss_fn, params, *batch = tied_problem(size=7) if name == "tied" else model_problem(name, 7)
     gradients = formed_gradients(loss_fn, params, *batch)
     expected_norms = lengths(gradients)

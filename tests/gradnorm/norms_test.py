@@ -39,8 +39,8 @@ def test_any_batch_and_microbatch_size(size, microbatch, width, seed):
 
 @pytest.mark.parametrize("name", ["convnet", "transformer"])
 def test_memory_bounds_below_one_gradient_leave_the_numbers_alone(name, monkeypatch):
-    monkeypatch.setattr("issgd_jax.gradnorm.norms.CPU_BYTES", 16)
-    monkeypatch.setattr("issgd_jax.gradnorm.norms.UNCOVERED_BYTES", 16)
+    monkeypatch.setattr("issgd_jax.gradnorm.leaves.CPU_BYTES", 16)
+    monkeypatch.setattr("issgd_jax.gradnorm.microbatches.UNCOVERED_BYTES", 16)
     loss_fn, params, *batch = model_problem(name, 3)
     np.testing.assert_allclose(
         per_example_grad_norms(loss_fn)(params, *batch), loop_norms(loss_fn, params, *batch), rtol=1e-5
@@ -92,7 +92,7 @@ def arrays_made(jaxpr):
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])
 def test_no_gradient_is_formed(name, monkeypatch):
-    monkeypatch.setattr("issgd_jax.gradnorm.norms.lax.cond", lambda _, yes, no: yes())  # it is, where uses cancel
+    monkeypatch.setattr("issgd_jax.gradnorm.leaves.lax.cond", lambda _, yes, no: yes())  # it is, where uses cancel
     size = 20
     if name == "mlp":
         loss_fn, params, *batch = model_problem("mlp", size)

@@ -132,7 +132,7 @@ def test_zero_examples_beside_others_do_not_form_gradients():
         return original(predicate, yes, no)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr("issgd_jax.gradnorm.norms.lax.cond", cond)
+        patch.setattr("issgd_jax.gradnorm.leaves.lax.cond", cond)
         norms = per_example_grad_norms(loss_fn)(W, x)
     np.testing.assert_allclose(norms, loop_norms(loss_fn, W, x), rtol=1e-5)
     assert norms[1] == 0 and [bool(p) for p in formed] == [False, True]

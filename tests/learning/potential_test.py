@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import issgd_jax
+from issgd_jax.learning.potential import Estimate, Potential
 
 RNG = np.random.default_rng(0)
 # The gradient of x · params is x itself.
@@ -43,15 +44,27 @@ def test_intervals_hold_the_numbers_of_all_examples():
         assert inside >= 14, f"{name}: {inside} of 20"
 
 
-def test_verdicts():
-    """Red if gradients of one length, or minibatches without noise, are called worth a try."""
-    assert measured(EQUAL).verdict.startswith("Importance sampling would not help these parameters")
-    assert measured(LONG_TAILED, batch_size=4000).verdict.startswith(
-        "Importance sampling would not help with this minibatch"
-    )
-    found = measured(LONG_TAILED)
-    assert found.verdict.startswith(("Importance sampling is worth a try", "Importance sampling would cost more"))
+@pytest.mark.parametrize(
+    ("gain", "noise_share", "cost", "verdict"),
+    [
+        ((3, 2.5, 4), 0.8, (1.1, 1.0, 1.2), "is worth a try"),
+        ((1.6, 1.4, 1.8), 0.9, (1.1, 1.0, 1.2), "would not help these parameters"),  # perhaps below the least gain
+        ((9, 8, 10), 0.1, (1.1, 1.0, 1.2), "would not help with this minibatch"),
+        ((3, 2.5, 4), 0.6, (2.0, 1.5, 2.5), "would cost more than it saves"),  # removes 40 %, costs 50 % at least
+        ((3, 2.5, 4), 0.6, (2.0, 1.3, 2.5), "is worth a try"),
+    ],
+)
+def test_verdicts(gain, noise_share, cost, verdict):
+    """Red if what is not worth a try is called so, or the other way round, or intervals are not heeded."""
+    one, cost = Estimate(1.0, 1.0, 1.0), Estimate(*cost)
+    found = Potential(one, one, Estimate(*gain), Estimate(noise_share, 0, 1), one, cost, batch_size=64)
+    assert found.verdict.startswith(f"Importance sampling {verdict}")
     assert found.verdict.count(". ") == 1 and found.verdict in str(found)
+
+
+def test_gradients_of_one_length_gain_nothing():
+    """Red if a verdict does not follow from what was measured."""
+    assert "would not help these parameters" in measured(EQUAL).verdict
 
 
 def test_the_same_seed_measures_the_same_sample():

@@ -1,0 +1,151 @@
+"""Norms of one parameter leaf, and its sum over a batch, from its factored gradients."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from issgd_jax.gradnorm import algebra, cost, gram
+from issgd_jax.gradnorm.factors import Factored, Gradient
+from issgd_jax.gradnorm.lengths import Squares, length, root, squares
+from issgd_jax.gradnorm.microbatches import in_microbatches
+
+# Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
+CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
+# Gradients that are small enough to be kept until the norms of all parameters are checked together.
+SMALL_BYTES = 2**20
+
+
+class Unchecked(NamedTuple):
+    """Norms of one leaf by one pass over unscaled numbers.
+
+    Attributes:
+      factors: Each f32[B, K]; the squared norm is the sum over K of the product of the factors.
+      scaled: `(scales) -> factors` of numbers that are multiplied with the scales of each factor, f32[B, K].
+      has_zeros: Returns whether the factors hold zeros, each bool[B, K].
+    """
+
+    factors: tuple[Squares, ...]
+    scaled: Callable[[tuple[jax.Array, ...]], tuple[Squares, ...]]
+    has_zeros: Callable[[], tuple[jax.Array, ...]]
+
+    def norms(self) -> jax.Array:
+        return _sum_of_products([root(factor.sums) for factor in self.factors])
+
+    def scaled_norms(self) -> jax.Array:
+        """Returns the norms by another pass, whatever the size of the numbers."""
+        scales = tuple(factor.scales() for factor in self.factors)
+        lengths = [root(factor.sums) / scale for factor, scale in zip(self.scaled(scales), scales)]
+        if len(lengths) > 1:  # 0 · ∞ somewhere in the gradient
+            for zeros, other in zip(self.has_zeros(), reversed(range(2))):
+                lengths[other] = jnp.where(zeros & jnp.isinf(lengths[other]), jnp.nan, lengths[other])
+        return _sum_of_products(lengths)
+
+
+def _sum_of_products(lengths: Sequence[jax.Array]) -> jax.Array:
+    """Returns the norms f32[B] of products of lengths [B, K]."""
+    product = math.prod(lengths)
+    return product[:, 0] if product.shape[1] == 1 else length([product], axis=1)
+
+
+def checked(norms: Sequence[jax.Array | Unchecked]) -> list[jax.Array]:
+    """Returns norms f32[B], by another pass over scaled numbers unless every square is exact.
+
+    One condition for all, on all squares side by side: on a CPU each small array takes as long as a small layer, and so
+    do some in the branch that is not taken.
+    """
+    unchecked = [x for x in norms if isinstance(x, Unchecked)]
+    if not unchecked:
+        return list(norms)
+    factors = [factor for x in unchecked for factor in x.factors]
+    sums = jnp.concatenate([factor.sums for factor in factors], axis=1)
+    least = np.repeat([factor.least for factor in factors], [factor.sums.shape[1] for factor in factors])
+    all_exact = jnp.all(jnp.isfinite(sums) & (sums >= least.astype(sums.dtype)))
+    rows = iter(
+        lax.cond(
+            all_exact,
+            lambda: jnp.stack([x.norms() for x in unchecked]),
+            lambda: jnp.stack([x.scaled_norms() for x in unchecked]),
+        )
+    )
+    return [next(rows).astype(x.factors[0].sums.dtype) if isinstance(x, Unchecked) else x for x in norms]
+
+
+def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
+    """Returns the norms [B] of one leaf's gradients, to be checked, and their sum with the coefficients, if given."""
+    if isinstance(gradient, Factored) and not gradient.terms:
+        return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
+    if not isinstance(gradient, Factored):
+        is_small = sum(x.nbytes for x in jax.tree.leaves(gradient)) <= SMALL_BYTES
+        return (_form_all if is_small else _form_and_check)(gradient, coefficients)
+    bytes_of_forming = cost.bytes_of_forming(example)
+    size = max(1, formed_bytes() // bytes_of_forming)
+    if cost.by_gram(example):
+        return _gram_norms(gradient, example, size), weighted_sum(gradient, coefficients)
+    if num_examples * bytes_of_forming <= SMALL_BYTES:
+        return _form_all(gradient, coefficients)
+    return in_microbatches(lambda chunk: _form_and_check(*chunk), (gradient, coefficients), size)
+
+
+def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array | Unchecked:
+    """Returns norms [B] from pairs of uses; where those lose their digits, from formed gradients."""
+    size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
+
+    def by_example(function, *args):
+        return in_microbatches(lambda chunk: (jax.vmap(function)(*chunk), None), args, size, has_sums=False)[0]
+
+    if not gram.can_cancel(example):
+        return Unchecked(
+            by_example(gram.factor_squares, gradient),
+            lambda scales: by_example(gram.factor_squares, gradient, scales),
+            lambda: by_example(gram.has_zeros, gradient),
+        )
+
+    norms, exact = by_example(gram.norm, gradient)
+
+    def formed():
+        formed, _ = in_microbatches(lambda chunk: _form_and_check(chunk, None), gradient, formed_size, has_sums=False)
+        return formed.astype(norms.dtype)
+
+    # Zeros look like underflow, and are looked for only where there is one or the other.
+    all_exact = jnp.all(exact)
+    all_exact = lax.cond(all_exact, lambda: all_exact, lambda: jnp.all(exact | jax.vmap(gram.is_zero)(gradient)))
+    return lax.cond(all_exact, lambda: norms, formed)
+
+
+def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[Unchecked, jax.Array | None]:
+    """Returns norms [B] of formed gradients, to be checked, and their sum with the coefficients, if given."""
+    products = jax.vmap(algebra.multiply_out)(gradient)
+    total = None
+    if coefficients is not None:
+        sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
+        total = algebra.lay_out(gradient, sums)
+
+    def factors(scales=(None,)):
+        axes = 0, None if scales[0] is None else 0
+        return (jax.vmap(lambda parts, scale: squares([part[None] for part in parts], scale), axes)(products, *scales),)
+
+    return Unchecked(factors(), factors, has_zeros=tuple), total
+
+
+def _form_and_check(gradient: Gradient, coefficients: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns norms [B] of formed gradients, and their sum, and lets go of the gradients."""
+    norms, total = _form_all(gradient, coefficients)
+    return checked([norms])[0], total
+
+
+def weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Array | None:
+    """Returns the sum with the coefficients: the examples become uses of one gradient."""
+    if coefficients is None:
+        return None
+    total = algebra.sum_leading(jax.vmap(algebra.scale)(gradient, coefficients))
+    return algebra.lay_out(total, algebra.multiply_out(total))
+
+
+def formed_bytes() -> int:
+    return CPU_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_BYTES
