@@ -109,8 +109,10 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     norms, exact = by_example(gram.norm, gradient)
 
     def formed():
-        formed, _ = in_microbatches(lambda chunk: _form_and_check(chunk, None), gradient, formed_size, has_sums=False)
-        return formed.astype(norms.dtype)
+        def form(chunk):
+            return jax.vmap(lambda x: length(algebra.multiply_out(x)))(chunk), None
+
+        return in_microbatches(form, gradient, formed_size, has_sums=False)[0].astype(norms.dtype)
 
     # Zeros look like underflow, and are looked for only where there is one or the other.
     all_exact = jnp.all(exact)
