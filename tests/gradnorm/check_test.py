@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax.gradnorm import check, norms
+from issgd_jax.gradnorm import check, leaves, norms, sums
 from issgd_jax.task import models
 from tests.gradnorm.helpers import cast, model_problem
 
@@ -52,11 +52,12 @@ def test_types_have_tolerances_of_their_own():
 def test_what_is_wrong_is_named(wrong, monkeypatch):
     """Red if a sum or a norm that is wrong by a thousandth passes, or the message hides the leaf or the example."""
     if wrong == "gradient":
-        original = norms._weighted_sum
-        monkeypatch.setattr(norms, "_weighted_sum", lambda g, c: original(g, None if c is None else 1.001 * c))
+        original = leaves.weighted_sum
+        for module in (leaves, sums):
+            monkeypatch.setattr(module, "weighted_sum", lambda g, c: original(g, None if c is None else 1.001 * c))
     else:
-        original = norms._checked
-        monkeypatch.setattr(norms, "_checked", lambda leaves: [x.at[-1].multiply(1.001) for x in original(leaves)])
+        original = leaves.checked
+        monkeypatch.setattr(norms, "checked", lambda rows: [x.at[-1].multiply(1.001) for x in original(rows)])
 
     def fresh(params, x):
         return loss_fn(params, x)
