@@ -147,6 +147,7 @@ def _run_for(
     import jax
 
     from issgd_jax.run import loop, metrics, wiring
+    from issgd_jax.run.progress import Progress
 
     with jax.default_device(prepared.roles.learner):
         parts = dataclasses.replace(wiring.build(dataclasses.replace(prepared, pool=pool)), window=window)
@@ -160,7 +161,7 @@ def _run_for(
         return own_step(*arguments, **keywords)
 
     parts = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
-    plan = loop.Plan(2**29, 2**29, strict=False, progress=metrics.Progress(1, shown=False, description=""))
+    plan = loop.Plan(2**29, 2**29, strict=False, progress=Progress(1, shown=False, description=""))
     with contextlib.suppress(StopIteration), metrics.MetricsWriter(folder, tensorboard=False) as writer:
         loop.run(parts, plan, writer)
     (folder / "metrics.jsonl").unlink()

@@ -22,6 +22,7 @@ from experiments.paper import command, results, studies
 from issgd_jax.files import write_text_atomically
 from issgd_jax.provenance import versions
 from issgd_jax.run import metrics
+from issgd_jax.run.progress import Progress
 
 # Least number of steps of a block: its start must not count.
 MIN_STEPS = 100
@@ -172,7 +173,7 @@ class _Block:
         # The loop's first step donates the states.
         states = jax.tree.map(jnp.copy, (self._parts.train_state, self._parts.sampler_state))
         parts = dataclasses.replace(self._parts, train_state=states[0], sampler_state=states[1])
-        progress = metrics.Progress(self.num_steps, shown=False, description="")
+        progress = Progress(self.num_steps, shown=False, description="")
         plan = loop.Plan(self.num_steps, self.num_steps, strict=False, progress=progress)
         with (
             tempfile.TemporaryDirectory() as folder,

@@ -16,6 +16,7 @@ from issgd_jax.learning import payoff
 from issgd_jax.run import diagnosis, metrics, supervision
 from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.parts import Parts
+from issgd_jax.run.progress import Progress
 from issgd_jax.run.rounds import Rounds
 from issgd_jax.run.run_state import RunState, Snapshot
 from issgd_jax.sampling import Sampler, SamplerState, uniform_table
@@ -36,7 +37,7 @@ class Plan:
     steps: int
     eval_every: int
     strict: bool
-    progress: metrics.Progress
+    progress: Progress
     skip_nonfinite: bool = False
 
 

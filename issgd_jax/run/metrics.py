@@ -1,31 +1,24 @@
-"""Rows of metrics in metrics.jsonl and TensorBoard events, and the progress bar. Imports no jax."""
+"""Rows of metrics in metrics.jsonl, copied to TensorBoard events. Imports no jax."""
 
-import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
-import socket
-import time
 import warnings
 from collections.abc import Callable
-
-from tqdm import tqdm
 
 from issgd_jax import records
 from issgd_jax.console import say
 from issgd_jax.errors import FolderLostError, InputError
 from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, writing
 from issgd_jax.paths import local_path
+from issgd_jax.run.events import Events
 from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
 
 _REMEDY = "repair or remove that line, or choose another run"
 # Numbers of which figures and statistics can be made; those that a run measures are float32.
 _LARGEST = 1e100
-# Of the progress bar; as long as 80 columns allow.
-_COMPILING = "{desc}: {n_fmt}/{total_fmt} steps, compiling"
-_STEPS = "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
@@ -167,7 +160,7 @@ class MetricsWriter:
             self._open(position)
         rows = read_metrics(self.path)
         self.last: dict | None = rows[-1] if rows else None
-        self._events = _Events(workdir) if tensorboard else None
+        self._events = Events(workdir, functools.partial(read_metrics, self.path)) if tensorboard else None
 
     @property
     def position(self) -> int:
@@ -253,112 +246,3 @@ class MetricsWriter:
             self._file.close()
             if self._events:
                 self._events.close()
-
-
-class _Events:
-    """TensorBoard events: a copy of metrics.jsonl, written again as a whole after an error and when a run is resumed.
-
-    Not tensorboardX's `SummaryWriter(purge_step=...)`: its thread ends at the first error of the disk.
-    """
-
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._writer = workdir, None
-
-    def add(self, row: dict) -> None:
-        """Adds a row that metrics.jsonl has already."""
-        try:
-            if self._writer is None:
-                self._open()
-            else:
-                self._write(row)
-            self._writer.flush()
-        except (OSError, InputError) as error:
-            say(f"the TensorBoard events of step {row['step']:,} cannot be written yet, training continues: {error}")
-            self.close()
-
-    def _open(self) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import RecordWriter
-
-        for old in self._workdir.glob("events.out.tfevents.*"):
-            old.unlink()
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        self._writer = RecordWriter(str(self._workdir / name))
-        self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        for row in read_metrics(self._workdir / METRICS_FILE):
-            self._write(row)
-
-    def _write(self, row: dict) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import Summary
-
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if name != "step" and value is not None
-        ]
-        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-        self._writer.write(event.SerializeToString())
-
-    def close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer:
-            with contextlib.suppress(OSError):  # logged when it was written
-                writer.close()
-
-
-class Progress:
-    """Progress bar over learner steps, with the minibatch loss and the last measured test error and gain in variance.
-
-    Until the first step has returned, it says that programs are compiled. Rate and time left are of the steps after it,
-    without later compilations. A context manager, whose exit leaves the last figures.
-    """
-
-    def __init__(self, steps: int, *, shown: bool, description: str, start: int = 0):
-        """Shows the bar.
-
-        Args:
-          steps: of the whole run.
-          shown: whether there is a bar.
-          description: to begin with.
-          start: steps that were done before.
-        """
-        self._open = functools.partial(
-            tqdm, total=steps, desc=description, unit="step", disable=not shown, dynamic_ncols=True, smoothing=0.1
-        )
-        self._done, self._loss, self._measured = start, "", ""
-        self._is_compiling = True
-        self._bar = self._open(initial=start, leave=False, bar_format=_COMPILING)
-
-    def step(self, done: int, loss: float) -> None:
-        """Shows that so many steps are done, and the minibatch loss of the last."""
-        self._done, self._loss = done, f"loss={loss:.4f}"
-        if self._is_compiling:
-            self._show_steps()
-        else:
-            self._bar.set_postfix_str(self._loss + self._measured, refresh=False)
-            self._bar.update(done - self._bar.n)
-
-    def measured(self, row: dict) -> None:
-        """Shows the test error and the gain of a row of metrics from now on."""
-        figures = {"test/error": " test={:.2%}", "variance/gain": " gain={:.2f}"}
-        self._measured = "".join(form.format(row[name]) for name, form in figures.items() if row.get(name) is not None)
-
-    def compiled(self) -> None:
-        """Leaves the time since the bar was last drawn, in which a program was compiled, out of rate and time left."""
-        self._bar.unpause()
-
-    def _show_steps(self) -> None:
-        """Replaces the bar by one whose clock begins now."""
-        self._bar.close()
-        self._is_compiling = False
-        self._bar = self._open(initial=self._done, bar_format=_STEPS, postfix=self._loss + self._measured)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, *error):
-        if self._is_compiling and error_type is None:
-            self._show_steps()
-        self._bar.set_postfix_str(self._loss + self._measured, refresh=False)
-        self._bar.close()

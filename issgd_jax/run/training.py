@@ -25,6 +25,7 @@ from issgd_jax.run import loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.checkpoint import Checkpoint
 from issgd_jax.run.checkpoints import Checkpoints
+from issgd_jax.run.progress import Progress
 from issgd_jax.run.supervision import Supervision
 from issgd_jax.task.problem import Problem, explain_norms
 
@@ -170,7 +171,7 @@ def _train(
         )
 
         first_step = checkpoint.state["step"] if checkpoint else 0
-        progress = metrics.Progress(
+        progress = Progress(
             config.steps, shown=config.log.progress, description=workdir.resolve().name, start=first_step
         )
         plan = loop.Plan(

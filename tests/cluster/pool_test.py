@@ -27,6 +27,7 @@ from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.cluster.worker import Work
 from issgd_jax.gradnorm import per_example_grad_norms
 from issgd_jax.run import loop, metrics, wiring
+from issgd_jax.run.progress import Progress
 from issgd_jax.task.losses import example_loss
 from issgd_jax.task.models import MODELS
 from tests import victims
@@ -348,7 +349,7 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
                 raise StopIteration
             return state, sampler_state, found
 
-        steps = loop.Plan(10**6, 10**6, strict=True, progress=metrics.Progress(10**6, shown=False, description=""))
+        steps = loop.Plan(10**6, 10**6, strict=True, progress=Progress(10**6, shown=False, description=""))
         checked = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
         with pytest.raises(StopIteration):
             loop.run(checked, steps, writer)

@@ -7,6 +7,7 @@ import pytest
 
 from issgd_jax import InputError
 from issgd_jax.run import metrics
+from issgd_jax.run.progress import Progress
 
 
 def row(step, loss=1.0):
@@ -55,7 +56,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 
 def test_the_clock_of_the_bar_begins_after_the_first_step_and_leaves_compilations_out(capsys):
     """Red if rate and time left count compilation, or steps that were done before."""
-    with metrics.Progress(100, shown=True, description="run", start=40) as progress:
+    with Progress(100, shown=True, description="run", start=40) as progress:
         assert "run: 40/100 steps, compiling" in capsys.readouterr().err
         progress.measured({"test/error": 0.25, "variance/gain": 2.0})
         compiled_at = time.time()
@@ -75,12 +76,12 @@ def test_the_clock_of_the_bar_begins_after_the_first_step_and_leaves_compilation
 
 
 def test_a_bar_without_a_step_to_do_still_leaves_its_figures(capsys):
-    with metrics.Progress(100, shown=True, description="run", start=100) as progress:
+    with Progress(100, shown=True, description="run", start=100) as progress:
         progress.measured({"test/error": 0.25})
     assert "| 100/100 " in (shown := capsys.readouterr().err) and shown.endswith("test=25.00%\n")
 
 
 def test_an_error_while_compiling_leaves_no_bar(capsys):
-    with pytest.raises(ValueError), metrics.Progress(100, shown=True, description="run"):
+    with pytest.raises(ValueError), Progress(100, shown=True, description="run"):
         raise ValueError
     assert "|" not in capsys.readouterr().err
