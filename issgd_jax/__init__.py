@@ -113,9 +113,9 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         if name not in __all__:
             raise AttributeError(f"module 'issgd_jax' has no attribute {name!r}")
         if name in _LIBRARY_OF:
-            from issgd_jax.extras import check_train
+            from issgd_jax.extras import check_extra
 
-            check_train(f"issgd_jax.{name}", _LIBRARY_OF[name])
+            check_extra(f"issgd_jax.{name}", _LIBRARY_OF[name])
         module = importlib.import_module(f"issgd_jax.{_MODULE_OF.get(name, name)}")
         return module if name in _MODULES else getattr(module, name)
 

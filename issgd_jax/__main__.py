@@ -6,7 +6,7 @@ import sys
 
 import issgd_jax
 from issgd_jax.errors import InputError
-from issgd_jax.extras import MissingExtraError, check_train
+from issgd_jax.extras import MissingExtraError, check_extra
 from issgd_jax.interrupts import ending_at_interrupt
 from issgd_jax.paths import local_path, print_any_name
 
@@ -52,7 +52,7 @@ def _run(command: str, arguments: list[str]) -> None:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_COMMANDS)}"
         raise InputError(f"issgd-jax has no command {command!r}: {hint}")
-    check_train(f"issgd-jax {command}", "flax")
+    check_extra(f"issgd-jax {command}", "flax")
     sys.argv = [f"issgd-jax {command}", *arguments]  # where the flags of a config are read from
     _COMMANDS[command]()
 

@@ -20,11 +20,12 @@ from issgd_jax import config as config_lib
 from issgd_jax.config import digits, parsers
 from issgd_jax.config.page import help_text
 from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError, ProcessLostError, StoppedError
+from issgd_jax.extras import MissingExtraError
 from issgd_jax.interrupts import ending_at_interrupt
 from issgd_jax.paths import local_path, print_any_name
 
 parsers.register()
-_USER_ERRORS = (InputError, NonFiniteLossError, BadScoreError, ProcessLostError)
+_USER_ERRORS = (InputError, MissingExtraError, NonFiniteLossError, BadScoreError, ProcessLostError)
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,

@@ -26,6 +26,13 @@ _COLUMNS = """\
 
 One JSON object a line: at step 0, every `eval_every` steps, and at the end. A number that is not finite is `null`. The
 TensorBoard events hold the same numbers under the same names.
+
+`log.writers=wandb,mlflow` sends every row to these libraries too (`pip install 'issgd-jax[wandb]'`,
+`'issgd-jax[mlflow]'`), with the config, in a run that has the name of the folder. Their own environment variables say
+where: `WANDB_PROJECT`, `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`. A run that is resumed
+continues theirs, by the ids in `writers.json`: W&B ignores the rows that it has, MLflow holds them twice. Lists of
+numbers are histograms in W&B, and left out of MLflow. A row that a library refuses is tried again and never stops
+training. In Python any function `(step, row)` is a writer: `issgd_jax.train(config, workdir, writers=[function])`.
 """
 
 

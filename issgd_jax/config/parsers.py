@@ -1,6 +1,7 @@
 """Parsers of flags and of the fields on the command line: `None` is no text, and the last of several values counts."""
 
 import ast
+import re
 from typing import Any
 
 from absl import flags
@@ -31,17 +32,19 @@ class OrNone(flags.ArgumentParser):
 
 
 class TupleParser(flags.ArgumentParser):
-    """Parses a Python tuple, or one element of it.
+    """Parses a Python tuple, one element of it, or names with commas.
 
     Not that of ml_collections, which joins the tuples of a flag that is given twice.
 
     Example:
-      >>> TupleParser().parse("(16, 8)"), TupleParser().parse("16")
-      ((16, 8), (16,))
+      >>> TupleParser().parse("(16, 8)"), TupleParser().parse("16"), TupleParser().parse("wandb,mlflow")
+      ((16, 8), (16,), ('wandb', 'mlflow'))
     """
 
     def parse(self, argument: Any) -> tuple:
         if isinstance(argument, str):
+            if re.fullmatch(r"[a-z]+(,[a-z]+)*", argument):
+                return tuple(argument.split(","))
             try:
                 argument = ast.literal_eval(argument)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:

@@ -45,6 +45,11 @@ _FOLDER = Limit("a folder of this machine, not a URL", lambda value: value != ""
 _POSITIVE = Limit("> 0 and <= 1e+30", lambda value: 0 < value <= 1e30)
 _NON_NEGATIVE = Limit(">= 0 and <= 1e+30", lambda value: 0 <= value <= 1e30)
 _SIZES = Limit("sizes >= 1", lambda sizes: all(type(size) is int and 1 <= size <= _LARGEST for size in sizes))
+_WRITERS = ("wandb", "mlflow")
+
+
+def _are_writers(names: tuple) -> bool:
+    return all(name in _WRITERS for name in names) and len({*names}) == len(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +227,10 @@ FIELDS = (
     Field("checkpoint.keep", 3, _between(1), "Newest checkpoints to keep, besides the best by test error."),
     Field("log.progress", True, _ANY, "Show a progress bar."),
     Field("log.tensorboard", True, _ANY, "Write TensorBoard events."),
+    Field(
+        "log.writers", (), Limit(f"names out of {', '.join(_WRITERS)}, each once", _are_writers),
+        "Libraries that get the rows of metrics too: Weights & Biases (wandb), MLflow (mlflow).",
+    ),
     Field("log.explain", False, _ANY, "Print how the gradient norm of each parameter is computed."),
 )  # fmt: skip
 

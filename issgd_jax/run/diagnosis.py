@@ -1,11 +1,16 @@
 """Errors that end a run, with what a person needs to go on: the step, the examples, the remedy."""
 
+import json
 import math
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from issgd_jax.errors import BadScoreError, NonFiniteLossError
+from issgd_jax.console import say
+from issgd_jax.errors import BadScoreError, InputError, NonFiniteLossError
+from issgd_jax.files import write_text_atomically
 from issgd_jax.sampling.store import Rejected
 
 _REMEDY = (
@@ -79,3 +84,16 @@ def _nonfinite_message(quantity: str, step: int, last_row: dict | None, hint: st
 def _to_lists(minibatch) -> dict[str, list]:
     names = "indices", "importance_weights", "losses"
     return {name: x.tolist() for name, x in zip(names, jax.device_get(tuple(minibatch)))}
+
+
+def write_minibatch(error: NonFiniteLossError, path: pathlib.Path, check_lock: Callable[[], None]) -> None:
+    """Writes the minibatch of an error, if it has one; losses that are not finite, which JSON cannot hold, as text."""
+    if not error.batch:
+        return
+    losses = error.batch.get("losses", [])
+    batch = error.batch | ({"losses": [x if math.isfinite(x) else str(x) for x in losses]} if losses else {})
+    try:
+        check_lock()
+        write_text_atomically(path, json.dumps(batch) + "\n")
+    except (OSError, InputError) as problem:  # the error itself matters more
+        say(f"{path} cannot be written: {problem}")

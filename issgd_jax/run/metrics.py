@@ -1,4 +1,4 @@
-"""Rows of metrics in metrics.jsonl, copied to TensorBoard events. Imports no jax."""
+"""Rows of metrics in metrics.jsonl, copied to TensorBoard events and other writers. Imports no jax."""
 
 import functools
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from issgd_jax import records
 from issgd_jax.console import say
@@ -15,6 +15,7 @@ from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, w
 from issgd_jax.paths import local_path
 from issgd_jax.run.events import Events
 from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
+from issgd_jax.run.writers import Writer
 
 _REMEDY = "repair or remove that line, or choose another run"
 # Numbers of which figures and statistics can be made; those that a run measures are float32.
@@ -139,6 +140,7 @@ class MetricsWriter:
         workdir: pathlib.Path,
         *,
         tensorboard: bool,
+        writers: Sequence[Writer] = (),
         position: int = 0,
         check_lock: Callable[[], None] = lambda: None,
     ):
@@ -147,6 +149,7 @@ class MetricsWriter:
         Args:
           workdir: folder of the run.
           tensorboard: whether TensorBoard events are written too.
+          writers: others that get every row.
           position: bytes of the rows of a run that is resumed; what comes after them is cut off. Where some are lost,
             the file as it is gets another name, and the others are kept.
           check_lock: called before anything is written; raises FolderLostError if the folder is no longer the run's.
@@ -161,6 +164,7 @@ class MetricsWriter:
         rows = read_metrics(self.path)
         self.last: dict | None = rows[-1] if rows else None
         self._events = Events(workdir, functools.partial(read_metrics, self.path)) if tensorboard else None
+        self._writers = writers
 
     @property
     def position(self) -> int:
@@ -182,6 +186,8 @@ class MetricsWriter:
             say(f"the metrics of step {row['step']:,} cannot be written yet, training continues: {error}")
         if self._events:
             self._events.add(self.last)
+        for writer in self._writers:
+            writer.add(self.last)
 
     def _open(self, position: int) -> None:
         """Opens the file with its rows in the first `position` bytes, and nothing else, in it."""
@@ -246,3 +252,5 @@ class MetricsWriter:
             self._file.close()
             if self._events:
                 self._events.close()
+            for writer in self._writers:
+                writer.close()

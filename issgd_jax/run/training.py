@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -18,11 +17,12 @@ from issgd_jax.cluster.pool import ClusterPool
 from issgd_jax.config import flatten
 from issgd_jax.console import say
 from issgd_jax.errors import InputError, NonFiniteLossError
-from issgd_jax.files import write_text_atomically, writing
+from issgd_jax.files import writing
 from issgd_jax.paths import local_path
 from issgd_jax.provenance import versions
-from issgd_jax.run import loop, metrics, run_state, wiring
+from issgd_jax.run import diagnosis, loop, metrics, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
+from issgd_jax.run import writers as writers_lib
 from issgd_jax.run.checkpoint import Checkpoint
 from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.progress import Progress
@@ -34,7 +34,12 @@ _PROCESS_FIELDS = ("distributed.process_id", "data.dir", "log.", "checkpoint.")
 
 
 def train(
-    config: ConfigDict, workdir: str | pathlib.Path, *, problem: Problem | None = None, overwrite: bool = False
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    problem: Problem | None = None,
+    overwrite: bool = False,
+    writers: Sequence[writers_lib.Write] = (),
 ) -> list[dict]:
     """Trains as the config says and returns the rows of metrics.jsonl.
 
@@ -48,6 +53,8 @@ def train(
       workdir: folder of the run, on this machine; `~` is expanded; created if it is missing.
       problem: model, loss, data and optimiser of the caller's own; None: those of the config.
       overwrite: whether a run that is there is replaced.
+      writers: functions `(step, row)` that get every row as it is measured, {name: number, None or list of numbers};
+        their errors are logged and stop nothing. Libraries are named by `log.writers`.
 
     Guarantees:
       With the exact and the relaxed schedule and on the same hardware, a run that was stopped and resumed equals, bit
@@ -56,6 +63,7 @@ def train(
     Raises:
       InputError: before anything is compiled or written, if a value cannot work, or workdir holds another experiment
         or is in use.
+      MissingExtraError: a library of `log.writers` is not installed.
       NonFiniteLossError: training diverges.
       BadScoreError: a score is bad and workers.strict is set.
       StoppedError: after a signal, to whichever process, with a checkpoint.
@@ -66,7 +74,10 @@ def train(
       >>> config = issgd_jax.config.default()
       >>> config.steps, config.eval_every, config.workers.chunk_size, config.log.progress = 20, 10, 256, False
       >>> config.schedule.score_delay = 10
-      >>> rows = train(config, tempfile.mkdtemp())
+      >>> rows = train(config, tempfile.mkdtemp(), writers=[lambda step, row: print(step, row["learner_examples"])])
+      0 0
+      10 1280
+      20 2560
       >>> [row["step"] for row in rows]
       [0, 10, 20]
     """
@@ -76,9 +87,9 @@ def train(
     with processes.noticing_loss():
         prepared = wiring.prepare(config, problem)
         if processes.is_first():
-            return _train_in(workdir, prepared, overwrite)
+            return _train_in(workdir, prepared, overwrite, writers)
         with jax.default_device(prepared.roles.learner), tempfile.TemporaryDirectory() as folder:
-            return _train(_without_files(prepared), pathlib.Path(folder), None, check_lock=lambda: None)
+            return _train(_without_files(prepared), pathlib.Path(folder), None, (), check_lock=lambda: None)
 
 
 def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
@@ -115,8 +126,11 @@ def _without_files(prepared: wiring.Prepared) -> wiring.Prepared:
     return dataclasses.replace(prepared, config=config)
 
 
-def _train_in(workdir: pathlib.Path, prepared: wiring.Prepared, overwrite: bool) -> list[dict]:
+def _train_in(
+    workdir: pathlib.Path, prepared: wiring.Prepared, overwrite: bool, functions: Sequence[writers_lib.Write]
+) -> list[dict]:
     config = prepared.config
+    writers_lib.check(config.log.writers, functions)
     fields = config.to_dict()
     workdir_lib.check(workdir, fields, overwrite=overwrite)
     with (
@@ -132,11 +146,17 @@ def _train_in(workdir: pathlib.Path, prepared: wiring.Prepared, overwrite: bool)
         if record is None:
             workdir_lib.clear(lock.folder)
         workdir_lib.clear_leftovers(lock.folder)
-        return _train(prepared, lock.folder, record, check_lock=lock.check)
+        with writers_lib.opened(config.log.writers, functions, lock.folder, flatten(config)) as writers:
+            return _train(prepared, lock.folder, record, writers, check_lock=lock.check)
 
 
 def _train(
-    prepared: wiring.Prepared, workdir: pathlib.Path, record: dict | None, *, check_lock: Callable[[], None]
+    prepared: wiring.Prepared,
+    workdir: pathlib.Path,
+    record: dict | None,
+    writers: Sequence[writers_lib.Writer],
+    *,
+    check_lock: Callable[[], None],
 ) -> list[dict]:
     """Trains in a locked folder.
 
@@ -144,6 +164,7 @@ def _train(
       prepared: the run.
       workdir: folder of the run.
       record: content of config.json of the run to resume; None: a new one starts.
+      writers: that get every row of metrics.
       check_lock: see `workdir.Lock.check`; called before anything is written.
     """
     config, roles = prepared.config, prepared.roles
@@ -187,8 +208,13 @@ def _train(
         if checkpoint:
             state = run_state.restore(checkpoint, state, roles.placement, moments=parts.payoff is not None)
         position = checkpoint.state["metrics_bytes"] if record and checkpoint else 0
-        tensorboard = config.log.tensorboard
-        writer = metrics.MetricsWriter(workdir, tensorboard=tensorboard, position=position, check_lock=check_lock)
+        writer = metrics.MetricsWriter(
+            workdir,
+            tensorboard=config.log.tensorboard,
+            writers=writers,
+            position=position,
+            check_lock=check_lock,
+        )
         with writer:
             progress.measured(writer.last or {})
             try:
@@ -201,7 +227,7 @@ def _train(
                     watch=watch,
                 )
             except NonFiniteLossError as error:
-                _write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE, check_lock)
+                diagnosis.write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE, check_lock)
                 raise
         if config_lib.samples_by_importance(config):
             path = workdir / workdir_lib.SCORES_FILE
@@ -267,16 +293,3 @@ def _from_first(checkpoint: Checkpoint | None, config: ConfigDict) -> Checkpoint
     if different:
         raise InputError(f"this process runs another config than process 0: {', '.join(different)}")
     return Checkpoint(arrays, state) if state else None
-
-
-def _write_minibatch(error: NonFiniteLossError, path: pathlib.Path, check_lock: Callable[[], None]) -> None:
-    """Writes the minibatch of an error, if it has one; losses that are not finite, which JSON cannot hold, as text."""
-    if not error.batch:
-        return
-    losses = error.batch.get("losses", [])
-    batch = error.batch | ({"losses": [x if math.isfinite(x) else str(x) for x in losses]} if losses else {})
-    try:
-        check_lock()
-        write_text_atomically(path, json.dumps(batch) + "\n")
-    except (OSError, InputError) as problem:  # the error itself matters more
-        say(f"{path} cannot be written: {problem}")

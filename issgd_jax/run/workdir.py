@@ -27,6 +27,7 @@ SCORES_FILE = "scores.npz"
 HEARTBEAT_FILE = "heartbeat.json"
 WATCHDOG_FILE = "watchdog.txt"
 NONFINITE_FILE = "nonfinite.json"
+WRITERS_FILE = "writers.json"
 DAMAGED_METRICS_FILE = "damaged_metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 _LOCK_FILE = "lock"
@@ -38,6 +39,7 @@ _FILES = (
     WATCHDOG_FILE,
     NONFINITE_FILE,
     DAMAGED_METRICS_FILE,
+    WRITERS_FILE,
     STATUS_FILE,
 )
 _RUN_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))}|events\.out\.tfevents\..+)")
