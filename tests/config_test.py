@@ -72,12 +72,12 @@ def test_a_choice_that_there_is_not_gives_all_that_there_are(name):
 
 def test_the_page_has_every_column_of_a_run_and_no_other(tmp_path):
     tiny = {"steps": 2, "eval_every": 1, "model__mlp__hidden_sizes": (4,), "checkpoint__every_steps": 0}
-    row = train(smoke(proposal__when="auto", proposal__cost=0.0, schedule__score_delay=1, **tiny), tmp_path / "auto")[
-        -1
-    ]
+    shown = {"log__tensorboard_images": 2, "log__tensorboard": True}
+    config = smoke(proposal__when="auto", proposal__cost=0.0, schedule__score_delay=1, **shown, **tiny)
+    row = train(config, tmp_path / "auto")[-1]
     assert (
         row.keys() - columns.ON_ACCELERATORS
-        == (columns.ALWAYS | columns.WITH_IMPORTANCE_SAMPLING | columns.WITH_AUTO).keys()
+        == (columns.ALWAYS | columns.WITH_IMPORTANCE_SAMPLING | columns.WITH_IMAGES | columns.WITH_AUTO).keys()
     )
     row = train(smoke(proposal__name="uniform", **tiny), tmp_path / "uniform")[-1]
     assert row.keys() - columns.ON_ACCELERATORS == columns.ALWAYS.keys()

@@ -27,8 +27,8 @@ ORDER_IN = {
     "task": ("splits", "data", "models", "losses", "problem", "images"),
     "learning": ("variance", "potential", "rate_by_gain", "optimizer", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "orbax", "checkpoint", "checkpoints", "workdir", "events", "writers", "metrics", "progress", "status",
-        "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring", "training",
+        "orbax", "checkpoint", "checkpoints", "workdir", "events", "pictures", "writers", "metrics", "progress",
+        "status", "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring", "training",
     ),
 }  # fmt: skip
 # Rooms below that still must not be imported.

@@ -28,6 +28,9 @@ WITH_IMPORTANCE_SAMPLING = {
     "scores/effective_sample_size": "Kish's effective size of a minibatch; the minibatch size for uniform draws.",
     "scores/rejected": "Scores discarded so far because they were NaN, infinite or negative.",
 }
+WITH_IMAGES = {
+    "scores/hardest": "List of the examples with the largest scores, by their indices, largest first.",
+}
 WITH_AUTO = {
     "payoff/active": "1 while examples are drawn by importance, 0 while uniformly.",
     "payoff/gain": "Variance of a uniform minibatch over that of the proposal, as last measured.",
@@ -42,6 +45,7 @@ OF_OWN_PROBLEMS = {
 COLUMNS = {
     "": ALWAYS,
     "With importance sampling": WITH_IMPORTANCE_SAMPLING,
+    "With log.tensorboard_images": WITH_IMAGES,
     "With proposal.when = auto": WITH_AUTO,
     "With a problem of your own, in place of train/error and test/error": OF_OWN_PROBLEMS,
     "Where the device reports its memory": ON_ACCELERATORS,

@@ -228,6 +228,11 @@ FIELDS = (
     Field("log.progress", True, _ANY, "Show a progress bar."),
     Field("log.tensorboard", True, _ANY, "Write TensorBoard events."),
     Field(
+        "log.tensorboard_images", 0, _between(0, 64),
+        "Number of hardest examples that the TensorBoard events show at every measurement, if examples are images and "
+        "have scores.",
+    ),
+    Field(
         "log.writers", (), Limit(f"names out of {', '.join(_WRITERS)}, each once", _are_writers),
         "Libraries that get the rows of metrics too: Weights & Biases (wandb), MLflow (mlflow).",
     ),

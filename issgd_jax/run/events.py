@@ -3,11 +3,14 @@
 import contextlib
 import pathlib
 import socket
+import struct
 import time
 from collections.abc import Callable
 
 from issgd_jax.console import say
 from issgd_jax.errors import InputError
+
+HARDEST = "scores/hardest"  # column of metrics with the examples that are shown
 
 
 class Events:
@@ -16,14 +19,20 @@ class Events:
     Not tensorboardX's `SummaryWriter(purge_step=...)`: its thread ends at the first error of the disk.
     """
 
-    def __init__(self, workdir: pathlib.Path, rows: Callable[[], list[dict]]):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        rows: Callable[[], list[dict]],
+        picture: Callable[[list[int]], bytes] | None = None,
+    ):
         """Opens nothing yet.
 
         Args:
           workdir: folder of the run.
           rows: reads metrics.jsonl.
+          picture: returns examples as PNG; None: none are shown.
         """
-        self._workdir, self._rows, self._writer = workdir, rows, None
+        self._workdir, self._rows, self._picture, self._writer = workdir, rows, picture, None
 
     def add(self, row: dict) -> None:
         """Adds a row that metrics.jsonl has already."""
@@ -56,8 +65,13 @@ class Events:
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in row.items()
-            if name != "step" and value is not None
+            if name != "step" and isinstance(value, int | float)
         ]
+        if self._picture and row.get(HARDEST):
+            png = self._picture(row[HARDEST])
+            width, height = struct.unpack(">II", png[16:24])
+            image = Summary.Image(encoded_image_string=png, width=width, height=height)
+            values.append(Summary.Value(tag=HARDEST, image=image))
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         self._writer.write(event.SerializeToString())
 

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax.learning import evaluate, variance
-from issgd_jax.sampling import Sampler, SamplerState
+from issgd_jax.run.events import HARDEST
+from issgd_jax.sampling import Sampler, SamplerState, ScoreStore
 from issgd_jax.scoring import scores
 from issgd_jax.task.problem import SCORING_MICROBATCH, Problem
 
@@ -58,9 +59,18 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
         described = sampler.metrics(sampler_state)
         # The variance above is exact, where the sampler can only estimate.
         known = {name: value for name, value in described.items() if name not in ("gain", "equivalent_batch")}
-        return measured | {f"scores/{name}": value for name, value in known.items()}
+        measured |= {f"scores/{name}": value for name, value in known.items()}
+        if number := min(config.log.tensorboard_images, sampler.num_examples):
+            measured[HARDEST] = _hardest(sampler_state.store, number)
+        return measured
 
     return jax.jit(measure)
+
+
+def _hardest(store: ScoreStore, number: int) -> jax.Array:
+    """Returns the examples i32[number] with the largest scores; -1 where fewer are scored."""
+    scores, indices = jax.lax.top_k(jnp.where(store.scored, store.score, -1), number)
+    return jnp.where(scores >= 0, indices, -1)
 
 
 def _strides(sampler: Sampler, state: SamplerState, indices: np.ndarray) -> jax.Array | None:
@@ -80,6 +90,8 @@ def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_ex
     return measure_row
 
 
-def to_row(measured: dict) -> dict[str, float]:
-    """Returns a row of metrics as numbers of Python, from arrays f[]."""
-    return {name: value.item() for name, value in measured.items()}
+def to_row(measured: dict) -> dict[str, float | list[int]]:
+    """Returns a row of metrics as numbers of Python, from arrays f[], and lists of examples, from i32[k]."""
+    return {
+        name: [n for n in value.tolist() if n >= 0] if value.ndim else value.item() for name, value in measured.items()
+    }

@@ -13,7 +13,7 @@ from issgd_jax.console import say
 from issgd_jax.errors import FolderLostError, InputError
 from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, writing
 from issgd_jax.paths import local_path
-from issgd_jax.run.events import Events
+from issgd_jax.run.events import HARDEST, Events
 from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
 from issgd_jax.run.writers import Writer
 
@@ -90,15 +90,20 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
 
 
 def _row(line: str | bytes) -> dict | None:
-    """Returns a row: `step`, an int >= 0, and numbers or null; None if the line is none."""
+    """Returns a row: `step`, an int >= 0, numbers or null, and a list of examples; None if the line is none."""
     try:
         row = records.parse(line)
     except ValueError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    is_row = all(x is None or (type(x) in (int, float) and abs(x) <= _LARGEST) for x in row.values())
-    return row if is_row else None
+    return row if all(_is_value(name, value) for name, value in row.items()) else None
+
+
+def _is_value(name: str, value) -> bool:
+    if name == HARDEST:
+        return type(value) is list and all(type(x) is int and 0 <= x <= _LARGEST for x in value)
+    return value is None or (type(value) in (int, float) and abs(value) <= _LARGEST)
 
 
 def missing_rows(path: pathlib.Path, position: int) -> str | None:
@@ -140,6 +145,7 @@ class MetricsWriter:
         workdir: pathlib.Path,
         *,
         tensorboard: bool,
+        picture: Callable[[list[int]], bytes] | None = None,
         writers: Sequence[Writer] = (),
         position: int = 0,
         check_lock: Callable[[], None] = lambda: None,
@@ -149,6 +155,7 @@ class MetricsWriter:
         Args:
           workdir: folder of the run.
           tensorboard: whether TensorBoard events are written too.
+          picture: returns examples as PNG, for the events; None: none are shown.
           writers: others that get every row.
           position: bytes of the rows of a run that is resumed; what comes after them is cut off. Where some are lost,
             the file as it is gets another name, and the others are kept.
@@ -163,7 +170,8 @@ class MetricsWriter:
             self._open(position)
         rows = read_metrics(self.path)
         self.last: dict | None = rows[-1] if rows else None
-        self._events = Events(workdir, functools.partial(read_metrics, self.path)) if tensorboard else None
+        read_rows = functools.partial(read_metrics, self.path)
+        self._events = Events(workdir, read_rows, picture) if tensorboard else None
         self._writers = writers
 
     @property

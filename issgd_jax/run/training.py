@@ -20,7 +20,7 @@ from issgd_jax.errors import InputError, NonFiniteLossError
 from issgd_jax.files import writing
 from issgd_jax.paths import local_path
 from issgd_jax.provenance import versions
-from issgd_jax.run import diagnosis, loop, metrics, run_state, wiring
+from issgd_jax.run import diagnosis, loop, metrics, pictures, run_state, wiring
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run import writers as writers_lib
 from issgd_jax.run.checkpoint import Checkpoint
@@ -131,6 +131,8 @@ def _train_in(
 ) -> list[dict]:
     config = prepared.config
     writers_lib.check(config.log.writers, functions)
+    if config.log.tensorboard_images:
+        pictures.check(prepared.problem)
     fields = config.to_dict()
     workdir_lib.check(workdir, fields, overwrite=overwrite)
     with (
@@ -211,6 +213,7 @@ def _train(
         writer = metrics.MetricsWriter(
             workdir,
             tensorboard=config.log.tensorboard,
+            picture=_picture(prepared) if config.log.tensorboard_images else None,
             writers=writers,
             position=position,
             check_lock=check_lock,
@@ -235,6 +238,10 @@ def _train(
                 check_lock()
                 sampler_state.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
+
+
+def _picture(prepared: wiring.Prepared) -> Callable[[list[int]], bytes]:
+    return functools.partial(pictures.png, prepared.problem.source("train"))
 
 
 @contextlib.contextmanager
