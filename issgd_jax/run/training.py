@@ -210,10 +210,11 @@ def _train(
         if checkpoint:
             state = run_state.restore(checkpoint, state, roles.placement, moments=parts.payoff is not None)
         position = checkpoint.state["metrics_bytes"] if record and checkpoint else 0
+        source = prepared.problem.source("train")
         writer = metrics.MetricsWriter(
             workdir,
             tensorboard=config.log.tensorboard,
-            picture=_picture(prepared) if config.log.tensorboard_images else None,
+            picture=functools.partial(pictures.png, source) if config.log.tensorboard_images else None,
             writers=writers,
             position=position,
             check_lock=check_lock,
@@ -238,10 +239,6 @@ def _train(
                 check_lock()
                 sampler_state.store.save(path)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
-
-
-def _picture(prepared: wiring.Prepared) -> Callable[[list[int]], bytes]:
-    return functools.partial(pictures.png, prepared.problem.source("train"))
 
 
 @contextlib.contextmanager
