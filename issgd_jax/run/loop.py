@@ -183,7 +183,8 @@ class _Training:
         if self._plan.strict:
             diagnosis.raise_if_rejected(jax.device_get(state.sampler_state.rejected), state.step)
         row = self._counters() | measured | self._payoff_columns() | self._memory_columns()
-        self._writer.write(row)
+        with jax.transfer_guard("allow"):  # pictures and functions of the user's own may copy
+            self._writer.write(row)
         self._plan.progress.measured(row)
         return measured.get("test/error", measured.get("test/loss"))
 

@@ -263,8 +263,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_metrics
 
 
 def test_what_a_run_leaves_behind(tmp_path):
-    history = issgd_jax.train(smoke(log__tensorboard=True), tmp_path)
+    written = []
+    config, writer = smoke(log__tensorboard=True), lambda step, row: written.append({"step": step} | row)
+    history = issgd_jax.train(config, tmp_path, writers=[writer])
     assert metrics.read_metrics(tmp_path / "metrics.jsonl") == history
+    assert written == history
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["config"]["learner"]["batch_size"] == 32
     assert record["versions"]["jax"] == jax.__version__ and record["versions"]["issgd-jax"]
