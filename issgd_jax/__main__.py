@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import pathlib
 import sys
 
 import issgd_jax
@@ -19,6 +20,7 @@ commands:
   potential  measure what importance sampling could gain, before it is adopted
   plot       draw loss, error and noise of runs, finished or running
   status     print how far a run is, its last measurement, and its workers
+  hardest    print, and draw, the examples with the largest scores: hints for wrong labels
 
 examples:
   issgd-jax train --workdir=runs/digits
@@ -90,11 +92,18 @@ def _plot() -> None:
     names = [run.resolve().name for run in runs]
     labels = names if len({*names}) == len(names) else arguments.runs
     figure = plots.runs_figure(dict(zip(labels, map(read_run, runs))))
-    try:
-        plots.save(figure, output)
-    except (OSError, ValueError) as error:  # of the disk; of an ending that is no format
-        raise InputError(f"--output={arguments.output} cannot be written: {error}") from error
+    _save(figure, output, "--output")
     print(output)
+
+
+def _save(figure, path: pathlib.Path, flag: str) -> None:
+    """Writes a figure; raises InputError, naming the flag, if it cannot."""
+    from issgd_jax import plots
+
+    try:
+        plots.save(figure, path)
+    except (OSError, ValueError) as error:  # of the disk; of an ending that is no format
+        raise InputError(f"{flag}={path} cannot be written: {error}") from error
 
 
 def _status() -> None:
@@ -105,7 +114,38 @@ def _status() -> None:
     print(status.read(parser.parse_args().run))
 
 
-_COMMANDS = {"train": _train, "compare": _compare, "potential": _potential, "plot": _plot, "status": _status}
+def _hardest() -> None:
+    """Prints the examples with the largest scores, and draws them where a file is named."""
+    from issgd_jax.view import hardest
+
+    parser = argparse.ArgumentParser(sys.argv[0], description="Prints the examples of a run with the largest scores.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--k", type=int, default=50, help="number of examples (default: %(default)s)")
+    parser.add_argument(
+        "--by",
+        choices=(hardest.LAST, hardest.MEAN),
+        default=hardest.LAST,
+        help="scores at the end, or their mean over the checkpoints, which finds wrong labels better",
+    )
+    parser.add_argument("--images", metavar="FILE", help="picture of the examples to write")
+    parser.add_argument("--data_dir", help="TFDS folder of the data, where it is not that of the run")
+    arguments = parser.parse_args()
+    found = hardest.hardest(arguments.run, arguments.k, by=arguments.by, data_dir=arguments.data_dir)
+    print(found)
+    if arguments.images is not None:
+        output = local_path(arguments.images, "--images")
+        _save(hardest.grid(found), output, "--images")
+        print(output)
+
+
+_COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "potential": _potential,
+    "plot": _plot,
+    "status": _status,
+    "hardest": _hardest,
+}
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 ORDER = (
     "errors", "extras", "console", "interrupts", "paths", "files", "records", "provenance", "config", "history",
     "plots", "processes", "devices", "gradnorm", "sampling", "loading", "scoring", "cluster", "task", "learning", "run",
-    "main", "compare", "prospect", "__main__",
+    "view", "main", "compare", "prospect", "__main__",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
@@ -30,6 +30,7 @@ ORDER_IN = {
         "orbax", "checkpoint", "checkpoints", "workdir", "events", "pictures", "writers", "metrics", "progress",
         "status", "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring", "training",
     ),
+    "view": ("hardest",),
 }  # fmt: skip
 # Rooms below that still must not be imported.
 FORBIDDEN = {

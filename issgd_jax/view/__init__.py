@@ -1,0 +1,1 @@
+"""What a person sees of runs, from the files in their folders."""
