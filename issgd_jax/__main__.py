@@ -20,6 +20,7 @@ commands:
   potential  measure what importance sampling could gain, before it is adopted
   plot       draw loss, error and noise of runs, finished or running
   status     print how far a run is, its last measurement, and its workers
+  watch      follow runs in the terminal: curves, rates, workers, time left
   hardest    print, and draw, the examples with the largest scores: hints for wrong labels
 
 examples:
@@ -114,6 +115,17 @@ def _status() -> None:
     print(status.read(parser.parse_args().run))
 
 
+def _watch() -> None:
+    from issgd_jax.view import watch
+
+    parser = argparse.ArgumentParser(sys.argv[0], description="Follows runs in the terminal until all are finished.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which may start later")
+    parser.add_argument("--once", action="store_true", help="print them once; so where the output is no terminal")
+    parser.add_argument("--seconds", type=float, default=1.0, help="between two looks (default: %(default)s)")
+    arguments = parser.parse_args()
+    watch.watch(arguments.runs, once=arguments.once, seconds=arguments.seconds)
+
+
 def _hardest() -> None:
     """Prints the examples with the largest scores, and draws them where a file is named."""
     from issgd_jax.view import hardest
@@ -144,6 +156,7 @@ _COMMANDS = {
     "potential": _potential,
     "plot": _plot,
     "status": _status,
+    "watch": _watch,
     "hardest": _hardest,
 }
 

@@ -30,7 +30,7 @@ ORDER_IN = {
         "orbax", "checkpoint", "checkpoints", "workdir", "events", "pictures", "writers", "metrics", "progress",
         "status", "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring", "training",
     ),
-    "view": ("hardest",),
+    "view": ("tail", "examples", "glance", "curves", "panel", "watch", "hardest"),
 }  # fmt: skip
 # Rooms below that still must not be imported.
 FORBIDDEN = {

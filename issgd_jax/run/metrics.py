@@ -46,7 +46,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict]:
     with records.parsing(path, _REMEDY):
         *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate([*lines, last] if last else lines, start=1):
-        if row := _row(line):
+        if row := parse_row(line):
             if rows and row["step"] <= rows[-1]["step"]:
                 raise InputError(
                     f"{path} line {number} is not a row of metrics that can come next, as step {row['step']} follows "
@@ -89,8 +89,13 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
     return rows
 
 
-def _row(line: str | bytes) -> dict | None:
-    """Returns a row: `step`, an int >= 0, numbers or null, and a list of examples; None if the line is none."""
+def parse_row(line: str | bytes) -> dict | None:
+    """Returns a row: `step`, an int >= 0, numbers or null, and a list of examples; None if the line is none.
+
+    Example:
+      >>> parse_row('{"step": 0, "train/loss": 2.3}'), parse_row('{"step": 0, "tra')
+      ({'step': 0, 'train/loss': 2.3}, None)
+    """
     try:
         row = records.parse(line)
     except ValueError:
@@ -116,7 +121,7 @@ def missing_rows(path: pathlib.Path, position: int) -> str | None:
     if len(content) < position:
         return f"{path} has {len(content):,} bytes and had {position:,}"
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
-    damaged = [number for number, line in enumerate(lines, start=1) if _row(line) is None]
+    damaged = [number for number, line in enumerate(lines, start=1) if parse_row(line) is None]
     return f"{path} line {damaged[0]} is not a row of metrics" if damaged else None
 
 
@@ -201,7 +206,7 @@ class MetricsWriter:
         """Opens the file with its rows in the first `position` bytes, and nothing else, in it."""
         if why := missing_rows(self.path, position):
             content = _content(self.path)[:position]
-            kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1] if _row(line))
+            kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1] if parse_row(line))
             if content:
                 self.path.replace(self.path.with_name(DAMAGED_METRICS_FILE))
                 why += f"; it is renamed to {DAMAGED_METRICS_FILE}"

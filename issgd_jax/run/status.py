@@ -1,5 +1,6 @@
 """Status of a run as text, from the files in its folder. Imports no jax."""
 
+import dataclasses
 import pathlib
 import time
 import warnings
@@ -41,8 +42,11 @@ def read(workdir: str | pathlib.Path) -> str:
     workdir = local_path(workdir, "workdir")
     if not workdir_lib.holds_run(workdir):
         raise InputError(f"{workdir} holds no run: name the --workdir of one")
-    owner, (progress, done) = workdir_lib.owner(workdir), _progress(workdir)
-    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}", *progress]
+    owner, at = workdir_lib.owner(workdir), progress(workdir)
+    done = at is not None and at.step == at.steps
+    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
+    if at:
+        lines.append(f"step {at.step:,} of {at.steps:,}, {at.seconds:,.1f} s ago")
     metrics_file = workdir / workdir_lib.METRICS_FILE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a last line that is still being written
@@ -53,17 +57,45 @@ def read(workdir: str | pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def _progress(workdir: pathlib.Path) -> tuple[list[str], bool]:
-    """Returns lines about the last finished step, and whether it is the last of the run; none before the first."""
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+      step: the last finished one.
+      steps: of the whole run.
+      at: when that step was finished, in seconds since the epoch.
+      process, host: of the program; None: an earlier version wrote the heartbeat.
+    """
+
+    step: int
+    steps: int
+    at: float
+    process: int | None
+    host: str | None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the step was finished."""
+        return max(0.0, time.time() - self.at)
+
+
+def progress(workdir: pathlib.Path) -> Progress | None:
+    """Returns how far a run is; None before its first step.
+
+    Raises:
+      InputError: a file is malformed or cannot be read.
+    """
     config_file, heartbeat_file = workdir / workdir_lib.CONFIG_FILE, workdir / workdir_lib.HEARTBEAT_FILE
     if not config_file.exists() or not heartbeat_file.exists():
-        return [], False
+        return None
     with records.parsing(config_file, "name another run, or start it again with --overwrite"):
         steps = records.whole_number(records.read(config_file)["config"]["steps"])
     with records.parsing(heartbeat_file, "remove it: a run that is running writes it again"):
-        heartbeat = records.read(heartbeat_file)
-        step, seconds = records.whole_number(heartbeat["step"]), max(0.0, time.time() - heartbeat["at"])
-    return [f"step {step:,} of {steps:,}, {seconds:,.1f} s ago"], step == steps
+        beat = records.read(heartbeat_file)
+        return Progress(
+            records.whole_number(beat["step"]), steps, beat["at"] + 0.0, beat.get("process"), beat.get("host")
+        )
 
 
 def _describe_row(row: dict) -> str:

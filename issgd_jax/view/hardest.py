@@ -12,7 +12,7 @@ from issgd_jax.errors import InputError
 from issgd_jax.paths import local_path
 from issgd_jax.run import checkpoint, workdir
 from issgd_jax.sampling.store import NEVER, ScoreStore
-from issgd_jax.task import data
+from issgd_jax.view import examples
 
 # Pictures in a grid that a person can still look through.
 MAX_IMAGES = 400
@@ -107,7 +107,8 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
     if not 1 <= k <= known:
         raise InputError(f"k must be between 1 and {known:,}, the examples that have a score, got {k:,}")
     order = np.argsort(np.where(scored_at == NEVER, np.inf, -score), kind="stable")[:k]
-    images, labels = _examples(folder, config, data_dir, len(score), order)
+    dataset = examples.load(folder, len(score), data_dir)
+    images, labels = (dataset.images[order], dataset.labels[order]) if dataset else (None, None)
     ages = max(stores) - scored_at[order].astype(np.int64)
     return Hardest(order, score[order], ages, labels, images, len(score), tuple(sorted(stores)))
 
@@ -128,7 +129,7 @@ def grid(found: Hardest) -> Figure:
     columns = min(count, 10)
     lines = math.ceil(count / columns)
     figure = Figure(figsize=(1.2 * columns, 1.55 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, image, index, label, score in zip(axes, found.images, found.indices, found.labels, found.scores):
@@ -178,23 +179,3 @@ def _mean(stores: list[ScoreStore]) -> tuple[np.ndarray, np.ndarray]:
     is_known = scored_at != NEVER
     mean = np.where(is_known, score, 0).sum(0, dtype=np.float64) / np.maximum(is_known.sum(0), 1)
     return mean, scored_at.max(0)
-
-
-def _examples(
-    folder: pathlib.Path, config: dict, data_dir: str | None, num_examples: int, indices: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Returns images and labels of examples; None of a problem of the user's own, whose code must not be executed."""
-    with records.parsing(folder / workdir.CONFIG_FILE, "repair it"):
-        if config.get("problem") is not None:
-            return None, None
-        name, split, data_dir = config["data"]["name"], config["data"]["train_split"], data_dir or config["data"]["dir"]
-    try:
-        dataset = data.load(name, split, data_dir)
-    except InputError as error:
-        raise InputError(f"{error} (here: --data_dir=FOLDER)") from error
-    if len(dataset) != num_examples:
-        raise InputError(
-            f"{name} {split} has {len(dataset):,} examples, but the run in {folder} had {num_examples:,}: name the "
-            "folder of its data with --data_dir"
-        )
-    return dataset.images[indices], dataset.labels[indices]

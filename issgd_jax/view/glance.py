@@ -1,0 +1,128 @@
+"""All that is seen of a run at one moment, from the files in its folder. Imports no jax; takes no lock."""
+
+import dataclasses
+import itertools
+import pathlib
+import socket
+import statistics
+import time
+
+import numpy as np
+import psutil
+
+from issgd_jax import records
+from issgd_jax.cluster.status import STATUS_FILE
+from issgd_jax.errors import InputError
+from issgd_jax.run import status
+from issgd_jax.view import examples
+from issgd_jax.view.tail import Tail
+
+# A heartbeat comes every second while steps are finished.
+_FRESH_SECONDS = 3.0
+# Intervals between rows of which rates are medians: those in which something is compiled are left out.
+_INTERVALS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Glance:
+    """A run at one moment.
+
+    Attributes:
+      folder: of the run.
+      rows: of metrics.
+      progress: how far it is; None: not known yet.
+      cluster: status of the workers on a cluster, see `cluster.status.describe`; None without one.
+      cluster_seconds: age of that status.
+      class_shares: of each class in the sum of the final scores, f64[C]; None: not known.
+      problem: why a file cannot be read; None: all could.
+    """
+
+    folder: pathlib.Path
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    progress: status.Progress | None = None
+    cluster: dict | None = None
+    cluster_seconds: float = 0.0
+    class_shares: np.ndarray | None = None
+    problem: str | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that is known to be done."""
+        return max(self.progress.step if self.progress else 0, self.rows[-1]["step"] if self.rows else 0)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run; None: not known yet."""
+        return self.progress.steps if self.progress else None
+
+    @property
+    def state(self) -> str:
+        """`no run yet`, `running`, `stopped`, or `finished`: all steps are done, and the last is measured."""
+        if self.progress is None:
+            return "stopped" if self.rows else "no run yet"
+        if self.rows and self.rows[-1]["step"] >= self.progress.steps:
+            return "finished"
+        return "running" if _is_alive(self.progress) else "stopped"
+
+    def rate(self, column: str = "step") -> float | None:
+        """Returns what a column of counts grows by in a second, measurements included; None: not known yet.
+
+        Example:
+          >>> rows = [{"step": 10 * i, "wall_seconds": 5.0 * i} for i in range(3)]
+          >>> Glance(pathlib.Path("runs/a"), rows).rate()
+          2.0
+        """
+        rates = [
+            ((after.get(column) or 0) - (before.get(column) or 0)) / seconds
+            for before, after in itertools.pairwise(self.rows[-_INTERVALS - 1 :])
+            if (seconds := (after.get("wall_seconds") or 0) - (before.get("wall_seconds") or 0)) > 0
+        ]
+        return statistics.median(rates) if rates else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of a run that is running; None: not known, or not running."""
+        rate = self.rate()
+        return (self.steps - self.step) / rate if self.state == "running" and rate else None
+
+
+def look(folder: pathlib.Path, tail: Tail) -> Glance:
+    """Returns what is seen of a run now; a file that cannot be read is a `problem`.
+
+    Args:
+      folder: of the run; may be missing.
+      tail: of its metrics.jsonl.
+    """
+    seen = Glance(folder)
+    try:
+        seen = dataclasses.replace(seen, rows=tail.read())
+        seen = dataclasses.replace(seen, progress=status.progress(folder))
+        cluster, seconds = _cluster(folder)
+        return dataclasses.replace(
+            seen, cluster=cluster, cluster_seconds=seconds, class_shares=examples.class_shares(folder)
+        )
+    except InputError as error:
+        return dataclasses.replace(seen, problem=str(error))
+
+
+def _cluster(folder: pathlib.Path) -> tuple[dict | None, float]:
+    path = folder / STATUS_FILE
+    if not path.is_file():
+        return None, 0.0
+    with records.parsing(path, "remove it: a run that is running writes it again"):
+        return records.read(path), max(0.0, time.time() - path.stat().st_mtime)
+
+
+def _is_alive(progress: status.Progress) -> bool:
+    """Returns whether the program that wrote the heartbeat is there; of another machine its last step decides.
+
+    The lock is not tried: a run that starts at that moment would be refused.
+    """
+    if progress.seconds < _FRESH_SECONDS:
+        return True
+    if progress.host != socket.gethostname():
+        return progress.seconds < 60
+    try:
+        return psutil.Process(progress.process).create_time() <= progress.at
+    except (psutil.Error, TypeError, ValueError):
+        return False

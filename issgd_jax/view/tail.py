@@ -1,0 +1,63 @@
+"""Rows of metrics of a run that is running: reads only what was appended. Imports no jax."""
+
+import os
+import pathlib
+
+from issgd_jax.files import reading
+from issgd_jax.run.metrics import parse_row
+
+
+class Tail:
+    """Rows of a metrics.jsonl that may appear later, grow, be cut, replaced or removed.
+
+    Args:
+      path: of the file.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> tail = Tail(path)
+      >>> tail.read()
+      []
+      >>> _ = path.write_text('{"step": 0}\\n{"step"')
+      >>> tail.read()
+      [{'step': 0}]
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._forget(None)
+
+    def read(self) -> list[dict]:
+        """Returns all rows so far; a line that is none, or is still being written, is left out.
+
+        Raises:
+          InputError: the file cannot be read now.
+        """
+        with reading(self._path):
+            try:
+                with open(self._path, "rb") as file:
+                    self._read(file)
+            except (FileNotFoundError, NotADirectoryError):
+                self._forget(None)
+        return list(self._rows)
+
+    def _read(self, file) -> None:
+        inode = os.fstat(file.fileno()).st_ino
+        # A run that is resumed cuts rows off, and may have written as many since.
+        file.seek(self._position - len(self._last))
+        if inode != self._inode or file.read(len(self._last)) != self._last:
+            self._forget(inode)
+            file.seek(0)
+        content = file.read()
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        for line in lines:
+            row = parse_row(line)
+            if row and (not self._rows or row["step"] > self._rows[-1]["step"]):
+                self._rows.append(row)
+        self._position += sum(map(len, lines))
+        self._last = lines[-1] if lines else self._last
+
+    def _forget(self, inode: int | None) -> None:
+        self._inode, self._position, self._last = inode, 0, b""
+        self._rows: list[dict] = []
