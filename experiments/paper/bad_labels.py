@@ -2,11 +2,11 @@
 
     python -m experiments.paper.bad_labels [--data=digits,fashion_mnist] [--seeds=5] [--data_dir=...]
 
-Replaces 5 % of the training labels by another class, trains the experiment of `experiments/configs/`, and ranks all
-examples by what the run knows: scores at several steps, their mean over the run, and cleanlab's measures with the run's
-own probabilities (in sample), and with those of five networks that did not see the example (out of sample: plain SGD at
-its best rate of the study, the same network and steps). Prints the share of wrong labels among the first k of each
-ranking, and writes results/bad_labels.json.
+Replaces 5 % of the training labels by another class, trains the experiment of `experiments/configs/` with each kind of
+score, and ranks all examples by what the run knows: scores at several steps, and their mean over the run; and by
+cleanlab's measures, with the probabilities of the run with gradient norms (in sample), and with those of five networks
+that did not see the example (out of sample: plain SGD at its best rate of the study, the same network and steps).
+Prints the share of wrong labels among the first k of each ranking, and writes results/bad_labels.json.
 """
 
 import argparse
@@ -32,6 +32,7 @@ PATH = results.FOLDER / "bad_labels.json"
 FLIPPED, FOLDS, MEASUREMENTS = 0.05, 5, 16
 # Points of the run at which its scores are ranked, in measurements.
 EARLY = {"1/8": 2, "1/4": 4, "1/2": 8, "all": 16}
+SCORES = ("gradient_norm", "last_layer", "loss")  # of config.workers.score
 PLAIN = {"proposal.name": "uniform", "workers.enabled": False, "devices.host_platform_count": 0, "devices.workers": 1}
 
 
@@ -110,31 +111,29 @@ def rankings(config: ConfigDict, problem: ImageProblem, plain_rate: float) -> di
     from cleanlab import rank
 
     images, labels = problem.train
-    snapshots = train(config, problem)
-    probability = [probabilities(problem, params, images) for _, params in snapshots]
-    inside = {f"after {name} of the run": probability[i - 1] for name, i in EARLY.items()}
-    inside["mean, all of the run"] = np.mean(probability, 0)
-    outside = out_of_sample(config, problem, plain_rate)
-
-    def suspicion(method, probabilities):
-        return -rank.get_label_quality_scores(labels, probabilities, method=method)
-
-    found = {f"score after {name} of the run": snapshots[i - 1][0] for name, i in EARLY.items()}
-    scores = [score for score, _ in snapshots]
-    found["mean score, first quarter of the run"] = np.mean(scores[: MEASUREMENTS // 4], 0)
-    found["mean score, all of the run"] = np.mean(scores, 0)
-    found["mean score, the last of each quarter"] = np.mean(scores[MEASUREMENTS // 4 - 1 :: MEASUREMENTS // 4], 0)
+    found = {}
+    for kind in SCORES:
+        config.workers.score = kind
+        snapshots = train(config, problem)
+        scores = [score for score, _ in snapshots]
+        found |= {f"{kind}, score after {name} of the run": scores[i - 1] for name, i in EARLY.items()}
+        found[f"{kind}, mean of {MEASUREMENTS} scores"] = np.mean(scores, 0)
+        found[f"{kind}, mean of 4 scores"] = np.mean(scores[MEASUREMENTS // 4 - 1 :: MEASUREMENTS // 4], 0)
+        if kind == "gradient_norm":
+            inside = [probabilities(problem, params, images) for _, params in snapshots]
+    by_network = {f"in sample, after {name} of the run": inside[i - 1] for name, i in EARLY.items()}
+    by_network[f"in sample, mean of {MEASUREMENTS}"] = np.mean(inside, 0)
+    by_network["out of sample"] = out_of_sample(config, problem, plain_rate)
     for method in ("self_confidence", "normalized_margin"):
-        for name, of_run in inside.items():
-            found[f"cleanlab {method}, in sample, {name}"] = suspicion(method, of_run)
-        found[f"cleanlab {method}, out of sample"] = suspicion(method, outside)
+        for name, of_network in by_network.items():
+            found[f"cleanlab {method}, {name}"] = -rank.get_label_quality_scores(labels, of_network, method=method)
     return found
 
 
 def precisions(suspicion: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     """Returns the share of wrong labels among the 50, and among the as many as are wrong, that rank first."""
     first = np.argsort(-suspicion, kind="stable")
-    return {name: float(wrong[first[:k]].mean()) for name, k in (("50", 50), ("wrong", int(wrong.sum())))}
+    return {name: round(float(wrong[first[:k]].mean()), 4) for name, k in (("50", 50), ("wrong", int(wrong.sum())))}
 
 
 def measured(data: str, seed: int, data_dir: str | None) -> dict[str, dict[str, float]]:
@@ -150,17 +149,6 @@ def measured(data: str, seed: int, data_dir: str | None) -> dict[str, dict[str, 
     return {name: precisions(suspicion, flipped != labels) for name, suspicion in found.items()}
 
 
-def summary(by_seed: dict[str, dict]) -> dict:
-    """Returns the medians over seeds, with the least and the largest."""
-    first = next(iter(by_seed.values()))
-    table = {}
-    for ranking in first:
-        for k in first[ranking]:
-            values = [of_seed[ranking][k] for of_seed in by_seed.values()]
-            table.setdefault(ranking, {})[k] = [round(f(values), 4) for f in (statistics.median, min, max)]
-    return table
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits,fashion_mnist", help="names, separated by commas")
@@ -173,21 +161,28 @@ def main():
         raise SystemExit("error: cleanlab is missing, which nothing else here needs: pip install cleanlab") from None
     found = json.loads(PATH.read_text())["results"] if PATH.exists() else {}
     for data in options.data.split(","):
-        by_seed = {}
+        by_seed = []
         for seed in range(options.seeds):
-            by_seed[str(seed)] = measured(data, seed, options.data_dir)
+            by_seed.append(measured(data, seed, options.data_dir))
             found[data] = {
-                "n": len(by_seed), "steps": TRIALS[data].steps, "git_commit": git_commit(),
-                "median, least, largest": summary(by_seed), "by seed": by_seed,
-            }  # fmt: skip
+                "n": len(by_seed),
+                "seeds": list(range(len(by_seed))),
+                "steps": TRIALS[data].steps,
+                "git_commit": git_commit(),
+                "precision": {
+                    ranking: {k: [of_seed[ranking][k] for of_seed in by_seed] for k in by_seed[0][ranking]}
+                    for ranking in by_seed[0]
+                },
+            }
             save_results(
                 PATH,
                 "python -m experiments.paper.bad_labels",
                 found,
                 versions=versions() | {"cleanlab": cleanlab.__version__},
             )
-        for ranking, of_k in found[data]["median, least, largest"].items():
-            print(f"{data} {ranking}: {of_k}")
+        for ranking, of_k in found[data]["precision"].items():
+            shown = (f"at {k}: {statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for k, x in of_k.items())
+            print(f"{data} {ranking}: {', '.join(shown)}", flush=True)
 
 
 if __name__ == "__main__":
