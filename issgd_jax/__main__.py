@@ -128,6 +128,8 @@ def _watch() -> None:
 
 def _hardest() -> None:
     """Prints the examples with the largest scores, and draws them where a file is named."""
+    import jax
+
     from issgd_jax.view import hardest
 
     parser = argparse.ArgumentParser(sys.argv[0], description="Prints the examples of a run with the largest scores.")
@@ -142,6 +144,7 @@ def _hardest() -> None:
     parser.add_argument("--images", metavar="FILE", help="picture of the examples to write")
     parser.add_argument("--data_dir", help="TFDS folder of the data, where it is not that of the run")
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be a run's
     found = hardest.hardest(arguments.run, arguments.k, by=arguments.by, data_dir=arguments.data_dir)
     print(found)
     if arguments.images is not None:

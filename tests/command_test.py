@@ -52,12 +52,17 @@ def test_the_modules_and_the_installed_program_are_one(run_command):
     ("arguments", "message"),
     [
         (["trian"], "error: issgd-jax has no command 'trian': did you mean train?\n"),
-        (["--workdir=x"], "has no command '--workdir=x': choose one of train, compare, potential, plot, status\n"),
+        (
+            ["--workdir=x"],
+            "has no command '--workdir=x': choose one of train, compare, potential, plot, status, watch, hardest\n",
+        ),
         (["train"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
         (["compare"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
         (["train", "--workdri=x"], "error: Unknown command line flag 'workdri'. Did you mean: workdir ?\n"),
         (["plot", "none"], "error: none holds no run (no metrics.jsonl): name the --workdir of one\n"),
         (["status", "none"], "error: none holds no run: name the --workdir of one\n"),
+        (["watch", "none"], "error: none holds no run: name the --workdir of one\n"),
+        (["hardest", "none"], "error: none holds no run: name the --workdir of one\n"),
     ],
 )
 def test_a_mistake_is_one_readable_line(arguments, message, run_command):

@@ -24,6 +24,11 @@ _CURVES = {
     "scores/staleness_mean": ("staleness, steps", "{:,.1f}", False),
     "payoff/active": ("importance on", "{:.0f}", False),
 }
+_OVERVIEW = {
+    "loss": ("train/loss", "{:.3g}"),
+    "error": ("test/error", "{:.1%}"),
+    "gain": ("variance/gain", "{:.1f}"),
+}
 _MAX_WORKERS, _MAX_CLASSES = 8, 3
 # Columns of a terminal below which values alone are shown, without those they began with.
 _NARROW = 60
@@ -74,23 +79,21 @@ def panel(glance: Glance, *, width: int, height: int = 1) -> Panel:
     )
 
 
-def overview(glances: list[Glance]) -> Table:
-    """Returns runs in a line each, for those that do not fit in full."""
+def overview(glances: list[Glance], *, width: int) -> Table:
+    """Returns runs in a line each, for those that do not fit in full; arguments as for `panel`."""
     table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
     table.add_column("run", no_wrap=True, ratio=3, min_width=8)
     table.add_column("train loss", no_wrap=True, ratio=4, min_width=6)
-    for name in ("done", "loss", "error", "gain", "left"):
+    values = _OVERVIEW if width >= _NARROW else {}
+    for name in ("done", *values, "left"):
         table.add_column(name, justify="right", no_wrap=True)
     for glance in glances:
-        row = glance.rows[-1] if glance.rows else {}
-        left = glance.seconds_left
+        row, left = glance.rows[-1] if glance.rows else {}, glance.seconds_left
         table.add_row(
             Text(glance.folder.name, style=_COLOURS[glance.state], overflow="ellipsis"),
             Curve(glance, "train/loss", height=1, log=True),
             f"{glance.step / glance.steps:.0%}" if glance.steps else "-",
-            _value(row, "train/loss", "{:.3g}"),
-            _value(row, "test/error", "{:.1%}"),
-            _value(row, "variance/gain", "{:.1f}"),
+            *(_value(row, column, form) for column, form in values.values()),
             _duration(left) if left is not None else glance.state,
         )
     return table
@@ -193,7 +196,7 @@ def _cluster(glance: Glance) -> list[RenderableType]:
 
 
 def _state(glance: Glance) -> str:
-    if glance.state in ("running", "stopped"):
+    if glance.progress and glance.state in ("running", "stopped"):
         return f"{glance.state}, last step {_duration(glance.progress.seconds)} ago"
     return glance.state
 

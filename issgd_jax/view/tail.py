@@ -25,8 +25,10 @@ class Tail:
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
-        self._forget(None)
+        self._path, self._position = path, 0
+        self._inode: int | None = None
+        self._last: bytes = b""  # line before the position
+        self._rows: list[dict] = []
 
     def read(self) -> list[dict]:
         """Returns all rows so far; a line that is none, or is still being written, is left out.
@@ -59,5 +61,4 @@ class Tail:
         self._last = lines[-1] if lines else self._last
 
     def _forget(self, inode: int | None) -> None:
-        self._inode, self._position, self._last = inode, 0, b""
-        self._rows: list[dict] = []
+        self._inode, self._position, self._last, self._rows = inode, 0, b"", []

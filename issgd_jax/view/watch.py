@@ -81,4 +81,4 @@ def _fit(console: Console, glances: list[Glance], *, height: int | None) -> Rend
         picture = Group(*(panel.panel(glance, width=console.width, height=lines) for glance in glances))
         if height is None or len(console.render_lines(picture, pad=False)) <= height:
             return picture
-    return picture if len(glances) == 1 else panel.overview(glances)
+    return picture if len(glances) == 1 else panel.overview(glances, width=console.width)
