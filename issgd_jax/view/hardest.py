@@ -88,12 +88,10 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
         number of examples; a file is malformed.
 
     Example:
-      >>> import tempfile, issgd_jax
-      >>> config, run = issgd_jax.config.default(), tempfile.mkdtemp()
-      >>> config.steps, config.eval_every, config.workers.chunk_size, config.log.progress = 40, 40, 1437, False
-      >>> _ = issgd_jax.train(config, run)
-      >>> hardest(run, k=10).indices.shape
-      (10,)
+      >>> hardest("runs/none", k=10)
+      Traceback (most recent call last):
+      ...
+      issgd_jax.errors.InputError: runs/none holds no run: name the --workdir of one
     """
     folder = local_path(run, "run")
     if not workdir.holds_run(folder):

@@ -72,8 +72,8 @@ def panel(glance: Glance, *, width: int, height: int = 1) -> Panel:
         parts += [_curves(glance, width, height), *_facts(glance)]
     if glance.cluster:
         parts += _cluster(glance)
-    title = Text(f" {glance.folder} ", style="bold", overflow="ellipsis", no_wrap=True)
-    state = Text(f" {_state(glance)} ", style=_COLOURS[glance.state])
+    title = Text(str(glance.folder), style="bold", overflow="ellipsis", no_wrap=True)
+    state = Text(_state(glance), style=_COLOURS[glance.state])
     return Panel(
         Group(*parts), title=title, title_align="left", subtitle=state, subtitle_align="right", box=box.ROUNDED
     )
@@ -110,11 +110,13 @@ def _progress(glance: Glance, width: int) -> RenderableType:
         parts.append(f"{_duration(left)} left")
     elif width >= _NARROW and glance.rows and glance.rows[-1].get("wall_seconds"):
         parts.append(f"{_duration(glance.rows[-1]['wall_seconds'])} in all")
-    grid = Table.grid(expand=True, padding=(0, 1))
-    grid.add_column(ratio=1, min_width=4)
-    grid.add_column(overflow="fold")
     colour = _COLOURS[glance.state]
     bar = ProgressBar(total=glance.steps, completed=glance.step, complete_style=colour, finished_style=colour)
+    if width < _NARROW:
+        return Group(bar, Text(", ".join(parts)))
+    grid = Table.grid(expand=True, padding=(0, 1))
+    grid.add_column(ratio=1, min_width=4)
+    grid.add_column(no_wrap=True)
     grid.add_row(bar, ", ".join(parts))
     return grid
 
