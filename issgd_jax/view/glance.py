@@ -124,5 +124,5 @@ def _is_alive(progress: status.Progress) -> bool:
         return progress.seconds < 60
     try:
         return psutil.Process(progress.process).create_time() <= progress.at
-    except (psutil.Error, TypeError, ValueError):
+    except (psutil.Error, ArithmeticError, TypeError, ValueError):
         return False

@@ -24,6 +24,7 @@ _CURVES = {
     "scores/staleness_mean": ("staleness, steps", "{:,.1f}", False),
     "payoff/active": ("importance on", "{:.0f}", False),
 }
+_LONGEST = 1e9  # seconds; a file may hold any number
 _OVERVIEW = {
     "loss": ("train/loss", "{:.3g}"),
     "error": ("test/error", "{:.1%}"),
@@ -112,12 +113,15 @@ def _progress(glance: Glance, width: int) -> RenderableType:
         parts.append(f"{_duration(glance.rows[-1]['wall_seconds'])} in all")
     colour = _COLOURS[glance.state]
     bar = ProgressBar(total=glance.steps, completed=glance.step, complete_style=colour, finished_style=colour)
-    if width < _NARROW:
-        return Group(bar, Text(", ".join(parts)))
+    text = Text(", ".join(parts))
     grid = Table.grid(expand=True, padding=(0, 1))
-    grid.add_column(ratio=1, min_width=4)
-    grid.add_column(no_wrap=True)
-    grid.add_row(bar, ", ".join(parts))
+    if width < _NARROW:
+        grid.add_row(bar)
+        grid.add_row(text)
+    else:
+        grid.add_column(ratio=1, min_width=4)
+        grid.add_column(no_wrap=True)
+        grid.add_row(bar, text)
     return grid
 
 
@@ -209,4 +213,4 @@ def _value(row: dict, column: str, form: str) -> str:
 
 def _duration(seconds: float) -> str:
     """Returns `8.2 s`, or h:mm:ss from a minute on."""
-    return f"{seconds:,.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
+    return f"{seconds:,.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(min(seconds, _LONGEST))))

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -110,6 +111,19 @@ def test_a_malformed_file_is_a_line_and_no_traceback(name, content, tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / name).write_bytes(content)
     assert str(tmp_path)[:20] in shown(folder)
+
+
+@pytest.mark.parametrize("number", [1e100, -1e100, 1e-300, 2**63 - 1, None])
+def test_any_number_can_be_shown(number, tmp_path):
+    """Red if a number that a run would not write raises."""
+    folder = write_run(tmp_path / "run", of=2**63 - 1, **{name: number for name in row(0) if name != "step"})
+    for beat in (
+        {"at": number},
+        {"at": -1e300, "process": 2**62},
+        {"at": 0, "process": True, "host": socket.gethostname()},
+    ):
+        (folder / "heartbeat.json").write_text(json.dumps({"step": 0} | beat))
+        assert "20" in shown(folder)
 
 
 def test_names_are_no_markup(tmp_path):
