@@ -1,6 +1,5 @@
 """Rows of metrics of a run that is running: reads only what was appended. Imports no jax."""
 
-import os
 import pathlib
 
 from issgd_jax.files import reading
@@ -26,7 +25,6 @@ class Tail:
 
     def __init__(self, path: pathlib.Path):
         self._path, self._position = path, 0
-        self._inode: int | None = None
         self._last: bytes = b""  # line before the position
         self._rows: list[dict] = []
 
@@ -41,15 +39,14 @@ class Tail:
                 with open(self._path, "rb") as file:
                     self._read(file)
             except (FileNotFoundError, NotADirectoryError):
-                self._forget(None)
+                self._forget()
         return list(self._rows)
 
     def _read(self, file) -> None:
-        inode = os.fstat(file.fileno()).st_ino
-        # A run that is resumed cuts rows off, and may have written as many since.
+        # A run that is resumed cuts rows off, and may have written as many since; another may be in its place.
         file.seek(self._position - len(self._last))
-        if inode != self._inode or file.read(len(self._last)) != self._last:
-            self._forget(inode)
+        if file.read(len(self._last)) != self._last:
+            self._forget()
             file.seek(0)
         content = file.read()
         lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
@@ -60,5 +57,5 @@ class Tail:
         self._position += sum(map(len, lines))
         self._last = lines[-1] if lines else self._last
 
-    def _forget(self, inode: int | None) -> None:
-        self._inode, self._position, self._last, self._rows = inode, 0, b"", []
+    def _forget(self) -> None:
+        self._position, self._last, self._rows = 0, b"", []

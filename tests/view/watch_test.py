@@ -92,6 +92,13 @@ def test_states_and_time_left(tmp_path):
     assert "stopped, last step 0:01:40 ago" in shown(write_run(tmp_path / "b", of=60, alive=False))
 
 
+def test_a_run_is_finished_when_its_last_step_is_measured(tmp_path):
+    """Red if watching could end before the last row is written."""
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text(json.dumps(row(10)) + "\n")
+    assert "running" in shown(folder)
+
+
 def test_the_lock_is_left_alone(tmp_path):
     """Red if a look could make a run that starts at that moment believe that its folder is in use."""
     folder = write_run(tmp_path / "run", of=60, alive=False)
