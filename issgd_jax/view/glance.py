@@ -21,6 +21,8 @@ from issgd_jax.view.tail import Tail
 _FRESH_SECONDS = 3.0
 # Intervals between rows of which rates are medians: those in which something is compiled are left out.
 _INTERVALS = 8
+# Rows that are enough for any curve: one of 20,000 would cost a third of a core.
+_MOST_ROWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Glance:
 
     Attributes:
       folder: of the run.
-      rows: of metrics.
+      rows: of metrics; of a long run evenly some, and the last.
       progress: how far it is; None: not known yet.
       cluster: status of the workers on a cluster, see `cluster.status.describe`; None without one.
       cluster_seconds: age of that status.
@@ -95,7 +97,7 @@ def look(folder: pathlib.Path, tail: Tail) -> Glance:
     """
     seen = Glance(folder)
     try:
-        seen = dataclasses.replace(seen, rows=tail.read())
+        seen = dataclasses.replace(seen, rows=_thinned(tail.read()))
         seen = dataclasses.replace(seen, progress=status.progress(folder))
         cluster, seconds = _cluster(folder)
         return dataclasses.replace(
@@ -103,6 +105,11 @@ def look(folder: pathlib.Path, tail: Tail) -> Glance:
         )
     except InputError as error:
         return dataclasses.replace(seen, problem=str(error))
+
+
+def _thinned(rows: list[dict]) -> list[dict]:
+    last = rows[-_INTERVALS - 1 :]
+    return rows[: -len(last) : 1 + len(rows) // _MOST_ROWS] + last if rows else []
 
 
 def _cluster(folder: pathlib.Path) -> tuple[dict | None, float]:
