@@ -7,6 +7,8 @@ from collections.abc import Sequence
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 # For terminals that have no such characters.
 _ASCII = " .:-=+*#%@"
+# Share of the values by which they must differ to be drawn at different heights: rounding is no news.
+_FLAT = 1e-3
 
 
 def curve(
@@ -49,11 +51,13 @@ def curve(
         return [" " * width] * height
     blocks = _ASCII if ascii_only else _BLOCKS
     low, high, levels = min(known), max(known), len(blocks) - 1
+    if high - low <= _FLAT * (1 if log else max(abs(low), abs(high))):
+        high = math.inf
     last_place = max(place for place, mean in enumerate(means) if mean is not None)
     ranks, rank = [], 0
     for place, mean in enumerate(means):
         if mean is not None:
-            rank = 1 + round((mean - low) / ((high - low) or 1) * (height * levels - 1))
+            rank = 1 + round((mean - low) / (high - low) * (height * levels - 1))
         ranks.append(rank if place <= last_place else 0)
     return [
         "".join(blocks[min(levels, max(0, rank - line * levels))] for rank in ranks) for line in reversed(range(height))

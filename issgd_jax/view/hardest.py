@@ -80,7 +80,7 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
       run: folder of the run.
       k: number of examples, at most as many as have a score.
       by: `last`, the scores at the end of the run; `mean`, the mean over its checkpoints, each example's over those in
-        which it has a score: keep many of them, such as 16 (checkpoint.every_steps, checkpoint.keep).
+        which it has a score: let the run keep many (checkpoint.every_steps, checkpoint.keep), evenly over its steps.
       data_dir: folder of TFDS, where the data is no longer where the run found it; None: as the run.
 
     Raises:
@@ -99,9 +99,15 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
     config = workdir.read_record(folder)["config"]
     if by not in (LAST, MEAN):
         raise InputError(f"by must be {LAST} or {MEAN}, got {by!r}")
-    stores = _last(folder, config) if by == LAST else _checkpointed(folder)
+    with records.parsing(folder / workdir.CONFIG_FILE, "repair it"):
+        is_uniform = config["proposal"]["name"] == "uniform"
+    if is_uniform:
+        raise InputError(f"{folder} drew uniformly and has no scores: train with another --config.proposal.name")
+    stores = _last(folder) if by == LAST else _checkpointed(folder)
     score, scored_at = _mean(list(stores.values()))
     known = int((scored_at != NEVER).sum())
+    if not known:
+        raise InputError(f"no example of {folder} has a score yet: wait for the first round of scoring")
     if not 1 <= k <= known:
         raise InputError(f"k must be between 1 and {known:,}, the examples that have a score, got {k:,}")
     order = np.argsort(np.where(scored_at == NEVER, np.inf, -score), kind="stable")[:k]
@@ -137,14 +143,10 @@ def grid(found: Hardest) -> Figure:
     return figure
 
 
-def _last(folder: pathlib.Path, config: dict) -> dict[int, ScoreStore]:
+def _last(folder: pathlib.Path) -> dict[int, ScoreStore]:
     """Returns {step: scores} at the end of the run."""
     path = folder / workdir.SCORES_FILE
     if not path.is_file():
-        with records.parsing(folder / workdir.CONFIG_FILE, "repair it"):
-            is_uniform = config["proposal"]["name"] == "uniform"
-        if is_uniform:
-            raise InputError(f"{folder} drew uniformly and has no scores: train with another --config.proposal.name")
         raise InputError(
             f"{folder} has no {workdir.SCORES_FILE} yet, which a run writes at its end: wait for it, or use --by={MEAN}"
         )

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from issgd_jax.errors import InputError
 from issgd_jax.task import data
 from issgd_jax.view.hardest import grid, hardest
 from tests.view.helpers import write_checkpoint, write_run, write_scores
@@ -63,7 +64,7 @@ def spoil_config(folder, **values):
         (lambda run: None, {"k": N + 1}, "got 1,438"),
         (lambda run: None, {"by": "median"}, "by must be last or mean"),
         (lambda run: None, {"by": "mean"}, "has no checkpoint with scores: wait for the first"),
-        (lambda run: write_scores(run, 0 * SCORE, STEP * 0 - 1), {}, "k must be between 1 and 0"),
+        (lambda run: write_scores(run, 0 * SCORE, STEP * 0 - 1), {}, "has a score yet: wait for the first round"),
         (lambda run: (run / "scores.npz").unlink(), {}, "has no scores.npz yet, which a run writes at its end"),
         (lambda run: (run / "scores.npz").write_bytes(b"PK"), {}, "is not a file of scores"),
         (lambda run: (run / "config.json").write_text("{}"), {}, "config.json cannot be read"),
@@ -73,8 +74,6 @@ def spoil_config(folder, **values):
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_one_readable_error(spoil, arguments, message, run):
-    from issgd_jax.errors import InputError
-
     spoil(run)
     with pytest.raises(InputError) as error:
         hardest(run, **arguments)
@@ -84,8 +83,9 @@ def test_what_cannot_be_had_is_one_readable_error(spoil, arguments, message, run
 def test_a_uniform_run_has_no_scores(run):
     (run / "scores.npz").unlink()
     spoil_config(run, proposal__name="uniform")
-    with pytest.raises(Exception, match="drew uniformly and has no scores"):
-        hardest(run)
+    for by in ("last", "mean"):
+        with pytest.raises(InputError, match="drew uniformly and has no scores"):
+            hardest(run, by=by)
 
 
 def test_examples_of_a_problem_of_the_users_own(run, run_command):

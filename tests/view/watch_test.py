@@ -183,6 +183,8 @@ def test_ctrl_c_ends_it_quietly_and_shows_the_cursor_again():
         ([None, 1.0, None, 2.0], " ▁▁█"),
         ([], ""),
         ([0.0, 100.0, 1.0], "▁█▁"),
+        ([1.0, 1.0001], "▁▁"),
+        ([0.0, 0.0], "▁▁"),
     ],
 )
 def test_curves(values, drawn):
@@ -190,3 +192,7 @@ def test_curves(values, drawn):
     width = len(drawn) or 1
     (line,) = curve(range(len(values)), values, last_step=len(values) - 1, width=width, log=True)
     assert line == (drawn or " ")
+
+
+def test_equal_values_are_a_flat_line():
+    assert curve([0, 1], [0.0, 0.0], last_step=1, width=2) == curve([0, 1], [3.0, 3.0], last_step=1, width=2) == ["▁▁"]
