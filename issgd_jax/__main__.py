@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+import os
 import pathlib
+import signal
 import sys
 
 import issgd_jax
@@ -34,7 +36,12 @@ examples:
 def main() -> None:
     """Runs the command that the arguments name; errors that the user can correct are printed as one line."""
     with ending_at_interrupt():
-        _main(*(sys.argv[1:] or ["--help"]))
+        try:
+            _main(*(sys.argv[1:] or ["--help"]))
+            sys.stdout.flush()
+        except BrokenPipeError:  # as `| head` leaves it, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
 
 def _main(command: str, *arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_the_modules_and_the_installed_program_are_one(run_command):
 def test_a_mistake_is_one_readable_line(arguments, message, run_command):
     code, text = run_command(*arguments)
     assert code == 1 and text.endswith(message) and text.count("\n") == 1
+
+
+def test_a_reader_that_ends_early_sees_no_traceback():
+    """Red if `issgd-jax ... | head` prints one."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "issgd_jax"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 141 and not done.stderr
 
 
 def test_train_runs_the_program(tmp_path, run_command):
