@@ -103,7 +103,7 @@ def look(folder: pathlib.Path, tail: Tail) -> Glance:
         return dataclasses.replace(
             seen, cluster=cluster, cluster_seconds=seconds, class_shares=examples.class_shares(folder)
         )
-    except InputError as error:
+    except (InputError, OSError) as error:
         return dataclasses.replace(seen, problem=str(error))
 
 

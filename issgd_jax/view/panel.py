@@ -30,6 +30,8 @@ _OVERVIEW = {
     "error": ("test/error", "{:.1%}"),
     "gain": ("variance/gain", "{:.1f}"),
 }
+_STARTING = "no row of metrics yet: it compiles, or makes its first measurement"
+_MISSING = "no run here yet: it is shown when it starts"
 _MAX_WORKERS, _MAX_CLASSES = 8, 3
 # Columns of a terminal below which values alone are shown, without those they began with.
 _NARROW = 60
@@ -66,11 +68,10 @@ def panel(glance: Glance, *, width: int, height: int = 1) -> Panel:
     parts: list[RenderableType] = [_progress(glance, width)]
     if glance.problem:
         parts.append(Text(glance.problem, style="red"))
-    elif not glance.rows:
-        parts.append(Text("no row of metrics yet: it compiles, or makes its first measurement" if glance.progress
-                          else "no run here yet: it is shown when it starts", style="dim"))  # fmt: skip
-    else:
+    if glance.rows:
         parts += [_curves(glance, width, height), *_facts(glance)]
+    elif not glance.problem:
+        parts.append(Text(_STARTING if glance.progress else _MISSING, style="dim"))
     if glance.cluster:
         parts += _cluster(glance)
     title = Text(str(glance.folder), style="bold", overflow="ellipsis", no_wrap=True)
