@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from experiments.benchmarks.environment import save_results
 from experiments.configs import digits, fashion_mnist
 from experiments.paper import results
-from issgd_jax.provenance import git_commit, versions
+from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, wiring
 from issgd_jax.task.images import ImageProblem, make_problem
 
@@ -168,7 +168,6 @@ def main():
                 "n": len(by_seed),
                 "seeds": list(range(len(by_seed))),
                 "steps": TRIALS[data].steps,
-                "git_commit": git_commit(),
                 "precision": {
                     ranking: {k: [of_seed[ranking][k] for of_seed in by_seed] for k in by_seed[0][ranking]}
                     for ranking in by_seed[0]
