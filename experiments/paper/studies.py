@@ -236,6 +236,15 @@ def _peers() -> dict[str, Arm]:
     return arms
 
 
+def _uniform_shares() -> dict[str, Arm]:
+    """Returns evenly spaced visits with v from nearly the expected norm alone to nearly constant."""
+    arms = {"uniform": Arm("SGD, i.i.d.", _UNIFORM | {"learner.draw": "independent"})}
+    for share in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        overrides = _STRIDE | _REFRESH_ONLY | {"proposal.uniform_fraction": share}
+        arms[f"share_{share:g}"] = Arm(f"evenly spaced visits, uniform share {share:g}", overrides)
+    return arms
+
+
 STUDIES = {
     "svhn": Study(
         # The paper's network, momentum, batch, chunk and cadence: three workers with 2,048 examples in 32 steps.
@@ -270,6 +279,12 @@ STUDIES = {
         learning_rates=(0.01, 0.02, 0.05, 0.1),
         data=("fashion_mnist", "svhn", "digits"),
         on_data={"digits": {"model.transformer.patch_size": 2, "eval_every": 50}},
+    ),
+    "uniform_share": Study(
+        base={},
+        arms=_uniform_shares(),
+        learning_rates=(0.05,),  # where shares differ; at lower rates none does better than SGD
+        data=("digits",),
     ),
     "staleness": Study(
         base={"steps": 2000, "eval_every": 200},
