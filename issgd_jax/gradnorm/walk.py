@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from issgd_jax.gradnorm import algebra, rules
+from issgd_jax.gradnorm import algebra, convolution, rules
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.jaxprs import UnknownEquationError, read
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
@@ -55,6 +55,12 @@ class Analysis:
     def of(self, atom) -> Sizes:
         """Returns the sizes of a variable's terms, None if it can only be an array."""
         return None if isinstance(atom, Literal) else self.sizes.get(atom)
+
+    @functools.cached_property
+    def has_convolution(self) -> bool:
+        """Whether there is a convolution that has a rule, in inner jaxprs too."""
+        here = any(eqn.primitive.name == convolution.NAME and eqn.outvars[0] in self.sizes for eqn in self.jaxpr.eqns)
+        return here or any(within.has_convolution for within in itertools.chain(*self.inner.values()))
 
     def _note(self, variables, sizes):
         self.sizes |= {var: size for var, size in zip(variables, sizes) if size is not None}
@@ -101,15 +107,20 @@ def evaluate(analysis: Analysis, wants: tuple[Want, ...], inputs: list) -> list:
     for index, outs in needed.items():
         eqn = analysis.jaxpr.eqns[index]
         operands = [read(atom) for atom in eqn.invars]
-        if FACTORED in outs:
-            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, analysis.inner[index])
+        inner = analysis.inner.get(index, [])
+        if FACTORED in outs or any(within.has_convolution for within in inner):
+            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, inner)
+        elif eqn.primitive.name == convolution.NAME and eqn.outvars[0] in analysis.sizes:
+            results = convolution.convolve(
+                eqn, functools.partial(_bind, analysis.jaxpr, eqn), *map(algebra.form, operands)
+            )
         else:
-            results = _bind(analysis.jaxpr, eqn, operands)
+            results = _bind(analysis.jaxpr, eqn, *operands)
         values |= zip(eqn.outvars, results)
     return [read(atom) if want else None for atom, want in zip(analysis.jaxpr.outvars, wants)]
 
 
-def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
+def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, *operands) -> list:
     """Evaluates one equation unchanged."""
     arrays = {atom: x for atom, x in zip(eqn.invars, operands) if not isinstance(atom, Literal)}
     alone = jaxpr.replace(constvars=[], invars=[*arrays], outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
