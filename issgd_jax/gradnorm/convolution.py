@@ -1,6 +1,6 @@
 """Convolutions that are evaluated as arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import jax
 from jax.extend.core import JaxprEqn
@@ -9,6 +9,11 @@ from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.rules import ARRAY, RULES
 
 NAME = "conv_general_dilated"
+
+
+def has_rule(eqn: JaxprEqn, sizes: Container) -> bool:
+    """Returns whether an equation is a convolution with a rule that covers it, by the variables that have sizes."""
+    return eqn.primitive.name == NAME and eqn.outvars[0] in sizes
 
 
 def convolve(eqn: JaxprEqn, bind: Callable[..., list], *operands: jax.Array) -> list[jax.Array]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from issgd_jax.gradnorm.mapping import varying_like
+
 # Largest number of uses in a block: the products of two blocks fit a CPU's cache.
 BLOCK = 256
 
@@ -50,7 +52,8 @@ def sum_over_pairs(products: Callable[[Any, Any], jax.Array], first: Any, second
 
     shape = jax.eval_shape(products, _cut(first, 0, size), _cut(other, 0, other_size))
     blocks = rows, columns, counts.astype(shape.dtype)
-    return lax.scan(lambda total, block: (add(total, block), None), jnp.zeros(shape.shape, shape.dtype), blocks)[0]
+    start = varying_like(jnp.zeros(shape.shape, shape.dtype), (first, other))
+    return lax.scan(lambda total, block: (add(total, block), None), start, blocks)[0]
 
 
 def num_pairs(num_first: int, num_second: int | None = None) -> int:

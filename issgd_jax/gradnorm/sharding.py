@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
+from issgd_jax.gradnorm.mapping import varying_like
 from issgd_jax.gradnorm.tracing import positions_of_params
 
 NOTE = (
@@ -46,6 +47,7 @@ def in_auto_axes(
       argnums: Positions of the parameters among args.
       results: The layout of each result, from those of the arguments.
     """
+    arguments = varying_like(arguments, arguments)  # under shard_map, as each example's gradient does
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments)]
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:

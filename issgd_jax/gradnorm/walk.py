@@ -31,6 +31,7 @@ class Analysis:
       jaxpr: The jaxpr, without constants.
       sizes: Sizes of the terms of each variable that can be factored.
       inner: For the index of each equation that has a rule, the analyses of the jaxprs inside it.
+      has_convolution: Whether there is a convolution that has a rule, in inner jaxprs too.
       unknown: Why equations that have a rule are evaluated unchanged, those in inner jaxprs included.
     """
 
@@ -38,6 +39,7 @@ class Analysis:
         self.jaxpr = jaxpr
         self.sizes: dict[Var, Sizes] = {}
         self.inner: dict[int, list[Analysis]] = {}
+        self.has_convolution = False
         self.unknown: set[str] = set()
         self._plans: dict = {}
         self._note(jaxpr.invars, in_sizes or [None] * len(jaxpr.invars))
@@ -51,16 +53,12 @@ class Analysis:
                 sizes, self.inner[index] = rule.sizes(eqn, [self.of(atom) for atom in eqn.invars])
                 self.unknown.update(*(analysis.unknown for analysis in self.inner[index]))
                 self._note(eqn.outvars, sizes)
+                self.has_convolution |= convolution.has_rule(eqn, self.sizes)
+                self.has_convolution |= any(analysis.has_convolution for analysis in self.inner[index])
 
     def of(self, atom) -> Sizes:
         """Returns the sizes of a variable's terms, None if it can only be an array."""
         return None if isinstance(atom, Literal) else self.sizes.get(atom)
-
-    @functools.cached_property
-    def has_convolution(self) -> bool:
-        """Whether there is a convolution that has a rule, in inner jaxprs too."""
-        here = any(eqn.primitive.name == convolution.NAME and eqn.outvars[0] in self.sizes for eqn in self.jaxpr.eqns)
-        return here or any(within.has_convolution for within in itertools.chain(*self.inner.values()))
 
     def _note(self, variables, sizes):
         self.sizes |= {var: size for var, size in zip(variables, sizes) if size is not None}
@@ -110,7 +108,7 @@ def evaluate(analysis: Analysis, wants: tuple[Want, ...], inputs: list) -> list:
         inner = analysis.inner.get(index, [])
         if FACTORED in outs or any(within.has_convolution for within in inner):
             results = RULES[eqn.primitive.name].apply(eqn, outs, operands, inner)
-        elif eqn.primitive.name == convolution.NAME and eqn.outvars[0] in analysis.sizes:
+        elif convolution.has_rule(eqn, analysis.sizes):
             results = convolution.convolve(
                 eqn, functools.partial(_bind, analysis.jaxpr, eqn), *map(algebra.form, operands)
             )
