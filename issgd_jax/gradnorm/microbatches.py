@@ -33,7 +33,7 @@ def in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bo
         return jax.tree.map(jnp.add, totals, sums) if has_sums else None, outputs
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))[1] if has_sums else None
-    zeros = varying_like(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), batch)
+    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), shapes)
     sums, outputs = lax.scan(one_chunk, zeros, chunks)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole == num_examples:

@@ -52,7 +52,7 @@ def sum_over_pairs(products: Callable[[Any, Any], jax.Array], first: Any, second
 
     shape = jax.eval_shape(products, _cut(first, 0, size), _cut(other, 0, other_size))
     blocks = rows, columns, counts.astype(shape.dtype)
-    start = varying_like(jnp.zeros(shape.shape, shape.dtype), (first, other))
+    start = varying_like(jnp.zeros(shape.shape, shape.dtype), shape)
     return lax.scan(lambda total, block: (add(total, block), None), start, blocks)[0]
 
 

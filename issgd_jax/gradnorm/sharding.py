@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
-from issgd_jax.gradnorm.mapping import varying_like
+from issgd_jax.gradnorm.mapping import varying_axes, varying_like
 from issgd_jax.gradnorm.tracing import positions_of_params
 
 NOTE = (
@@ -47,13 +47,26 @@ def in_auto_axes(
       argnums: Positions of the parameters among args.
       results: The layout of each result, from those of the arguments.
     """
-    arguments = varying_like(arguments, arguments)  # under shard_map, as each example's gradient does
+    args, *others = arguments
+    positions = positions_of_params(argnums, len(args))
+    batch = [arg for i, arg in enumerate(args) if i not in positions]
+    _check_axes([args[i] for i in positions], batch)
+    # Otherwise the gradient of each example would be added to those of the other shards of a shard_map.
+    args = tuple(varying_like(arg, batch) if i in positions else arg for i, arg in enumerate(args))
+    arguments = args, *others
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments)]
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return run(*arguments)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
-    layouts = _layouts(mesh, arguments[0], argnums)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), [specs[i] for i in positions])
+    leading = [spec[0] for i, arg in enumerate(specs) if i not in positions for spec in jax.tree.leaves(arg) if spec]
+    examples = next((axes for axes in leading if axes is not None), None)
+    layouts = Layouts(
+        params[0] if isinstance(argnums, numbers.Integral) else tuple(params),
+        NamedSharding(mesh, PartitionSpec(examples)),
+    )
     try:
         return auto_axes(run, axes=axes, out_sharding=results(layouts))(*arguments)
     except Exception as error:
@@ -62,12 +75,14 @@ def in_auto_axes(
         raise
 
 
-def _layouts(mesh, args: tuple, argnums: int | Sequence[int]) -> Layouts:
-    positions = positions_of_params(argnums, len(args))
-    specs = [jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arg) for arg in args]
-    batch = [spec[:1] for i, tree in enumerate(specs) if i not in positions for spec in jax.tree.leaves(tree)]
-    first = next((axes for spec in batch for axes in spec if axes is not None), None)
-    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), [specs[i] for i in positions])
-    return Layouts(
-        params[0] if isinstance(argnums, numbers.Integral) else tuple(params), NamedSharding(mesh, PartitionSpec(first))
-    )
+def _check_axes(params: Any, batch: Any) -> None:
+    """Raises ValueError where the types within a `shard_map` do not tell over which axes the examples are spread."""
+    params, batch = ([varying_axes(x) for x in jax.tree.leaves(tree)] for tree in (params, batch))
+    for axis in frozenset().union(*batch):
+        of_params, of_batch = ({axis in axes for axes in leaves} for leaves in (params, batch))
+        if False in of_params and len(of_params) + len(of_batch) > 2:
+            raise ValueError(
+                f"within shard_map, the axis {axis!r} shards some leaves of params and batch and not others: all of "
+                f"the batch must vary over the axes of its examples, see jax.lax.pcast(x, {axis!r}, to='varying'), and "
+                "of params all or none; or pass check_vma=False to shard_map, which then adds up no gradients itself"
+            )

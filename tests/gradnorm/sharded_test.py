@@ -100,14 +100,13 @@ def test_kernels_that_are_normalised():
 
 def test_shard_map_with_its_checks(monkeypatch):
     """Red if the type of an intermediate does not say over which axis it varies."""
-    convnet, params, *batch = model_problem("convnet", BATCH_SIZE)
-    tokens = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
+    params, *batch = convolution_problem()
+    params["w"] = np.cos(np.arange(60, dtype=np.float32)).reshape(3, 20)
 
-    def loss_fn(params, image, label):  # and a matrix of 4 uses, in blocks of 3, in microbatches
-        return convnet(params["net"], image, label) + jnp.sum(jnp.tanh((image[0, 0, 0] + tokens) @ params["w"]))
+    def loss_fn(params, image, label):  # in microbatches; the matrix has 4 uses, in blocks of 3
+        return normalized_convolution(params, image, label) + jnp.sum(jnp.tanh(image[0, :4] @ params["w"]))
 
     monkeypatch.setattr("issgd_jax.gradnorm.pairs.BLOCK", 3)
-    params = {"net": params, "w": jnp.cos(jnp.arange(60.0)).reshape(3, 20)}
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     @jax.jit
@@ -127,6 +126,37 @@ def test_shard_map_with_its_checks(monkeypatch):
     np.testing.assert_allclose(alone, norms, rtol=1e-6)
     expected = clipped_grad(loss_fn, max_norm=1.0)(params, *batch)[1]
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-6), clipped, expected)
+
+
+def test_matrices_in_parts_under_shard_map():
+    """Red if what all parts share, the bias, gets a part of its gradient, or one that is added up over the examples."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 6), "v": (6, 3), "bias": (3,)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    parts = {"w": P(None, "model"), "v": P("model"), "bias": P()}
+    x = rng.normal(size=(BATCH_SIZE, 4)).astype(np.float32)
+
+    def loss_fn(params, x, total=lambda y: y):
+        return jnp.sum(jnp.tanh(total(jnp.tanh(x @ params["w"]) @ params["v"]) + params["bias"]))
+
+    def step(params, importance_weights, x):
+        in_parts = functools.partial(loss_fn, total=lambda y: jax.lax.psum(y, "model"))
+        grad_fn = value_grad_and_norms(in_parts, squared=True, per_leaf=True, microbatch_size=2)
+        _, gradient, squares = grad_fn(params, importance_weights, x)
+        return (
+            jax.lax.pmean(gradient, "data"),
+            jax.lax.psum((squares["w"], squares["v"]), "model"),
+            jax.lax.pmean(squares["bias"], "model"),
+        )
+
+    def sharded(x_spec):
+        specs = {"in_specs": (parts, P("data"), x_spec), "out_specs": (parts, P("data"), P("data"))}
+        return jax.jit(jax.shard_map(step, mesh=mesh_of(AxisType.Auto), **specs))(params, WEIGHTS, x)
+
+    gradient, squares, of_bias = sharded(P("data"))
+    check_close(gradient, np.sqrt(sum(map(np.asarray, (*squares, of_bias)))), loop(loss_fn, params, x))
+    with pytest.raises(ValueError, match="axis 'model' shards some leaves of params"):
+        sharded(P("data", "model"))
 
 
 def test_clipping_over_explicit_axes_and_what_a_loss_cannot_do_there():
