@@ -18,6 +18,8 @@ from issgd_jax.gradnorm.mapping import varying_like
 
 # Largest number of uses in a block: the products of two blocks fit a CPU's cache.
 BLOCK = 256
+# Uses of so few blocks are one block: a quarter of the products is less than what a loop takes.
+FEW_BLOCKS = 2
 
 
 def sum_over_pairs(products: Callable[[Any, Any], jax.Array], first: Any, second: Any | None = None) -> jax.Array:
@@ -30,7 +32,7 @@ def sum_over_pairs(products: Callable[[Any, Any], jax.Array], first: Any, second
       second: Pytree of arrays [K, T, ...]; None: pairs of the rows of `first` with each other.
 
     Guarantees:
-      No array of S × T is made if either is larger than BLOCK, nor by the derivative.
+      No array of S × T is made if either is larger than two BLOCKs, nor by the derivative.
 
     Example:
       >>> a, b = jnp.ones((1, 600, 2)), jnp.full((1, 300, 2), 2.0)
@@ -39,7 +41,7 @@ def sum_over_pairs(products: Callable[[Any, Any], jax.Array], first: Any, second
       (720000.0, 720000.0)
     """
     num_first, num_second = _num_rows(first), _num_rows(first if second is None else second)
-    if max(num_first, num_second) <= BLOCK:
+    if _num_blocks(num_first) == _num_blocks(num_second) == 1:
         return products(first, first if second is None else second)
     first, size = _padded(first, num_first)
     other, other_size = (first, size) if second is None else _padded(second, num_second)
@@ -76,7 +78,8 @@ def _blocks(num_first: int, num_second: int | None) -> tuple[np.ndarray, np.ndar
 
 
 def _num_blocks(num_rows: int) -> int:
-    return max(1, -(-num_rows // BLOCK))
+    blocks = -(-num_rows // BLOCK)
+    return blocks if blocks > FEW_BLOCKS else 1
 
 
 def _block_size(num_rows: int) -> int:

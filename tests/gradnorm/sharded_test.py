@@ -103,10 +103,10 @@ def test_shard_map_with_its_checks(monkeypatch):
     params, *batch = convolution_problem()
     params["w"] = np.cos(np.arange(60, dtype=np.float32)).reshape(3, 20)
 
-    def loss_fn(params, image, label):  # in microbatches; the matrix has 4 uses, in blocks of 3
+    def loss_fn(params, image, label):  # in microbatches; the matrix has 4 uses, in 4 blocks
         return normalized_convolution(params, image, label) + jnp.sum(jnp.tanh(image[0, :4] @ params["w"]))
 
-    monkeypatch.setattr("issgd_jax.gradnorm.pairs.BLOCK", 3)
+    monkeypatch.setattr("issgd_jax.gradnorm.pairs.BLOCK", 1)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
     @jax.jit
