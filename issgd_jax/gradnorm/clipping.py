@@ -12,6 +12,7 @@ from issgd_jax.gradnorm.arguments import check_key
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.norms import assemble, hashable
+from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
 from issgd_jax.gradnorm.sums import sums_by_norms
 from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 
@@ -102,7 +103,7 @@ def clipped_grad(
 
 @cached
 def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed, nonfinite):
-    def clipped_grad(*args, amounts, key, noise_key, mask):
+    def run(args, amounts, key, noise_key, mask):
         max_norm, normalize_by, noise_multiplier = amounts
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         _check_mask(mask, loss.batch_size)
@@ -120,6 +121,9 @@ def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size,
             sensitivity = max_norm * math.sqrt(len(sums)) if per_leaf else max_norm
             sums = _with_noise(sums, noise_multiplier * sensitivity / divisor, noise_key)
         return assemble(loss, outputs, sums, has_aux, squared, per_leaf)
+
+    def clipped_grad(*args, amounts, key, noise_key, mask):
+        return in_auto_axes(run, (args, amounts, key, noise_key, mask), argnums, like_arguments)
 
     return clipped_grad
 

@@ -157,7 +157,7 @@ def _explain(loss_fn, tree, shapes, argnums, has_aux: bool, keyed: bool) -> Expl
 def _row(name: str, batched) -> Row:
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batched)
     if not isinstance(x, Factored):
-        square = cost.Cost(2 * x.size, x.size)
+        square = cost.Cost(2 * x.size, x.size, x.size)
         return Row(name, x.shape, "formed", None, None, None, None, *_amounts(square, square))
     formed = cost.cost_of_forming(x)
     chosen = cost.cost_of_gram(x) if cost.by_gram(x) else formed

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
 from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, squares, underflow
+from issgd_jax.gradnorm.pairs import sum_over_pairs
 
 # Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
 # float32 would exceed a relative error of 1e-5.
@@ -56,8 +58,8 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
                 alone = jnp.square(scaled_norm(first, x))
                 total, absolute = total + alone, absolute + alone
             else:
-                products = _left_products(first, second, x), _right_products(first, second, x)
-                both = (1 if a == b else 2) * _sums(*products, x)
+                pairs = (_rows(first, x),) if a == b else (_rows(first, x), _rows(second, x))
+                both = len(pairs) * sum_over_pairs(functools.partial(_sums, x, first.precision), *pairs)
                 total, absolute = total + both[0], absolute + both[1]
     least = sum(term.uses for term in x.terms) ** 2 * underflow(total.dtype)
     exact = jnp.isfinite(total) & (total >= least) & (total >= LEAST_SHARE * absolute)
@@ -115,17 +117,35 @@ def _factors(term: Term, x: Factored) -> list[list[jax.Array]]:
     return [algebra.left_slabs(term, x)[1], [algebra.right_factor(term, x)]]
 
 
-def _right_products(first: Term, second: Term, x: Factored) -> jax.Array:
-    """Returns <right_s, right_t> as [K, S, T]."""
-    factors = algebra.right_factor(first, x), algebra.right_factor(second, x)
-    return algebra.contract("ksj,ktj->kst", *factors, first.precision)
+class _Rows(NamedTuple):
+    """Uses of a term, arranged for inner products.
+
+    Attributes:
+      left: Parts of the left factor, each [K, T, I'].
+      index: i32[K, T], of a one-hot left factor, which then has no parts.
+      right: The right factor, [K, T, J].
+    """
+
+    left: tuple[jax.Array, ...]
+    index: jax.Array | None
+    right: jax.Array
 
 
-def _sums(left: jax.Array, right: jax.Array, x: Factored) -> jax.Array:
-    """Returns Σ l·r and Σ |l·r| of inner products l, r [K, S, T]; |l|, |r| count as what may have underflowed in them.
+def _rows(term: Term, x: Factored) -> _Rows:
+    right = algebra.right_factor(term, x)
+    if isinstance(term.left, OneHot):
+        return _Rows((), term.left.arrange(x.axes("k")), right)
+    order, slabs = algebra.left_slabs(term, x)
+    return _Rows(tuple(jnp.einsum(f"{order}->kti", slab) for slab in slabs), None, right)
+
+
+def _sums(x: Factored, precision: Any, first: _Rows, second: _Rows) -> jax.Array:
+    """Returns Σ l·r and Σ |l·r| of inner products l, r of all pairs; |l|, |r| count as what may have underflowed.
 
     Both by one reduction, which XLA fuses with the products; two would write them to memory.
     """
+    left = _left_products(first, second, precision)
+    right = algebra.contract("ksj,ktj->kst", first.right, second.right, precision)
     dtype = jnp.promote_types(left.dtype, right.dtype)
     least = max(x.size("l"), x.size("r")) * underflow(dtype) / LEAST_SHARE
     signs, floors = (jnp.asarray(r, dtype).reshape(2, *(1 for _ in right.shape)) for r in ([1, -1], [-jnp.inf, least]))
@@ -133,20 +153,17 @@ def _sums(left: jax.Array, right: jax.Array, x: Factored) -> jax.Array:
     return jnp.sum(left * right, axis=range(1, left.ndim))
 
 
-def _left_products(first: Term, second: Term, x: Factored) -> jax.Array:
+def _left_products(first: _Rows, second: _Rows, precision: Any) -> jax.Array:
     """Returns <left_s, left_t> as [K, S, T]."""
-    shared = x.axes("k")
-    if isinstance(first.left, OneHot) and isinstance(second.left, OneHot):
-        return first.left.arrange(shared)[:, :, None] == second.left.arrange(shared)[:, None, :]
-    if isinstance(second.left, OneHot):
-        rows = first.left.arrange(shared, first.left.uses(), x.axes("l"))
-        return jnp.take_along_axis(rows, second.left.arrange(shared)[:, None, :], axis=2)
-    if isinstance(first.left, OneHot):
-        return jnp.swapaxes(_left_products(second, first, x), 1, 2)
-    order, slabs = algebra.left_slabs(first, x)
-    _, others = algebra.left_slabs(second, x)
-    equation = f"{order.replace('t', 's')},{order}->kst"
-    return sum(algebra.contract(equation, s, t, first.precision) for s, t in zip(slabs, others, strict=True))
+    if first.index is not None and second.index is not None:
+        return first.index[:, :, None] == second.index[:, None, :]
+    if second.index is not None:
+        (rows,) = first.left
+        return jnp.take_along_axis(rows, second.index[:, None, :], axis=2)
+    if first.index is not None:
+        return jnp.swapaxes(_left_products(second, first, precision), 1, 2)
+    parts = zip(first.left, second.left, strict=True)
+    return sum(algebra.contract("ksi,kti->kst", s, t, precision) for s, t in parts)
 
 
 def _summed_rows(term: Term, x: Factored) -> jax.Array:

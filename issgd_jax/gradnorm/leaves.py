@@ -85,7 +85,7 @@ def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_exampl
         return (_form_all if is_small else _form_and_check)(gradient, coefficients)
     bytes_of_forming = cost.bytes_of_forming(example)
     size = max(1, formed_bytes() // bytes_of_forming)
-    if cost.by_gram(example):
+    if cost.by_gram(example, coefficients is not None):
         return _gram_norms(gradient, example, size), weighted_sum(gradient, coefficients)
     if num_examples * bytes_of_forming <= SMALL_BYTES:
         return _form_all(gradient, coefficients)

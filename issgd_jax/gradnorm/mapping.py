@@ -22,6 +22,22 @@ def map_examples(function: Callable[..., Any], batch: Any, *, batch_size: int | 
     return lax.map(function, batch)
 
 
+def varying_axes(tree: Any) -> frozenset[str]:
+    """Returns the axes of a `shard_map` over which an array of a pytree varies."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+
+def varying_like(tree: Any, like: Any) -> Any:
+    """Returns arrays whose types say that they vary over the axes of a `shard_map` over which one of `like` does."""
+    axes = varying_axes(like)
+
+    def varying(x):
+        missing = tuple(axes - varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(varying, tree) if axes else tree
+
+
 def why_one_at_a_time(function: Callable[..., Any], batch: Any) -> str | None:
     """Returns why JAX cannot batch a function that it can trace, None if it can."""
     try:

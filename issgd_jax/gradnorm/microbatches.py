@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from issgd_jax.gradnorm.mapping import varying_like
 from issgd_jax.gradnorm.tracing import TracedLoss
 
 # Memory for gradients that no rule covers; above it, the whole pass runs in microbatches.
@@ -32,7 +33,8 @@ def in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bo
         return jax.tree.map(jnp.add, totals, sums) if has_sums else None, outputs
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))[1] if has_sums else None
-    sums, outputs = lax.scan(one_chunk, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
+    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), shapes)
+    sums, outputs = lax.scan(one_chunk, zeros, chunks)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     if whole == num_examples:
         return outputs, sums

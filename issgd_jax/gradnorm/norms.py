@@ -12,6 +12,7 @@ from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.leaves import checked, norms_and_sum
 from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
+from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
 from issgd_jax.gradnorm.tracing import TracedLoss, positions_of_params, trace_loss, with_keys
 
 
@@ -77,13 +78,16 @@ def per_example_grad_norms(
 
 @cached
 def _norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
-    def norms(*args, key=None):
+    def run(args, key):
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         (_, aux, norms), _ = in_microbatches(
             lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or default_size(loss)
         )
         result = _combine(norms, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
+
+    def norms(*args, key=None):
+        return in_auto_axes(run, (args, key), argnums, lambda layouts: layouts.examples)
 
     return norms
 
@@ -139,8 +143,7 @@ def value_grad_and_norms(
 
 @cached
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
-    def value_grad_and_norms(params, importance_weights, *batch, key=None):
-        args = params, *batch
+    def run(args, importance_weights, key):
         positions = positions_of_params(argnums, len(args))
         check_weights(importance_weights, [x for i, x in enumerate(args) if i not in positions])
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
@@ -152,6 +155,9 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
             microbatch_size or default_size(loss),
         )
         return assemble(loss, outputs, sums, has_aux, squared, per_leaf)
+
+    def value_grad_and_norms(params, importance_weights, *batch, key=None):
+        return in_auto_axes(run, ((params, *batch), importance_weights, key), argnums, like_arguments)
 
     return value_grad_and_norms
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from issgd_jax.gradnorm.arguments import add_note, check_batch, check_key, check_params, dtype_of
-from issgd_jax.gradnorm.mapping import map_examples, why_one_at_a_time
+from issgd_jax.gradnorm.mapping import map_examples, varying_axes, why_one_at_a_time
 from issgd_jax.gradnorm.per_example import positional_key
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED
 from issgd_jax.gradnorm.walk import Analysis, evaluate
@@ -86,25 +87,38 @@ def trace_loss(loss_fn: Callable, args: tuple, argnums: int | Sequence[int], has
     batch = {i: arg for i, arg in enumerate(args) if i not in positions}
     check_params(params, positions)
     check_batch(batch)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], dtype_of(x)), batch)
+    example = jax.tree.map(_without_leading_axis, batch)
+
+    structures = []  # not `return_shape`, which fails for shapes that vary over the axes of a shard_map
 
     def value_and_grad(params, example):
         arguments = dict(zip(positions, params)) | example
         (loss, aux), gradient = jax.value_and_grad(_with_aux(loss_fn, has_aux, positions), argnums, has_aux=True)(
             *(arguments[i] for i in range(len(args)))
         )
+        structures[:] = jax.tree.structure(gradient), jax.tree.structure(aux)
         return loss, gradient, aux
 
-    closed, (_, gradient, aux) = jax.make_jaxpr(value_and_grad, return_shape=True)(params, example)
+    closed = jax.make_jaxpr(value_and_grad)(params, example)
+    params_tree, aux_tree = structures
     jaxpr = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
     return TracedLoss(
         analysis=Analysis(jaxpr),
         consts=list(closed.consts),
         params=jax.tree.leaves(params),
         batch=[x if hasattr(x, "dtype") else jnp.asarray(x) for x in jax.tree.leaves(batch)],
-        params_tree=jax.tree.structure(gradient),
-        aux_tree=jax.tree.structure(aux),
+        params_tree=params_tree,
+        aux_tree=aux_tree,
     )
+
+
+def _without_leading_axis(x) -> jax.ShapeDtypeStruct:
+    shape, dtype = jnp.shape(x)[1:], dtype_of(x)
+    if isinstance(x, jax.ShapeDtypeStruct) or not varying_axes(x):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = jax.typeof(x)
+    layout = NamedSharding(kind.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout, manual_axis_type=kind.manual_axis_type)
 
 
 def with_keys(

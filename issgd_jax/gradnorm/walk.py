@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from issgd_jax.gradnorm import algebra, rules
+from issgd_jax.gradnorm import algebra, convolution, rules
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.jaxprs import UnknownEquationError, read
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
@@ -31,6 +31,7 @@ class Analysis:
       jaxpr: The jaxpr, without constants.
       sizes: Sizes of the terms of each variable that can be factored.
       inner: For the index of each equation that has a rule, the analyses of the jaxprs inside it.
+      has_convolution: Whether there is a convolution that has a rule, in inner jaxprs too.
       unknown: Why equations that have a rule are evaluated unchanged, those in inner jaxprs included.
     """
 
@@ -38,6 +39,7 @@ class Analysis:
         self.jaxpr = jaxpr
         self.sizes: dict[Var, Sizes] = {}
         self.inner: dict[int, list[Analysis]] = {}
+        self.has_convolution = False
         self.unknown: set[str] = set()
         self._plans: dict = {}
         self._note(jaxpr.invars, in_sizes or [None] * len(jaxpr.invars))
@@ -51,6 +53,8 @@ class Analysis:
                 sizes, self.inner[index] = rule.sizes(eqn, [self.of(atom) for atom in eqn.invars])
                 self.unknown.update(*(analysis.unknown for analysis in self.inner[index]))
                 self._note(eqn.outvars, sizes)
+                self.has_convolution |= convolution.has_rule(eqn, self.sizes)
+                self.has_convolution |= any(analysis.has_convolution for analysis in self.inner[index])
 
     def of(self, atom) -> Sizes:
         """Returns the sizes of a variable's terms, None if it can only be an array."""
@@ -101,15 +105,20 @@ def evaluate(analysis: Analysis, wants: tuple[Want, ...], inputs: list) -> list:
     for index, outs in needed.items():
         eqn = analysis.jaxpr.eqns[index]
         operands = [read(atom) for atom in eqn.invars]
-        if FACTORED in outs:
-            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, analysis.inner[index])
+        inner = analysis.inner.get(index, [])
+        if FACTORED in outs or any(within.has_convolution for within in inner):
+            results = RULES[eqn.primitive.name].apply(eqn, outs, operands, inner)
+        elif convolution.has_rule(eqn, analysis.sizes):
+            results = convolution.convolve(
+                eqn, functools.partial(_bind, analysis.jaxpr, eqn), *map(algebra.form, operands)
+            )
         else:
-            results = _bind(analysis.jaxpr, eqn, operands)
+            results = _bind(analysis.jaxpr, eqn, *operands)
         values |= zip(eqn.outvars, results)
     return [read(atom) if want else None for atom, want in zip(analysis.jaxpr.outvars, wants)]
 
 
-def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list) -> list:
+def _bind(jaxpr: Jaxpr, eqn: JaxprEqn, *operands) -> list:
     """Evaluates one equation unchanged."""
     arrays = {atom: x for atom, x in zip(eqn.invars, operands) if not isinstance(atom, Literal)}
     alone = jaxpr.replace(constvars=[], invars=[*arrays], outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)

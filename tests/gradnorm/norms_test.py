@@ -66,7 +66,7 @@ def tied_problem(vocabulary=50, width=8, length=6, size=4):
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("name", [*models.MODELS, "tied"])
 def test_each_rule_is_exact_wherever_the_cheaper_one_would_be_taken(name, gram, monkeypatch):
-    monkeypatch.setattr("issgd_jax.gradnorm.cost.by_gram", lambda x: gram)
+    monkeypatch.setattr("issgd_jax.gradnorm.cost.by_gram", lambda *_: gram)
     loss_fn, params, *batch = tied_problem() if name == "tied" else model_problem(name, 5)
     importance_weights = np.linspace(0.5, 2, len(batch[0]), dtype=np.float32)
     losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
