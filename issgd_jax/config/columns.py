@@ -26,6 +26,8 @@ WITH_IMPORTANCE_SAMPLING = {
     "scores/staleness_max": "Age of the oldest score, in learner steps.",
     "scores/scored_fraction": "Share of the examples that have a score.",
     "scores/effective_sample_size": "Kish's effective size of a minibatch; the minibatch size for uniform draws.",
+    "scores/histogram": "List: how many scores lie below 2^-24, in each octave up to 2^8, and above.",
+    "scores/staleness_histogram": "List: how many scores are 0, 1, 2 to 3, 4 to 7, ... and at least 2^20 steps old.",
     "scores/rejected": "Scores discarded so far because they were NaN, infinite or negative.",
 }
 WITH_IMAGES = {

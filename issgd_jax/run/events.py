@@ -1,6 +1,7 @@
 """TensorBoard events of rows of metrics. Imports no jax."""
 
 import contextlib
+import itertools
 import pathlib
 import socket
 import struct
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 from issgd_jax.console import say
 from issgd_jax.errors import InputError
+from issgd_jax.run.histograms import EDGES, known_counts
 
 HARDEST = "scores/hardest"  # column of metrics with the examples that are shown
 
@@ -67,6 +69,11 @@ class Events:
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float)
         ]
+        values += [
+            Summary.Value(tag=name, histo=_histogram(counts, edges))
+            for name, edges in EDGES.items()
+            if (counts := known_counts(row, name))
+        ]
         if self._picture and row.get(HARDEST):
             png = self._picture(row[HARDEST])
             width, height = struct.unpack(">II", png[16:24])
@@ -80,3 +87,21 @@ class Events:
         if writer:
             with contextlib.suppress(OSError):  # logged when it was written
                 writer.close()
+
+
+def _histogram(counts: list[int], edges: tuple[float, ...]):
+    """Returns the message of TensorBoard, with the bins that are in use and what of the values follows from them."""
+    from tensorboardX.proto.summary_pb2 import HistogramProto
+
+    used = [place for place, count in enumerate(counts) if count] or [0]
+    first, last = used[0], used[-1]
+    centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    return HistogramProto(
+        min=edges[first],
+        max=edges[last + 1],
+        num=sum(counts),
+        sum=sum(count * centre for count, centre in zip(counts, centres)),
+        sum_squares=sum(count * centre**2 for count, centre in zip(counts, centres)),
+        bucket_limit=edges[first + 1 : last + 2],
+        bucket=counts[first : last + 1],
+    )

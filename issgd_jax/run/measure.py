@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
 from issgd_jax.learning import evaluate, variance
+from issgd_jax.run import histograms
 from issgd_jax.run.events import HARDEST
 from issgd_jax.sampling import Sampler, SamplerState, ScoreStore
 from issgd_jax.scoring import scores
@@ -60,6 +61,10 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
         # The variance above is exact, where the sampler can only estimate.
         known = {name: value for name, value in described.items() if name not in ("gain", "equivalent_batch")}
         measured |= {f"scores/{name}": value for name, value in known.items()}
+        store = sampler_state.store
+        measured[histograms.SCORES] = _histogram(store.score, store.scored, histograms.SCORE_EDGES)
+        staleness = sampler_state.step - store.scored_at
+        measured[histograms.STALENESS] = _histogram(staleness, store.scored, histograms.STALENESS_EDGES)
         if number := min(config.log.tensorboard_images, sampler.num_examples):
             measured[HARDEST] = _hardest(sampler_state.store, number)
         return measured
@@ -71,6 +76,13 @@ def _hardest(store: ScoreStore, number: int) -> jax.Array:
     """Returns the examples i32[number] with the largest scores; -1 where fewer are scored."""
     scores, indices = jax.lax.top_k(jnp.where(store.scored, store.score, -1), number)
     return jnp.where(scores >= 0, indices, -1)
+
+
+def _histogram(values: jax.Array, known: jax.Array, edges: tuple[float, ...]) -> jax.Array:
+    """Returns how many of the known values [N] lie in each bin, i32[bins]."""
+    bins = len(edges) - 1
+    places = jnp.searchsorted(jnp.asarray(edges[1:-1], jnp.float32), values.astype(jnp.float32), side="right")
+    return jnp.zeros(bins, jnp.int32).at[jnp.where(known, places, bins)].add(1, mode="drop")
 
 
 def _strides(sampler: Sampler, state: SamplerState, indices: np.ndarray) -> jax.Array | None:
@@ -91,7 +103,7 @@ def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_ex
 
 
 def to_row(measured: dict) -> dict[str, float | list[int]]:
-    """Returns a row of metrics as numbers of Python, from arrays f[], and lists of examples, from i32[k]."""
+    """Returns a row of metrics as numbers of Python, from arrays f[], and lists, from i32[k]."""
     return {
         name: [n for n in value.tolist() if n >= 0] if value.ndim else value.item() for name, value in measured.items()
     }

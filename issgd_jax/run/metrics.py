@@ -14,12 +14,15 @@ from issgd_jax.errors import FolderLostError, InputError
 from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, writing
 from issgd_jax.paths import local_path
 from issgd_jax.run.events import HARDEST, Events
+from issgd_jax.run.histograms import EDGES
 from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
 from issgd_jax.run.writers import Writer
 
 _REMEDY = "repair or remove that line, or choose another run"
 # Numbers of which figures and statistics can be made; those that a run measures are float32.
 _LARGEST = 1e100
+# Columns of whole numbers.
+_LISTS = {HARDEST, *EDGES}
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
@@ -90,7 +93,7 @@ def read_run(workdir: str | pathlib.Path) -> list[dict]:
 
 
 def parse_row(line: str | bytes) -> dict | None:
-    """Returns a row: `step`, an int >= 0, numbers or null, and a list of examples; None if the line is none.
+    """Returns a row: `step`, an int >= 0, numbers or null, and lists of examples and counts; None if the line is none.
 
     Example:
       >>> parse_row('{"step": 0, "train/loss": 2.3}'), parse_row('{"step": 0, "tra')
@@ -106,7 +109,7 @@ def parse_row(line: str | bytes) -> dict | None:
 
 
 def _is_value(name: str, value) -> bool:
-    if name == HARDEST:
+    if name in _LISTS:
         return type(value) is list and all(type(x) is int and 0 <= x <= _LARGEST for x in value)
     return value is None or (type(value) in (int, float) and abs(value) <= _LARGEST)
 

@@ -11,6 +11,7 @@ from issgd_jax.console import say
 from issgd_jax.errors import InputError, brief
 from issgd_jax.extras import check_extra
 from issgd_jax.files import write_text_atomically, writing
+from issgd_jax.run.histograms import EDGES
 from issgd_jax.run.workdir import WRITERS_FILE
 
 Write = Callable[[int, dict], None]
@@ -89,9 +90,12 @@ def _open_wandb(run_id: str | None, workdir: pathlib.Path, fields: dict) -> _Rem
         id=run_id, resume="allow", reinit="create_new", dir=workdir, name=workdir.resolve().name, config=fields
     )
 
+    def histogram(name, values):
+        return wandb.Histogram(np_histogram=(values, EDGES[name])) if name in EDGES else wandb.Histogram(values)
+
     def write(step, row):
         known = {name: value for name, value in row.items() if value is not None}
-        run.log({k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in known.items()}, step=step)
+        run.log({k: histogram(k, v) if isinstance(v, list) else v for k, v in known.items()}, step=step)
 
     return _Remote(run.id, write, lambda failed: run.finish(exit_code=int(failed)))
 
