@@ -23,6 +23,7 @@ commands:
   plot       draw loss, error and noise of runs, finished or running
   status     print how far a run is, its last measurement, and its workers
   watch      follow runs in the terminal: curves, rates, workers, time left
+  report     write one HTML page about runs: whether the method helped, curves, scores, examples
   hardest    print, and draw, the examples with the largest scores: hints for wrong labels
 
 examples:
@@ -133,6 +134,21 @@ def _watch() -> None:
     watch.watch(arguments.runs, once=arguments.once, seconds=arguments.seconds)
 
 
+def _report() -> None:
+    import jax
+
+    from issgd_jax.view import report
+
+    parser = argparse.ArgumentParser(sys.argv[0], description="Writes one HTML page about runs, which loads nothing.")
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="WORKDIR", help="folder of a run, finished or running, or of several runs"
+    )
+    parser.add_argument("-o", "--output", default=report.FILE, help="page to write (default: %(default)s)")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be a run's
+    print(report.report(arguments.workdirs, arguments.output))
+
+
 def _hardest() -> None:
     """Prints the examples with the largest scores, and draws them where a file is named."""
     import jax
@@ -167,6 +183,7 @@ _COMMANDS = {
     "plot": _plot,
     "status": _status,
     "watch": _watch,
+    "report": _report,
     "hardest": _hardest,
 }
 

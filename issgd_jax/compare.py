@@ -2,7 +2,8 @@
 
     issgd-jax compare --workdir=runs/digits [--config=FILE.py] [--config.FIELD=VALUE ...]
 
-Leaves a run for each arm and seed, `importance-0`, `uniform-0`, ..., and `summary.png` in workdir.
+Leaves a run for each arm and seed, `importance-0`, `uniform-0`, ..., `summary.png` and `report.html` in
+workdir.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from issgd_jax.history import seconds_per_step, steps_to
 from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
+from issgd_jax.view import page
+from issgd_jax.view.report import FILE, report
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
 _UNIFORM_RATE = parsers.define_optional("uniform_rate", float, "Learning rate of uniform sampling; None: the config's.")
@@ -47,7 +50,7 @@ _ROWS = (
 def compare(
     config: ConfigDict, workdir: str | pathlib.Path, *, seeds: int, uniform_rate: float | None, overwrite: bool
 ) -> Histories:
-    """Runs both arms, seed by seed, and writes summary.png.
+    """Runs both arms, seed by seed, and writes summary.png and report.html.
 
     Args:
       config: of the arm with importance sampling.
@@ -61,8 +64,10 @@ def compare(
 
     Raises:
       InputError: the config samples uniformly, or as `issgd_jax.train`.
+      MissingExtraError: the library of the report's charts is not installed.
     """
     workdir = local_path(workdir, "workdir")
+    page.check()  # before the runs have spent their time
     if not config_lib.samples_by_importance(config):
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
     uniform = config.copy_and_resolve_references()
@@ -83,6 +88,7 @@ def compare(
             histories[arm].append(train(arm_config, folder, overwrite=overwrite))
     title = f"{config.data.name}: {config.model.name}, minibatch {config.learner.batch_size}, {seeds} seed(s)"
     plots.save(plots.summary_figure(histories, title=title), workdir / "summary.png")
+    report([folder for _, folder, _ in runs], workdir / FILE)
     return histories
 
 
@@ -142,3 +148,4 @@ def main(argv: list[str]) -> None:
     )
     print(f"\n{table(histories)}\n\npicture  {workdir / 'summary.png'}")
     print(f"runs     {workdir}/{{importance,uniform}}-*: metrics.jsonl, TensorBoard events, config.json")
+    print(f"report   {workdir / FILE}: open it in a browser")

@@ -55,7 +55,7 @@ def test_the_modules_and_the_installed_program_are_one(run_command):
         (["trian"], "error: issgd-jax has no command 'trian': did you mean train?\n"),
         (
             ["--workdir=x"],
-            "has no command '--workdir=x': choose one of train, compare, potential, plot, status, watch, hardest\n",
+            "no command '--workdir=x': choose one of train, compare, potential, plot, status, watch, report, hardest\n",
         ),
         (["train"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
         (["compare"], "error: --workdir is empty: name a folder for the run, as in --workdir=runs/digits\n"),
@@ -63,6 +63,7 @@ def test_the_modules_and_the_installed_program_are_one(run_command):
         (["plot", "none"], "error: none holds no run (no metrics.jsonl): name the --workdir of one\n"),
         (["status", "none"], "error: none holds no run: name the --workdir of one\n"),
         (["watch", "none"], "error: none holds no run: name the --workdir of one\n"),
+        (["report", "none"], "error: none holds no run (no metrics.jsonl): name the --workdir of one\n"),
         (["hardest", "none"], "error: none holds no run: name the --workdir of one\n"),
     ],
 )

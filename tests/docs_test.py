@@ -65,7 +65,7 @@ def test_commands_work(command, tmp_path):
     elif words[:2] == ["issgd-jax", "train"]:
         check_run(words[2:], tmp_path)
     elif words[0] == "issgd-jax":
-        assert words[1] in ("plot", "status", "watch", "hardest")  # tests/command_test.py runs them
+        assert words[1] in ("plot", "status", "watch", "report", "hardest")  # tests/command_test.py runs them
     else:
         assert words[:2] == ["python", "-m"], f"no rule for {command!r}"
         assert importlib.util.find_spec(words[2])

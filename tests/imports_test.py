@@ -27,10 +27,14 @@ ORDER_IN = {
     "task": ("splits", "data", "models", "losses", "problem", "images"),
     "learning": ("variance", "potential", "rate_by_gain", "optimizer", "payoff", "learner", "asgd", "evaluate"),
     "run": (
-        "orbax", "checkpoint", "checkpoints", "workdir", "events", "pictures", "writers", "metrics", "progress",
-        "status", "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring", "training",
+        "orbax", "checkpoint", "checkpoints", "workdir", "histograms", "events", "pictures", "writers", "metrics",
+        "progress", "status", "supervision", "parts", "run_state", "diagnosis", "measure", "rounds", "loop", "wiring",
+        "training",
     ),
-    "view": ("tail", "examples", "glance", "curves", "panel", "watch", "hardest"),
+    "view": (
+        "tail", "examples", "glance", "curves", "panel", "watch", "hardest", "scored", "runs", "verdict",
+        "charts", "page", "gallery", "origins", "report",
+    ),
 }  # fmt: skip
 # Rooms below that still must not be imported.
 FORBIDDEN = {

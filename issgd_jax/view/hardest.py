@@ -103,7 +103,7 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
         is_uniform = config["proposal"]["name"] == "uniform"
     if is_uniform:
         raise InputError(f"{folder} drew uniformly and has no scores: train with another --config.proposal.name")
-    stores = _last(folder) if by == LAST else _checkpointed(folder)
+    stores = last_scores(folder) if by == LAST else checkpointed_scores(folder)
     score, scored_at = _mean(list(stores.values()))
     known = int((scored_at != NEVER).sum())
     if not known:
@@ -143,7 +143,7 @@ def grid(found: Hardest) -> Figure:
     return figure
 
 
-def _last(folder: pathlib.Path) -> dict[int, ScoreStore]:
+def last_scores(folder: pathlib.Path) -> dict[int, ScoreStore]:
     """Returns {step: scores} at the end of the run."""
     path = folder / workdir.SCORES_FILE
     if not path.is_file():
@@ -155,7 +155,7 @@ def _last(folder: pathlib.Path) -> dict[int, ScoreStore]:
     return {max(workdir.last_step(folder) or 0, newest): store}
 
 
-def _checkpointed(folder: pathlib.Path) -> dict[int, ScoreStore]:
+def checkpointed_scores(folder: pathlib.Path) -> dict[int, ScoreStore]:
     """Returns {step: scores} of the checkpoints; those that are damaged, or removed meanwhile, are left out."""
     stores, checkpoints = {}, folder / workdir.CHECKPOINTS
     for step in checkpoint.steps_in(checkpoints):
