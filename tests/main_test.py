@@ -284,6 +284,8 @@ def test_both_arms_side_by_side(tmp_path, run):
         assert line in done.stdout
     assert str(tmp_path / "summary.png") in done.stdout
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.splitlines()[-1] == f"report   {tmp_path / 'report.html'}: open it in a browser"
+    assert "report on 2 runs" in (tmp_path / "report.html").read_text()
     first = [
         json.loads((tmp_path / arm / "metrics.jsonl").read_text().splitlines()[0])
         for arm in ("importance-0", "uniform-0")

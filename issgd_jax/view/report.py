@@ -55,7 +55,7 @@ def report(workdirs: Sequence[str | pathlib.Path], output: str | pathlib.Path = 
     path = local_path(output, "--output")
     text = _Report(runs_lib.read(workdirs)).text()
     try:
-        write_text_atomically(path, text)
+        write_text_atomically(path.absolute(), text)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}): choose another --output") from error
     return path

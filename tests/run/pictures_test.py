@@ -1,4 +1,4 @@
-"""TensorBoard shows the hardest examples, also of the part of a run before it was resumed."""
+"""TensorBoard shows the hardest examples and histograms, also of the part of a run before it was resumed."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.loading.source import as_source
-from issgd_jax.run import metrics, pictures
+from issgd_jax.run import histograms, metrics, pictures
 from tests.helpers import smoke
 
 
@@ -39,6 +39,25 @@ def test_every_measurement_shows_the_hardest_examples_also_after_a_resumption(tm
     assert [(event.step, event.width, event.height) for event in shown] == [(5, 132, 66), (9, 66, 66)]
     first = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
     assert np.flatnonzero(first[30] == 255).tolist() == [20, 66 + 10]
+
+
+def test_lists_of_counts_are_histograms(tmp_path):
+    """Red if TensorBoard gets counts as if they were values, at other bins, or a row of another version raises."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counts = [0] * (len(histograms.STALENESS_EDGES) - 1)
+    counts[1], counts[3] = 2, 5
+    with metrics.MetricsWriter(tmp_path, tensorboard=True) as writer:
+        writer.write({"step": 0, histograms.STALENESS: [0] * len(counts)})
+        writer.write({"step": 1, histograms.STALENESS: [1, 2]})
+        writer.write({"step": 2, histograms.STALENESS: counts})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    first, last = events.Histograms(histograms.STALENESS)
+    assert (first.step, first.histogram_value.num) == (0, 0) and last.step == 2
+    shown = last.histogram_value
+    assert (shown.min, shown.max, shown.num) == (1, 8, 7)
+    assert list(zip(shown.bucket_limit, shown.bucket)) == [(2, 2), (4, 0), (8, 5)]
 
 
 def test_a_picture_of_an_example_that_there_is_not_stops_nothing(tmp_path, capsys):

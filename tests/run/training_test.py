@@ -12,7 +12,7 @@ import pytest
 import issgd_jax
 from issgd_jax import BadScoreError, NonFiniteLossError
 from issgd_jax.config import columns
-from issgd_jax.run import metrics
+from issgd_jax.run import histograms, metrics
 from issgd_jax.scoring import scores as scores_lib
 from tests.helpers import check_close, read_events, scores, smoke, soak, without_time
 
@@ -175,6 +175,9 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
     score, scored_at = scores(tmp_path)
     assert np.all(np.isfinite(score)) and history[-1]["scores/rejected"] == 9 * 150
     assert 0 < np.mean(scored_at >= 0) < 1
+    for name, values in ((histograms.SCORES, score), (histograms.STALENESS, history[-1]["step"] - scored_at)):
+        counts, _ = np.histogram(values[scored_at >= 0], histograms.EDGES[name])
+        assert history[-1][name] == counts.tolist()
     assert history[-1]["train/loss"] < history[0]["train/loss"]
     calls.clear()
     with pytest.raises(BadScoreError, match=r"score\(s\) were NaN, infinite or negative up to step 20, .* example \d+"):
