@@ -89,9 +89,13 @@ def heat(rows: list[dict], name: str) -> dict | None:
             for place in np.flatnonzero(mean).tolist()
         ]
     low, high = (pick(np.flatnonzero(shares.sum(0))) for pick in (min, max))
-    # Marks are at the borders of bins; two are not at a power of two.
-    offset = 25 if name == SCORES else 1
-    label = f"datum.value <= 0 ? '0' : format(pow(2, datum.value - {offset}), '{'.2~g' if name == SCORES else ',~r'}')"
+    # A mark is at the lower border of a bin.
+    if name == SCORES:
+        power = f"pow(2, datum.value - {len(EDGES[name]) - 2 - int(math.log2(EDGES[name][-2]))})"
+        label = f"format({power}, {power} < 0.01 ? '.0e' : '.2~g')"
+    else:
+        label = "format(pow(2, datum.value - 1), ',~r')"
+    label = f"datum.value <= 0 ? '0' : {label}"
     axis = {"labelExpr": label, "tickMinStep": 1, "grid": False, "tickCount": 8}
     title = "score (gradient norm)" if name == SCORES else "age of the score, steps"
     encoding = {
@@ -110,7 +114,13 @@ def heat(rows: list[dict], name: str) -> dict | None:
             "type": "quantitative",
             "title": "share of examples",
             "scale": {"type": "sqrt", "range": [0.05, 1], "domain": [0, _rounded(shares.max())]},
-            "legend": {"format": ".0%", "orient": "top", "direction": "horizontal", "symbolType": "square"},
+            "legend": {
+                "format": ".0%",
+                "orient": "top",
+                "direction": "horizontal",
+                "symbolType": "square",
+                "tickCount": 3,
+            },
         },
         "tooltip": [
             {"field": "x", "title": "from step", "format": ","},

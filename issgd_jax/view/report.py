@@ -207,10 +207,18 @@ class _Report:
                  f"{1e3 * pace:.3g}" if math.isfinite(pace) else "–",
                  f"{last['worker_examples']:,}" if isinstance(last.get("worker_examples"), int) else "–")
             )  # fmt: skip
-        header = ("run", "arm", "seed", "state", "step", "training loss", *map(_words, _SECOND), "ms a step", "scored")
-        yield page.table(
-            "Runs at their last measurement; scored: examples scored by workers; ms: without compilation", header, rows
+        header = (
+            "run",
+            "arm",
+            "seed",
+            "state",
+            "step",
+            "training loss",
+            *map(_words, _SECOND),
+            "ms a step",
+            "scored by workers",
         )
+        yield page.table("Runs at their last measurement", header, rows)
 
 
 def _capital(text: str) -> str:
