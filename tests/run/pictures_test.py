@@ -51,7 +51,7 @@ def test_lists_of_counts_are_histograms(tmp_path):
         writer.write({"step": 0, histograms.STALENESS: [0] * len(counts)})
         writer.write({"step": 1, histograms.STALENESS: [1, 2]})
         writer.write({"step": 2, histograms.STALENESS: counts})
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
     events.Reload()
     first, last = events.Histograms(histograms.STALENESS)
     assert (first.step, first.histogram_value.num) == (0, 0) and last.step == 2
