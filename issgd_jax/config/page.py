@@ -25,7 +25,7 @@ _COLUMNS = """\
 ## Columns of metrics.jsonl
 
 One JSON object a line: at step 0, every `eval_every` steps, and at the end. A number that is not finite is `null`. The
-TensorBoard events hold the same numbers under the same names.
+TensorBoard events hold the same numbers under the same names, counts as histograms.
 
 `log.writers=wandb,mlflow` sends every row to these libraries too (`pip install 'issgd-jax[wandb]'`,
 `'issgd-jax[mlflow]'`), with the config, in a run that has the name of the folder. Their own environment variables say
