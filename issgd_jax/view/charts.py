@@ -17,6 +17,7 @@ from issgd_jax.view.runs import Arm
 _COLOURS = 6  # variables --arm-1, ...
 _MOST_POINTS = 200
 _MOST_COLUMNS = 60
+_HEIGHT, _LEGEND_LINE = 250, 18  # pixels
 _LEGEND_WIDTH = 36  # characters that fit beside each other on a phone
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 # Colours and dashes.
@@ -168,7 +169,8 @@ def _lines(values: list[dict], styles: dict[str, tuple[str, list[int]]], *, x: s
     domain = list(styles)
     colours, dashes = ([style[place] for style in styles.values()] for place in (0, 1))
     legend = {"orient": "top", "symbolType": "stroke", "symbolSize": 500, "symbolOpacity": 1, "symbolStrokeWidth": 2}
-    legend |= {"direction": "horizontal", "columns": len(domain) if sum(map(len, domain)) <= _LEGEND_WIDTH else 1}
+    columns = len(domain) if sum(map(len, domain)) <= _LEGEND_WIDTH else 1
+    legend |= {"direction": "horizontal", "columns": columns}
     line = {"field": "line", "type": "nominal", "title": None, "legend": legend}
     stroke = line | {"scale": {"domain": domain, "range": colours}}
     band = {"y": encoding["y"] | {"field": "low"}, "y2": {"field": "high"}, "fill": stroke}
@@ -186,7 +188,8 @@ def _lines(values: list[dict], styles: dict[str, tuple[str, list[int]]], *, x: s
         },
         {"mark": unseen, "encoding": {"tooltip": tooltip, "detail": {"field": "line"}}},
     ]
-    return _chart(values, {"encoding": encoding, "layer": layers})
+    height = _HEIGHT + (_LEGEND_LINE * len(domain) if columns == 1 else 0)
+    return _chart(values, {"encoding": encoding, "layer": layers, "height": height})
 
 
 def _steps_axis(values: list[dict], title: str) -> dict:
@@ -218,7 +221,7 @@ def _chart(values: list[dict], content: dict) -> dict:
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "width": "container",
-        "height": 250,
+        "height": _HEIGHT,
         "autosize": {"type": "fit", "contains": "padding"},
         "data": {"values": values},
         **content,

@@ -86,28 +86,39 @@ def _beside(arm: Arm, uniform: Arm, gain: tuple[str, ...]) -> Verdict:
             f"That is {seconds:.3g} seconds beside {seconds_uniform:.3g}, without compilation: a step takes "
             f"{1e3 * _pace(arm):.3g} milliseconds and {1e3 * _pace(uniform):.3g}, on the devices of these runs."
         )
-    facts += [*_last_errors(arm, uniform), *gain, *_caveats(arm, uniform, needed, needed_uniform)]
-    return Verdict(_headline(arm.name, steps, fewer, faster), tuple(facts))
+    chance = _chance(arm, uniform, needed, needed_uniform)
+    facts += [*_last_errors(arm, uniform), *gain, *chance, *_caveats(arm, uniform)]
+    return Verdict(_headline(arm.name, steps, fewer, faster, is_sure=not chance), tuple(facts))
 
 
-def _headline(name: str, steps: float, fewer: float, faster: float) -> str:
+def _headline(name: str, steps: float, fewer: float, faster: float, *, is_sure: bool) -> str:
     subject = name[0].upper() + name[1:]
     if not math.isfinite(steps):
         return f"{subject} did not help: it never reached the training loss at which uniform draws end."
-    in_steps = f"{fewer:.1f} times fewer steps" if fewer >= _CLEAR else ""
-    in_time = f"{faster:.1f} times less time" if faster >= _CLEAR else ""
-    if in_steps and in_time:
-        return f"{subject} helped: it reached the training loss of uniform draws in {in_steps} and {in_time}."
-    if in_steps and math.isnan(faster):
-        return f"{subject} helped in steps: it reached the training loss of uniform draws in {in_steps}."
-    if in_steps:
-        time = "as much time" if faster > 1 / _CLEAR else f"{1 / faster:.1f} times more time"
-        return (
-            f"{subject} helped in steps, not in time: the training loss of uniform draws took {in_steps}, but {time}."
-        )
-    if fewer > 1 / _CLEAR:
-        return f"{subject} made no difference: it took as many steps as uniform draws to the same training loss."
-    return f"{subject} did not help: it took {1 / fewer:.1f} times more steps to the training loss of uniform draws."
+    amounts = [_compared(fewer, "steps", "fewer", "as many")]
+    amounts += [] if math.isnan(faster) else [_compared(faster, "time", "less", "as much")]
+    helped = "helped" if is_sure else "seems to have helped"
+    if fewer >= _CLEAR:
+        judgement = f"{helped} in steps, not in time" if faster < _CLEAR else helped
+    elif faster >= _CLEAR:
+        judgement = f"{helped} in time, not in steps"
+    elif min(fewer, faster) > 1 / _CLEAR:
+        judgement = "made no difference"
+    else:
+        judgement = "did not help" if is_sure else "seems not to have helped"
+    return f"{subject} {judgement}: it reached the final training loss of uniform draws in {' and '.join(amounts)}."
+
+
+def _compared(times: float, what: str, less: str, equal: str) -> str:
+    """Returns how much of something was needed, where uniform draws needed `times` as much.
+
+    Example:
+      >>> _compared(2.0, "steps", "fewer", "as many"), _compared(1.0, "time", "less", "as much")
+      ('2.0 times fewer steps', 'as much time')
+    """
+    if times >= _CLEAR:
+        return f"{times:.1f} times {less} {what}"
+    return f"{equal} {what}" if times > 1 / _CLEAR else f"{1 / times:.1f} times more {what}"
 
 
 def _last_errors(arm: Arm, uniform: Arm) -> list[str]:
@@ -122,13 +133,18 @@ def _last_errors(arm: Arm, uniform: Arm) -> list[str]:
     ]
 
 
-def _caveats(arm: Arm, uniform: Arm, needed: list[float], needed_uniform: list[float]) -> list[str]:
-    """Returns sentences on what weakens the comparison."""
-    caveats = []
+def _chance(arm: Arm, uniform: Arm, needed: list[float], needed_uniform: list[float]) -> list[str]:
+    """Returns a sentence where the seeds leave the steps that were needed to chance."""
     if min(len(arm.runs), len(uniform.runs)) == 1:
-        caveats.append("An arm has a single seed: chance is not excluded.")
-    elif max(min(needed), min(needed_uniform)) <= min(max(needed), max(needed_uniform)):
-        caveats.append("Some seeds of one arm needed as many steps as some of the other: chance is not excluded.")
+        return ["An arm has a single seed: chance is not excluded."]
+    if max(min(needed), min(needed_uniform)) <= min(max(needed), max(needed_uniform)):
+        return ["Some seeds of one arm needed as many steps as some of the other: chance is not excluded."]
+    return []
+
+
+def _caveats(arm: Arm, uniform: Arm) -> list[str]:
+    """Returns sentences on what else differs."""
+    caveats = []
     fields = differences([arm, uniform])
     if other := [name for name in fields if not name.startswith("proposal.")]:
         values = (f"{name} ({fields[name][0]} and {fields[name][1]})" for name in other)
