@@ -52,7 +52,7 @@ class Squares:
     dtypes: tuple[str, ...]
 
     def are_exact(self) -> jax.Array:
-        """Returns for which sums no square matters that underflowed, bool[..., K]; sums of zeros are not known to be."""
+        """Returns for which sums no square that underflowed matters, bool[..., K]; not for sums of zeros."""
         return (self.sums >= self._least) & (self.sums < jnp.inf)
 
     def scales(self) -> jax.Array:
