@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
@@ -51,7 +52,7 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
       underflows in them is too small to matter, even if the other factor is as large as it gets.
     """
     x = _join(x)
-    total = absolute = jnp.float32(0)
+    total = absolute = 0
     for a, first in enumerate(x.terms):
         for b, second in enumerate(x.terms[: a + 1]):
             if a == b and not _can_cancel(first):
@@ -62,7 +63,7 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
                 both = len(pairs) * sum_over_pairs(functools.partial(_sums, x, first.precision), *pairs)
                 total, absolute = total + both[0], absolute + both[1]
     least = sum(term.uses for term in x.terms) ** 2 * underflow(total.dtype)
-    exact = jnp.isfinite(total) & (total >= least) & (total >= LEAST_SHARE * absolute)
+    exact = (total < jnp.inf) & (total >= lax.max(LEAST_SHARE * absolute, lax.full_like(absolute, least)))
     return root(jnp.maximum(total, 0)), exact
 
 

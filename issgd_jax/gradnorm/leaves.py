@@ -1,23 +1,23 @@
 """Norms of one parameter leaf, and its sum over a batch, from its factored gradients."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram
 from issgd_jax.gradnorm.factors import Factored, Gradient
-from issgd_jax.gradnorm.lengths import Squares, length, root, squares
+from issgd_jax.gradnorm.lengths import Squares, length, root, side_by_side, squares
 from issgd_jax.gradnorm.microbatches import in_microbatches
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
 # Gradients that are small enough to be kept until the norms of all parameters are checked together.
-SMALL_BYTES = 2**20
+SMALL_BYTES = 2**21
 
 
 class Unchecked(NamedTuple):
@@ -33,46 +33,58 @@ class Unchecked(NamedTuple):
     scaled: Callable[[tuple[jax.Array, ...]], tuple[Squares, ...]]
     has_zeros: Callable[[], tuple[jax.Array, ...]]
 
-    def norms(self) -> jax.Array:
-        return _sum_of_products([root(factor.sums) for factor in self.factors])
-
-    def scaled_norms(self) -> jax.Array:
-        """Returns the norms by another pass, whatever the size of the numbers."""
-        scales = tuple(factor.scales() for factor in self.factors)
-        lengths = [root(factor.sums) / scale for factor, scale in zip(self.scaled(scales), scales)]
-        if len(lengths) > 1:  # 0 · ∞ somewhere in the gradient
-            for zeros, other in zip(self.has_zeros(), reversed(range(2))):
-                lengths[other] = jnp.where(zeros & jnp.isinf(lengths[other]), jnp.nan, lengths[other])
-        return _sum_of_products(lengths)
-
-
-def _sum_of_products(lengths: Sequence[jax.Array]) -> jax.Array:
-    """Returns the norms f32[B] of products of lengths [B, K]."""
-    product = math.prod(lengths)
-    return product[:, 0] if product.shape[1] == 1 else length([product], axis=1)
-
 
 def checked(norms: Sequence[jax.Array | Unchecked]) -> list[jax.Array]:
     """Returns norms f32[B], by another pass over scaled numbers unless every square is exact.
 
     One condition for all, on all squares side by side: on a CPU each small array takes as long as a small layer, and so
-    do some in the branch that is not taken.
+    do some in the branch that is not taken; each operation takes time to trace, too.
     """
     unchecked = [x for x in norms if isinstance(x, Unchecked)]
     if not unchecked:
         return list(norms)
     factors = [factor for x in unchecked for factor in x.factors]
-    sums = jnp.concatenate([factor.sums for factor in factors], axis=1)
-    least = np.repeat([factor.least for factor in factors], [factor.sums.shape[1] for factor in factors])
-    all_exact = jnp.all(jnp.isfinite(sums) & (sums >= least.astype(sums.dtype)))
+    all_squares = side_by_side(factors)
+
+    def scaled():
+        """Returns the lengths of all factors by another pass, whatever the size of the numbers."""
+        scales = all_squares.scales()
+        parts = iter(_columns(scales, factors))
+        again = [x.scaled(tuple(next(parts) for _ in x.factors)) for x in unchecked]
+        lengths = root(side_by_side([factor for pair in again for factor in pair]).sums) / scales
+        if len(factors) == len(unchecked):
+            return lengths
+        zeros = jnp.concatenate([zeros for x in unchecked for zeros in _zeros_of_other_factor(x)], axis=1)
+        return jnp.where(zeros & jnp.isinf(lengths), jnp.nan, lengths)  # 0 · ∞ somewhere in the gradient
+
+    def multiplied(lengths):
+        parts = iter(_columns(lengths, factors))
+        products = [math.prod(next(parts) for _ in x.factors) for x in unchecked]
+        return jnp.concatenate([x if x.shape[1] == 1 else length([x], axis=1)[:, None] for x in products], axis=1)
+
+    all_exact = jnp.all(all_squares.are_exact())
     rows = iter(
-        lax.cond(
-            all_exact,
-            lambda: jnp.stack([x.norms() for x in unchecked]),
-            lambda: jnp.stack([x.scaled_norms() for x in unchecked]),
+        _columns(
+            lax.cond(all_exact, lambda: multiplied(root(all_squares.sums)), lambda: multiplied(scaled())), unchecked
         )
     )
-    return [next(rows).astype(x.factors[0].sums.dtype) if isinstance(x, Unchecked) else x for x in norms]
+    return [
+        lax.squeeze(next(rows), [1]).astype(x.factors[0].sums.dtype) if isinstance(x, Unchecked) else x for x in norms
+    ]
+
+
+def _columns(x: jax.Array, parts: Sequence[Squares | Unchecked]) -> list[jax.Array]:
+    """Returns the columns [B, K] of each part; an unchecked norm has one."""
+    sizes = [part.sums.shape[1] if isinstance(part, Squares) else 1 for part in parts]
+    ends = list(itertools.accumulate(sizes))
+    return [lax.slice_in_dim(x, end - size, end, axis=1) for size, end in zip(sizes, ends)]
+
+
+def _zeros_of_other_factor(x: Unchecked) -> list[jax.Array]:
+    """Returns where the other factor of each factor holds zeros, bool[B, K]."""
+    if len(x.factors) == 1:
+        return [jnp.zeros(x.factors[0].sums.shape, bool)]
+    return list(reversed(x.has_zeros()))
 
 
 def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):

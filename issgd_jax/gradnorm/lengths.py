@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Largest share of a squared norm that may have underflowed.
@@ -34,30 +36,44 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
     return root(squares) * scale.reshape(squares.shape)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["count"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["counts", "dtypes"])
 @dataclasses.dataclass(frozen=True)
 class Squares:
     """Sums of squares, which take one pass over the numbers where `length` takes two.
 
     Attributes:
       sums: f32[..., K], or wider.
-      count: Number of squares in each sum.
+      counts: Number of squares in each of K sums.
+      dtypes: The type that each of K sums was added in.
     """
 
     sums: jax.Array
-    count: int
+    counts: tuple[int, ...]
+    dtypes: tuple[str, ...]
 
-    @property
-    def least(self) -> float:
-        """The least sum in which no square that underflowed matters; sums of zeros are not known to be exact."""
-        return self.count * underflow(self.sums.dtype)
+    def are_exact(self) -> jax.Array:
+        """Returns for which sums no square that underflowed matters, bool[..., K]; not for sums of zeros."""
+        return (self.sums >= self._least) & (self.sums < jnp.inf)
 
     def scales(self) -> jax.Array:
         """Returns powers of two f32[..., K] to multiply the numbers with, for sums that are all exact."""
-        finfo = jnp.finfo(self.sums.dtype)
-        small, large = 2.0 ** (-5 * finfo.minexp // 8), 2.0 ** (5 * finfo.minexp // 8)
-        scales = jnp.where(self.sums < self.least, small, jnp.where(jnp.isfinite(self.sums), 1, large))
-        return lax.stop_gradient(scales.astype(self.sums.dtype))
+        exponents = np.array([5 * int(jnp.finfo(dtype).minexp) // 8 for dtype in self.dtypes])
+        small, large = (lax.convert_element_type(2.0**x, self.sums.dtype) for x in (-exponents, exponents))
+        ones = lax.full_like(self.sums, 1)
+        scales = lax.select(self.sums < jnp.inf, ones, large * ones)
+        return lax.stop_gradient(lax.select(self.sums < self._least, small * ones, scales))
+
+    @property
+    def _least(self) -> np.ndarray:
+        """The least sum in which no square that underflowed matters."""
+        least = [count * underflow(dtype) for count, dtype in zip(self.counts, self.dtypes)]
+        return np.asarray(least).astype(self.sums.dtype)
+
+
+def side_by_side(parts: Sequence[Squares]) -> Squares:
+    """Returns the sums of all parts, along K; in the widest of their types."""
+    sums = jnp.concatenate([part.sums for part in parts], axis=-1)
+    return Squares(sums, *(tuple(itertools.chain(*x)) for x in zip(*((part.counts, part.dtypes) for part in parts))))
 
 
 def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squares:
@@ -73,8 +89,9 @@ def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squa
     # XLA's CPU backend has faster kernels for products than for reductions, and then does not compute again what is
     # squared.
     products = (((1,), (1,)), ((0,), (0,)))
-    sums = sum(lax.dot_general(part, part, products, precision=lax.Precision.HIGHEST) for part in parts)
-    return Squares(sums, sum(part.shape[1] for part in parts))
+    sums = [lax.dot_general(part, part, products, precision=lax.Precision.HIGHEST) for part in parts]
+    num_sums, count = len(parts[0]), sum(part.shape[1] for part in parts)
+    return Squares(functools.reduce(lax.add, sums), (count,) * num_sums, (str(sums[0].dtype),) * num_sums)
 
 
 def underflow(dtype) -> float:
@@ -85,7 +102,8 @@ def underflow(dtype) -> float:
 def root(x: jax.Array) -> jax.Array:
     """Returns √x with derivative 0, not infinity, at 0."""
     is_zero = x == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+    roots = lax.sqrt(lax.select(is_zero, lax.full_like(x, 1), x))
+    return lax.select(is_zero, lax.full_like(x, 0), roots)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -94,4 +112,5 @@ def _power_of_two(x: jax.Array) -> jax.Array:
     The square of its reciprocal is finite: where x is a constant, XLA squares both factors and would give 0 * infinity.
     """
     finfo = jnp.finfo(x.dtype)
-    return jnp.clip(lax.reduce_precision(x, finfo.nexp, 0), 2.0 ** (finfo.minexp // 2), 2.0**-finfo.minexp)
+    least, largest = (np.asarray(limit, x.dtype) for limit in (2.0 ** (finfo.minexp // 2), 2.0**-finfo.minexp))
+    return lax.clamp(least, lax.reduce_precision(x, finfo.nexp, 0), largest)
