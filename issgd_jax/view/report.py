@@ -22,9 +22,10 @@ FILE = "report.html"
 # Measures of success beside the training loss; the first that any run has is drawn.
 _SECOND = ("test/error", "test/loss", "train/error")
 _METHOD = (
-    "Importance sampling trains more often on the examples from which the network still learns most: each example has "
-    "a score, the norm of the gradient of its loss; the larger, the more often it is drawn, and the less each draw "
-    "counts, so that the mean gradient stays what it is while its noise falls."
+    "Usually a training step draws its examples with equal chances. Importance sampling draws those more often from "
+    "which the network still learns most: each example has a score, the norm of the gradient of its loss; the larger, "
+    "the more often it is drawn, and the less each draw counts, so that the mean gradient stays what it is while its "
+    "noise falls."
 )
 
 
