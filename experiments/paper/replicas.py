@@ -98,7 +98,7 @@ def train_replicas(
     advance = on_all(program.advance, 2, donate_argnums=0)
 
     def rows(step, measured):
-        measured = jax.tree.map(lambda x: x.reshape(-1), jax.device_get(measured))
+        measured = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(measured))
         counts = program.count(step)
         return [counts | to_row({name: x[i] for name, x in measured.items()}) for i in range(len(replicas))]
 

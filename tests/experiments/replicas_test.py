@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.configs import digits
@@ -25,6 +26,15 @@ def tiny_config(**overrides):
     return config
 
 
+def assert_alike(row, want, rel):
+    """Asserts that two rows have the same numbers up to rounding, by which a few scores come into another bin."""
+    numbers = {name: value for name, value in row.items() if not isinstance(value, list)}
+    assert numbers == pytest.approx({name: want[name] for name in numbers}, rel=rel, abs=1e-5)
+    for name in row.keys() - numbers.keys():
+        counts, others = np.array(row[name]), np.array(want[name])
+        assert counts.sum() == others.sum() and np.abs(counts - others).sum() <= 0.03 * counts.sum(), name
+
+
 def assert_same_rows(rows, expected_rows, steps):
     """Asserts that all rows have the same columns, and those of `steps` the same values."""
     expected = {row["step"]: row for row in expected_rows}
@@ -39,7 +49,7 @@ def assert_same_rows(rows, expected_rows, steps):
             "memory/resident_bytes",
         }
         if row["step"] in steps:
-            assert row == pytest.approx({name: want[name] for name in row}, rel=2e-3, abs=1e-5)
+            assert_alike(row, want, rel=2e-3)
 
 
 PAIRS = [(0, 0.05), (3, 0.02)]
@@ -88,7 +98,8 @@ def test_replicas_on_several_devices_are_those_on_one():
     on_one = [list(replicas.train_replicas(config, pairs, devices=jax.devices()[:1])) for pairs in (PAIRS, [last] * 2)]
     for rows, (first, second), (third, _) in zip(on_two, *on_one):
         for row, other in zip(rows, (first, second, third)):
-            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+            assert row.keys() == other.keys()
+            assert_alike(row, other, rel=1e-3)
 
 
 def test_a_replica_that_diverges_leaves_the_others_alone():
