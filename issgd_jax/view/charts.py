@@ -154,7 +154,7 @@ def _points(histories: list[list[dict]], column: str) -> Iterator[dict]:
         if row.get(column) is not None:
             by_step.setdefault(row["step"], []).append(row[column])
     steps = sorted(by_step)
-    for step in steps[:: 1 + len(steps) // _MOST_POINTS] + steps[-1:]:
+    for step in dict.fromkeys(steps[:: 1 + len(steps) // _MOST_POINTS] + steps[-1:]):
         of_seeds = by_step[step]
         low, high = np.quantile(of_seeds, (0.25, 0.75))
         yield {"x": step, "y": _rounded(statistics.median(of_seeds)), "low": _rounded(low), "high": _rounded(high)}
@@ -188,6 +188,11 @@ def _lines(values: list[dict], styles: dict[str, tuple[str, list[int]]], *, x: s
         },
         {"mark": unseen, "encoding": {"tooltip": tooltip, "detail": {"field": "line"}}},
     ]
+    names = [value["line"] for value in values]
+    if alone := [name for name in domain if names.count(name) == 1]:  # one measurement makes no line
+        dot = {"type": "point", "size": 40, "filled": True, "aria": False}
+        shown = [{"filter": {"field": "line", "oneOf": alone}}]
+        layers.append({"mark": dot, "transform": shown, "encoding": {"fill": stroke}})
     height = _HEIGHT + (_LEGEND_LINE * len(domain) if columns == 1 else 0)
     return _chart(values, {"encoding": encoding, "layer": layers, "height": height})
 

@@ -197,6 +197,16 @@ def test_lines_are_medians_and_bands_quartiles(folders):
     assert (point["low"], point["y"], point["high"]) == (0.3, 0.4, 0.5)
 
 
+def test_a_single_measurement_is_a_dot(tmp_path):
+    """Red if a run that has measured once is in the legend, and not in the chart: a line needs two points."""
+    arms = runs.arms(
+        runs.read([write(tmp_path / "once", losses=(2.0,)), write(tmp_path / "more", learner__momentum=0)])
+    )
+    *_, dots = charts.curves(arms, "train/loss", over_seconds=False, title="loss")["layer"]
+    (shown,) = dots["transform"]
+    assert shown["filter"]["oneOf"] == [arm.name for arm in arms if arm.runs[0].name == "once"]
+
+
 def test_heat_maps_show_shares_of_examples():
     """Red if a bin, its place or its share is another's, or rows of another version raise."""
     counts = [0] * (len(histograms.STALENESS_EDGES) - 1)
