@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import jax
 from absl import app, flags, logging
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from issgd_jax import config as config_lib
@@ -103,6 +104,7 @@ def _shared_compilation() -> Iterator[None]:
             yield
         finally:
             jax.config.update(option, previous)
+            compilation_cache.reset_cache()  # else what is compiled later is written into the folder that is gone
 
 
 def table(histories: Histories) -> str:

@@ -293,6 +293,17 @@ def test_both_arms_side_by_side(tmp_path, run):
     assert first[0]["train/loss"] == first[1]["train/loss"]  # the same seed gives the same initial parameters
 
 
+def test_what_is_compiled_after_a_comparison_warns_of_nothing():
+    """Red if JAX still writes compiled programs into the folder of the comparison, which is gone."""
+    code = (
+        "import jax; from issgd_jax import compare; one = jax.numpy.ones\n"
+        "with compare._shared_compilation(): jax.jit(lambda x: x + 1)(one(3))\n"
+        "jax.jit(lambda x: 3 * x)(one(5))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, check=True)
+
+
 def test_nothing_to_compare(tmp_path, run):
     done = run(
         config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.proposal.name=uniform", program=compare.main
