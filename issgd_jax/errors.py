@@ -17,10 +17,10 @@ class NonFiniteLossError(FloatingPointError):
 
     Attributes:
       batch: {"step", "indices", "importance_weights", "losses"} of the minibatch; without losses, but with
-        "previous", the minibatch before it, if it was drawn uniformly; None if a whole split was measured.
+        "previous", the minibatch before it, if it was drawn uniformly; "step" alone if a whole split was measured.
     """
 
-    def __init__(self, message: str, batch: dict | None = None):
+    def __init__(self, message: str, batch: dict):
         super().__init__(message)
         self.batch = batch
 

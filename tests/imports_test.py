@@ -32,7 +32,7 @@ ORDER_IN = {
         "training",
     ),
     "view": (
-        "tail", "examples", "glance", "curves", "panel", "watch", "hardest", "scored", "runs", "verdict",
+        "tail", "examples", "glance", "curves", "panel", "watch", "snapshots", "hardest", "scored", "runs", "verdict",
         "charts", "page", "gallery", "origins", "report",
     ),
 }  # fmt: skip

@@ -26,6 +26,7 @@ from experiments.configs import digits, fashion_mnist
 from experiments.paper import results
 from issgd_jax.provenance import versions
 from issgd_jax.run import loop, metrics, wiring
+from issgd_jax.run.progress import Progress
 from issgd_jax.task.images import ImageProblem, make_problem
 
 PATH = results.FOLDER / "bad_labels.json"
@@ -79,7 +80,7 @@ def train(config: ConfigDict, problem: ImageProblem) -> list[tuple[np.ndarray, o
     with (
         tempfile.TemporaryDirectory() as folder,
         metrics.MetricsWriter(pathlib.Path(folder), tensorboard=False) as writer,
-        metrics.Progress(config.steps, shown=False, description="") as progress,
+        Progress(config.steps, shown=False, description="") as progress,
     ):
         for i in range(1, MEASUREMENTS + 1):
             until = i * config.steps // MEASUREMENTS

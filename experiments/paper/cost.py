@@ -87,8 +87,8 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     the_study = studies.get_study(study)
     chosen = studies.choose_arms(the_study, data, studies.with_baselines(the_study, arms))
     blocks = {}
-    for name, arm in chosen.items():
-        rate = min(arm.learning_rates or the_study.learning_rates)
+    for name in chosen:
+        rate = min(the_study.rates(name, data))
         config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Charged(config) if config.learner.asynchronous > 1 else _Block(config)
     baselines = {name: studies.baseline_of(the_study, name) for name in blocks}

@@ -52,6 +52,7 @@ class Study:
       learning_rates: the grid that arms are tuned over.
       data: names in DATA that it is made for.
       on_data: {name in DATA: overrides that all arms need there}.
+      rates_on: {name in DATA: the grid there, where it is another}.
     """
 
     base: Mapping[str, Any]
@@ -59,6 +60,11 @@ class Study:
     learning_rates: tuple[float, ...]
     data: tuple[str, ...]
     on_data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    rates_on: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def rates(self, arm: str, data: str) -> tuple[float, ...]:
+        """Returns the grid that an arm is tuned over."""
+        return self.arms[arm].learning_rates or self.rates_on.get(data, self.learning_rates)
 
 
 _ONE_DEVICE = {
@@ -284,7 +290,8 @@ STUDIES = {
         base={},
         arms=_uniform_shares(),
         learning_rates=(0.05,),  # where shares differ; at lower rates none does better than SGD
-        data=("digits",),
+        data=("digits", "fashion_mnist"),
+        rates_on={"fashion_mnist": (0.01,)},  # the best of evenly spaced visits in `fair`
     ),
     "staleness": Study(
         base={"steps": 2000, "eval_every": 200},

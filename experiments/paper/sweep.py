@@ -82,8 +82,7 @@ class _ArmSweep:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        study = studies.get_study(self.study)
-        return study.arms[self.arm].learning_rates or study.learning_rates
+        return studies.get_study(self.study).rates(self.arm, self.data)
 
     @property
     def seeds(self) -> range:

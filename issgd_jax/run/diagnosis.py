@@ -21,7 +21,7 @@ _REMEDY = (
 
 def nonfinite_loss(step: int, last_row: dict | None, resume_hint: str) -> NonFiniteLossError:
     """Returns the error for a training loss, of the whole split, that is not finite."""
-    return NonFiniteLossError(_nonfinite_message("training loss", step, last_row, resume_hint))
+    return NonFiniteLossError(_nonfinite_message("training loss", step, last_row, resume_hint), {"step": step})
 
 
 def nonfinite_minibatch(
@@ -88,9 +88,7 @@ def _to_lists(minibatch) -> dict[str, list]:
 
 
 def write_minibatch(error: NonFiniteLossError, path: pathlib.Path, check_lock: Callable[[], None]) -> None:
-    """Writes the minibatch of an error, if it has one; losses that are not finite, which JSON cannot hold, as text."""
-    if not error.batch:
-        return
+    """Writes what an error has of its minibatch; losses that are not finite, which JSON cannot hold, as text."""
     losses = error.batch.get("losses", [])
     batch = error.batch | ({"losses": [x if math.isfinite(x) else str(x) for x in losses]} if losses else {})
     try:

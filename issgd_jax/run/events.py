@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 from issgd_jax.console import say
 from issgd_jax.errors import InputError
-from issgd_jax.run.histograms import EDGES, known_counts
-
-HARDEST = "scores/hardest"  # column of metrics with the examples that are shown
+from issgd_jax.run.histograms import EDGES, HARDEST, known_counts
 
 
 class Events:

@@ -1,6 +1,7 @@
-"""Histograms of scores and of their ages, as rows of metrics hold them. Imports no jax."""
+"""Lists in rows of metrics: histograms of scores and of their staleness, and the hardest examples. Imports no jax."""
 
 SCORES, STALENESS = "scores/histogram", "scores/staleness_histogram"
+HARDEST = "scores/hardest"  # indices of the examples with the largest scores, the largest first
 
 # A bin holds what is >= its edge and < the next: what is below the octaves, zero included; octaves; all float32 above.
 SCORE_EDGES = (0.0, *(2.0**exponent for exponent in range(-24, 9)), 2.0**128)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from issgd_jax import config as config_lib
 from issgd_jax.learning import evaluate, variance
 from issgd_jax.run import histograms
-from issgd_jax.run.events import HARDEST
 from issgd_jax.sampling import Sampler, SamplerState, ScoreStore
 from issgd_jax.scoring import scores
 from issgd_jax.task.problem import SCORING_MICROBATCH, Problem
@@ -66,7 +65,7 @@ def make_measure(config: ConfigDict, problem: Problem, sampler: Sampler) -> Call
         staleness = sampler_state.step - store.scored_at
         measured[histograms.STALENESS] = _histogram(staleness, store.scored, histograms.STALENESS_EDGES)
         if number := min(config.log.tensorboard_images, sampler.num_examples):
-            measured[HARDEST] = _hardest(sampler_state.store, number)
+            measured[histograms.HARDEST] = _hardest(sampler_state.store, number)
         return measured
 
     return jax.jit(measure)
@@ -103,7 +102,7 @@ def measure_on(device: jax.Device, measure: Callable, problem: Problem, train_ex
 
 
 def to_row(measured: dict) -> dict[str, float | list[int]]:
-    """Returns a row of metrics as numbers of Python, from arrays f[], and lists, from i32[k]."""
+    """Returns a row of metrics: numbers of arrays f[], and lists of arrays i32[k], without what is below 0, padding."""
     return {
         name: [n for n in value.tolist() if n >= 0] if value.ndim else value.item() for name, value in measured.items()
     }

@@ -13,8 +13,8 @@ from issgd_jax.console import say
 from issgd_jax.errors import FolderLostError, InputError
 from issgd_jax.files import reading, reason, replace_atomically, sync_to_disk, writing
 from issgd_jax.paths import local_path
-from issgd_jax.run.events import HARDEST, Events
-from issgd_jax.run.histograms import EDGES
+from issgd_jax.run.events import Events
+from issgd_jax.run.histograms import EDGES, HARDEST
 from issgd_jax.run.workdir import DAMAGED_METRICS_FILE, METRICS_FILE
 from issgd_jax.run.writers import Writer
 

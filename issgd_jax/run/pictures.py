@@ -1,4 +1,4 @@
-"""Pictures of training examples, for TensorBoard."""
+"""Pictures of training examples."""
 
 import io
 
@@ -53,15 +53,35 @@ def png(source: Source, indices: list[int]) -> bytes:
         raise InputError(f"example {max(indices)} cannot be shown: there are {source.num_examples:,} training examples")
     images = np.asarray(arguments(source.gather(np.asarray(indices)))[0], np.float32)
     images = images.reshape(*images.shape[:3], -1)
-    low, high = (pick(images, axis=(1, 2, 3), keepdims=True) for pick in (np.min, np.max))
-    scaled = 255 * (images - low) / np.where(high > low, high - low, 1)
-    times = max(1, _LEAST_SIDE // min(scaled.shape[1:3]))
-    large = scaled.astype(np.uint8).repeat(times, axis=1).repeat(times, axis=2)
+    times = max(1, _LEAST_SIDE // min(images.shape[1:3]))
+    large = stretched(images).repeat(times, axis=1).repeat(times, axis=2)
     padded = np.pad(
         large, ((0, -len(large) % min(PER_LINE, len(large))), (0, _GAP), (0, _GAP), (0, 0)), constant_values=128
     )
     lines = [np.concatenate(line, axis=1) for line in padded.reshape(-1, min(PER_LINE, len(large)), *padded.shape[1:])]
-    picture = np.concatenate(lines, axis=0)
+    return _encoded(Image.fromarray(_without_grey_axis(np.concatenate(lines, axis=0))))
+
+
+def stretched(images: np.ndarray) -> np.ndarray:
+    """Returns images uint8[m, H, W, C], each from its darkest to its brightest value, of numbers of any kind."""
+    images = images.astype(np.float32)
+    low, high = (pick(images, axis=(1, 2, 3), keepdims=True) for pick in (np.min, np.max))
+    return (255 * (images - low) / np.where(high > low, high - low, 1)).astype(np.uint8)
+
+
+def thumbnail(image: np.ndarray, most_pixels: int) -> bytes:
+    """Returns one image [H, W, 1 or 3] as PNG, stretched, with at most so many pixels a side."""
+    picture = Image.fromarray(_without_grey_axis(stretched(image[None])[0]))
+    picture.thumbnail((most_pixels, most_pixels))
+    return _encoded(picture)
+
+
+def _encoded(picture: Image.Image) -> bytes:
+    """Returns a picture as PNG."""
     file = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, "PNG")
+    picture.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def _without_grey_axis(picture: np.ndarray) -> np.ndarray:
+    return picture[..., 0] if picture.shape[2] == 1 else picture

@@ -24,6 +24,9 @@ from issgd_jax.run.checkpoint import Checkpoint
 from issgd_jax.sampling import SamplerState
 from issgd_jax.scoring.schedule import Round
 
+# Arrays that checkpoints of earlier versions lack; they begin as those of a new run.
+_LATER = {"sampler_state.times_drawn"}
+
 
 @dataclasses.dataclass
 class RunState:
@@ -241,6 +244,8 @@ def restore(checkpoint: Checkpoint, fresh: RunState, placement: jax.Device | Sha
     pending = None if pending_step is None else (number, Moments(number, number, number) if moments else None)
     template = _tree(fresh.train_state, fresh.sampler_state, pending, [(np.int32(0), number)] * len(rounds))
     expected = _by_path(template)
+    earlier = {name: expected[name] for name in _LATER & expected.keys() - checkpoint.arrays.keys()}
+    checkpoint = dataclasses.replace(checkpoint, arrays=checkpoint.arrays | earlier)
     _check_arrays(checkpoint, expected)
     leaves = put([checkpoint.arrays[name] for name in expected], placement)
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)

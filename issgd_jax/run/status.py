@@ -47,6 +47,8 @@ def read(workdir: str | pathlib.Path) -> str:
     lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
     if at:
         lines.append(f"step {at.step:,} of {at.steps:,}, {at.seconds:,.1f} s ago")
+    if not owner and not done and (why := failure(workdir)):
+        lines.append(why)
     metrics_file = workdir / workdir_lib.METRICS_FILE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a last line that is still being written
@@ -96,6 +98,20 @@ def progress(workdir: pathlib.Path) -> Progress | None:
         return Progress(
             records.whole_number(beat["step"]), steps, beat["at"] + 0.0, beat.get("process"), beat.get("host")
         )
+
+
+def failure(workdir: pathlib.Path) -> str | None:
+    """Returns why a run stopped, where it left a record of that; None: it did not, or went on afterwards.
+
+    Raises:
+      InputError: a file is malformed or cannot be read.
+    """
+    path, last = workdir / workdir_lib.NONFINITE_FILE, progress(workdir)
+    with records.parsing(path, "remove it"):
+        if last is None or not path.is_file() or path.stat().st_mtime < last.at:
+            return None
+        step = records.whole_number(records.read(path)["step"])
+    return f"it stopped at step {step:,}, as a loss or gradient is not finite: see {path.name}"
 
 
 def _describe_row(row: dict) -> str:

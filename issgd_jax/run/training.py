@@ -237,7 +237,7 @@ def _train(
             path = workdir / workdir_lib.SCORES_FILE
             with writing(path):
                 check_lock()
-                sampler_state.store.save(path)
+                sampler_state.store.save(path, times_drawn=sampler_state.times_drawn)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
 

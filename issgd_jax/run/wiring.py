@@ -173,7 +173,9 @@ def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
             f"learner.batch_size is {config.learner.batch_size}{learners}, but there are {available} examples to draw "
             "from: lower it"
         )
-    return Sampler(num_examples, batch_size, make_proposal(config), draw, rebuild_every=0)  # the loop rebuilds
+    counted = config_lib.samples_by_importance(config)
+    # The loop rebuilds.
+    return Sampler(num_examples, batch_size, make_proposal(config), draw, rebuild_every=0, count_draws=counted)
 
 
 def make_proposal(config: ConfigDict) -> Uniform | Proportional | Mixture:

@@ -46,6 +46,7 @@ class Sampler:
       rebuild_every: updates from one rebuild of the whole table to the next, O(N) each, as scores age whether or not
         new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`, which
         those early ones need too: until the first, v is in no unit. None: 32, or N / (16 B) where that is more.
+      count_draws: whether the state counts how often each example was drawn; 4 bytes an example.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -61,7 +62,8 @@ class Sampler:
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
-      TypeError: num_examples, batch_size or rebuild_every is no whole number, or proposal is no proposal.
+      TypeError: num_examples, batch_size or rebuild_every is no whole number, count_draws no bool, or proposal no
+        proposal.
       ValueError: num_examples, batch_size, draw or rebuild_every is out of range, or draw does not go with the
         proposal.
 
@@ -82,6 +84,7 @@ class Sampler:
     proposal: Any
     draw_method: str
     rebuild_every: int
+    count_draws: bool
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Sampler:
         draw: str = "systematic",
         *,
         rebuild_every: int | None = None,
+        count_draws: bool = False,
     ):
         num_examples, batch_size = as_whole("num_examples", num_examples), as_whole("batch_size", batch_size)
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
@@ -103,6 +107,8 @@ class Sampler:
         rebuild_every = as_whole("rebuild_every", rebuild_every)
         if rebuild_every < 0:
             raise ValueError(f"rebuild_every must be >= 0, got {rebuild_every}: 0 leaves it to the caller")
+        if not isinstance(count_draws, bool):
+            raise TypeError(f"count_draws must be True or False, got {count_draws!r}")
         check_proposal(proposal)
         if draw == STRIDE and getattr(proposal, "max_staleness", None) is not None:
             raise ValueError(
@@ -111,7 +117,7 @@ class Sampler:
             )
         if draw == STRIDE and isinstance(proposal, Mixture) and proposal.uniform_fraction is None:
             proposal = Mixture(proposal.proposal, STRIDE_FRACTION)
-        _set(self, num_examples, batch_size, proposal, draw, rebuild_every)
+        _set(self, num_examples, batch_size, proposal, draw, rebuild_every, count_draws)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
         """Returns the state before the first draw: nothing scored, every example equally likely.
@@ -248,6 +254,8 @@ class Sampler:
         if state.visits is not None and num_examples:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), self.num_examples)
             state = state._replace(visits=visits_lib.append(state.visits, key, num_examples))
+        if state.times_drawn is not None:
+            state = state._replace(times_drawn=jnp.pad(state.times_drawn, (0, num_examples)))
         sampler = self._resized(self.num_examples + num_examples)
         return sampler, _rebuild(sampler, state)
 
@@ -278,11 +286,13 @@ class Sampler:
         state = state.with_store(store)._replace(sums=None)
         if state.visits is not None:
             state = state._replace(visits=visits_lib.select(state.visits, jnp.asarray(kept, jnp.int32)))
+        if state.times_drawn is not None:
+            state = state._replace(times_drawn=state.times_drawn[kept])
         return sampler, _rebuild(sampler, state), kept
 
     def _resized(self, num_examples: int) -> "Sampler":
         options = self.batch_size, self.proposal, self.draw_method
-        return Sampler(num_examples, *options, rebuild_every=self.rebuild_every)
+        return Sampler(num_examples, *options, rebuild_every=self.rebuild_every, count_draws=self.count_draws)
 
     def metrics(self, state: SamplerState) -> dict[str, float]:
         """Returns what the sampler knows of its own work; O(N).
@@ -374,6 +384,11 @@ class Sampler:
                 f"the state is that of another draw than {self.draw_method!r}: use the sampler that made it, or begin "
                 "with init"
             )
+        if (state.times_drawn is None) == self.count_draws:
+            raise ValueError(
+                f"the state {'does not count' if self.count_draws else 'counts'} how often examples are drawn, but "
+                f"count_draws is {self.count_draws}: use the sampler that made it, or begin with init"
+            )
 
 
 def _with_types(new: Any, old: Any) -> Any:
@@ -386,7 +401,7 @@ jax.tree_util.register_pytree_node(
     Sampler,
     lambda sampler: (
         (sampler.proposal,),
-        (sampler.num_examples, sampler.batch_size, sampler.draw_method, sampler.rebuild_every),
+        (sampler.num_examples, sampler.batch_size, sampler.draw_method, sampler.rebuild_every, sampler.count_draws),
     ),
     lambda static, values: _set(object.__new__(Sampler), *static[:2], *values, *static[2:]),
 )
@@ -427,8 +442,9 @@ def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
         visits = visits_lib.rebuild(visits, sampler.proposal.v(basis, store.score, store.scored_at, step))
     else:
         table = sampler.proposal.table(basis, store, step)
+    times_drawn = jnp.zeros(sampler.num_examples, jnp.int32) if sampler.count_draws else None
     return SamplerState(
-        store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits,
+        store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits, times_drawn,
         rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
     )  # fmt: skip
 
@@ -444,6 +460,8 @@ def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, 
 @functools.partial(jax.jit, donate_argnames="state", inline=True)
 def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, scored_at) -> SamplerState:
     step = state.step + 1
+    if state.times_drawn is not None:
+        state = state._replace(times_drawn=state.times_drawn.at[drawn.indices].add(1, mode="drop"))
     if norms is None:
         if state.visits is not None:
             state = sampler._write_v(state, drawn.indices, step, arrived=True)

@@ -20,6 +20,7 @@ class SamplerState(NamedTuple):
       sums: f32[M], see `Table`; None for a uniform table, and for evenly spaced visits.
       population: f32[], see `Table`.
       visits: of evenly spaced visits; None for other draws.
+      times_drawn: i32[N], how often each example was in a minibatch of an update; None: not counted.
       rejected: scores that were NaN, infinite or negative.
       moments: f32[3], running means of the mean square of an example's gradient with uniform draws and with those made,
         both in units of the third, their level of late.
@@ -35,6 +36,7 @@ class SamplerState(NamedTuple):
     sums: jax.Array | None
     population: jax.Array
     visits: Visits | None
+    times_drawn: jax.Array | None
     rejected: Rejected
     moments: jax.Array
     key: jax.Array

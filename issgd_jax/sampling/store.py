@@ -289,8 +289,12 @@ class ScoreStore:
         mass = np.bincount(labels, np.asarray(self.score, np.float64), minlength=num_classes)
         return mass / mass.sum() if mass.sum() > 0 else mass
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: str | pathlib.Path, **others: jax.Array) -> None:
         """Writes both arrays to a `.npz` file, which appears as a whole or not at all.
+
+        Args:
+          path: of the file.
+          others: further arrays to write by these names, which `load` ignores.
 
         Example:
           >>> import tempfile
@@ -300,7 +304,7 @@ class ScoreStore:
           3
         """
         with replace_atomically(path) as new, open(new, "wb") as file:
-            np.savez(file, score=np.asarray(self.score), scored_at=np.asarray(self.scored_at))
+            np.savez(file, **{name: np.asarray(array) for name, array in (vars(self) | others).items()})
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "ScoreStore":

@@ -59,7 +59,7 @@ def noise(arm: Arm) -> dict | None:
 
 
 def heat(rows: list[dict], name: str) -> dict | None:
-    """Returns a heat map of a histogram of scores, or of their ages, over the steps of a run.
+    """Returns a heat map of a histogram of scores, or of their staleness, over the steps of a run.
 
     Args:
       rows: of metrics.
@@ -98,7 +98,7 @@ def heat(rows: list[dict], name: str) -> dict | None:
         label = "format(pow(2, datum.value - 1), ',~r')"
     label = f"datum.value <= 0 ? '0' : {label}"
     axis = {"labelExpr": label, "tickMinStep": 1, "grid": False, "tickCount": 8}
-    title = "score (gradient norm)" if name == SCORES else "age of the score, steps"
+    title = "score (gradient norm)" if name == SCORES else "staleness of the score, steps"
     encoding = {
         "x": _steps_axis(values, "learner steps"),
         "x2": {"field": "x2"},

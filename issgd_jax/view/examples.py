@@ -1,5 +1,6 @@
-"""The training examples of a run, and which classes have the largest scores. Imports no jax."""
+"""The training examples of a run, and the scores of their classes. Imports no jax."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -39,27 +40,75 @@ def load(folder: pathlib.Path, num_examples: int, data_dir: str | None = None) -
     return dataset
 
 
-def class_shares(folder: pathlib.Path) -> np.ndarray | None:
-    """Returns the share of each class in the sum of the final scores, f64[C]; None where scores or labels are missing.
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+    """Scores of the examples of one class.
+
+    Attributes:
+      label: of the class.
+      examples: their number.
+      mean: of their scores, those without a score left out.
+      share: of the class in the sum of all scores.
+    """
+
+    label: int
+    examples: int
+    mean: float
+    share: float
+
+
+def by_class(labels: np.ndarray, score: np.ndarray, scored: np.ndarray) -> tuple[ClassScores, ...]:
+    """Returns the scores of each class that has examples.
+
+    Args:
+      labels: i[N], >= 0.
+      score: f64[N], 0 where there is none.
+      scored: bool[N], where there is one.
+
+    Example:
+      >>> [found.share for found in by_class(np.array([0, 1, 1]), np.array([1.0, 3.0, 0.0]), np.array([1, 1, 0]))]
+      [0.25, 0.75]
+    """
+    counts, num_scored, sums = np.bincount(labels), np.bincount(labels, scored), np.bincount(labels, score)
+    return tuple(
+        ClassScores(
+            label,
+            int(counts[label]),
+            float(sums[label] / max(num_scored[label], 1)),
+            float(sums[label] / max(sums.sum(), 1e-300)),
+        )
+        for label in np.flatnonzero(counts).tolist()
+    )
+
+
+def at_end_by_class(folder: pathlib.Path) -> tuple[ClassScores, ...]:
+    """Returns the final scores of each class; () where the run has none yet, or its data is not on this machine.
 
     Args:
       folder: of a run; the result of unchanged scores is remembered.
+
+    Raises:
+      InputError: the file of scores is damaged.
     """
     path = folder / workdir.SCORES_FILE
     try:
-        return _class_shares(path, path.stat().st_mtime_ns)
-    except OSError:
-        return None
+        return _at_end_by_class(path, path.stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
 
 
 @functools.lru_cache(maxsize=64)
-def _class_shares(path: pathlib.Path, changed_at: int) -> np.ndarray | None:
+def _at_end_by_class(path: pathlib.Path, changed_at: int) -> tuple[ClassScores, ...]:
     del changed_at
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
-            score = np.asarray(arrays["score"], np.float64)
+            score, scored = np.asarray(arrays["score"], np.float64), arrays["scored_at"] >= 0
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises many types
+        raise InputError(f"{path} is not a file of scores ({error!r}): remove it") from error
+    try:
         dataset = load(path.parent, len(score))
-        sums = np.bincount(dataset.labels, score, minlength=dataset.num_classes)
-        return sums / sums.sum() if np.isfinite(sums).all() and sums.sum() > 0 else None
-    except Exception:  # a damaged archive raises many types; it is one line less
-        return None
+    except InputError:
+        return ()
+    return () if dataset is None else by_class(dataset.labels, score, scored)

@@ -26,7 +26,8 @@ def gallery(name: str, folder: pathlib.Path) -> Iterator[Element]:
     yield tag(
         "p",
         f"At step {found.step:,}, {found.half:.1%} of the examples with a score have half of the sum of all scores. "
-        "The hardest teach most, or are mislabelled; the easiest are learned. Age: steps since the score was found.",
+        "The hardest teach most, or are mislabelled; the easiest are learned. Staleness: steps since the parameters "
+        "that gave the score. Drawn: how often the example was in a minibatch.",
     )
     if found.missing:
         yield tag("p", f"There are no images: {found.missing}.")
@@ -48,8 +49,11 @@ def gallery(name: str, folder: pathlib.Path) -> Iterator[Element]:
 def _examples(title: str, found: Sequence[scored.Example], name: str) -> Iterator[Element]:
     """Yields images with their figures, or a table where there are none."""
     if not found[0].png:
-        rows = [(f"{e.index}", "–" if e.label is None else str(e.label), f"{e.score:.4g}", f"{e.age:,}") for e in found]
-        yield page.table(f"{title} of {name}", ("index", "label", "score", "age in steps"), rows, numbers=True)
+        header = ("index", "label", "score", "staleness", "drawn")
+        rows = [
+            (f"{e.index}", _known(e.label), f"{e.score:.4g}", f"{e.staleness:,}", _known(e.times_drawn)) for e in found
+        ]
+        yield page.table(f"{title} of {name}", header, rows, numbers=True)
         return
     yield tag("h4", title)
     yield tag("ul", *map(_example, found), class_="examples")
@@ -64,5 +68,12 @@ def _example(example: scored.Example) -> Element:
         tag("br"),
         f"score {example.score:.3g}",
         tag("br"),
-        f"age {example.age:,}, #{example.index}",
+        f"staleness {example.staleness:,}",
+        tag("br"),
+        *(() if example.times_drawn is None else (f"drawn {example.times_drawn:,} times", tag("br"))),
+        f"#{example.index}",
     )
+
+
+def _known(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"

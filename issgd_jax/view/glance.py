@@ -7,7 +7,6 @@ import socket
 import statistics
 import time
 
-import numpy as np
 import psutil
 
 from issgd_jax import records
@@ -35,8 +34,9 @@ class Glance:
       progress: how far it is; None: not known yet.
       cluster: status of the workers on a cluster, see `cluster.status.describe`; None without one.
       cluster_seconds: age of that status.
-      class_shares: of each class in the sum of the final scores, f64[C]; None: not known.
-      problem: why a file cannot be read; None: all could.
+      classes: final scores of each class; () where they are not known.
+      failure: why the run stopped, where it says so itself; None: it does not.
+      problem: why a file cannot be read, or what of it is left out; None: nothing.
     """
 
     folder: pathlib.Path
@@ -44,7 +44,8 @@ class Glance:
     progress: status.Progress | None = None
     cluster: dict | None = None
     cluster_seconds: float = 0.0
-    class_shares: np.ndarray | None = None
+    classes: tuple[examples.ClassScores, ...] = ()
+    failure: str | None = None
     problem: str | None = None
 
     @property
@@ -59,12 +60,8 @@ class Glance:
 
     @property
     def state(self) -> str:
-        """`no run yet`, `running`, `stopped`, or `finished`: all steps are done, and the last is measured."""
-        if self.progress is None:
-            return "stopped" if self.rows else "no run yet"
-        if self.rows and self.rows[-1]["step"] >= self.progress.steps:
-            return "finished"
-        return "running" if _is_alive(self.progress) else "stopped"
+        """See `state`."""
+        return state(self.rows, self.progress)
 
     def rate(self, column: str = "step") -> float | None:
         """Returns what a column of counts grows by in a second, measurements included; None: not known yet.
@@ -88,6 +85,20 @@ class Glance:
         return (self.steps - self.step) / rate if self.state == "running" and rate else None
 
 
+def state(rows: list[dict], progress: status.Progress | None) -> str:
+    """Returns `no run yet`, `running`, `stopped`, or `finished`: all steps are done, and the last is measured.
+
+    Args:
+      rows: of metrics.
+      progress: how far the run is; None: not known.
+    """
+    if progress is None:
+        return "stopped" if rows else "no run yet"
+    if rows and rows[-1]["step"] >= progress.steps:
+        return "finished"
+    return "running" if _is_alive(progress) else "stopped"
+
+
 def look(folder: pathlib.Path, tail: Tail) -> Glance:
     """Returns what is seen of a run now; a file that cannot be read is a `problem`.
 
@@ -99,10 +110,14 @@ def look(folder: pathlib.Path, tail: Tail) -> Glance:
     try:
         seen = dataclasses.replace(seen, rows=_thinned(tail.read()))
         seen = dataclasses.replace(seen, progress=status.progress(folder))
+        seen = dataclasses.replace(seen, failure=status.failure(folder) if seen.state == "stopped" else None)
         cluster, seconds = _cluster(folder)
-        return dataclasses.replace(
-            seen, cluster=cluster, cluster_seconds=seconds, class_shares=examples.class_shares(folder)
-        )
+        seen = dataclasses.replace(seen, cluster=cluster, cluster_seconds=seconds)
+        seen = dataclasses.replace(seen, classes=examples.at_end_by_class(folder))
+        if tail.malformed:
+            problem = f"{tail.malformed:,} lines of metrics.jsonl are no rows that can come next, and left out"
+            seen = dataclasses.replace(seen, problem=problem)
+        return seen
     except (InputError, OSError) as error:
         return dataclasses.replace(seen, problem=str(error))
 

@@ -10,16 +10,14 @@ from matplotlib.figure import Figure
 from issgd_jax import records
 from issgd_jax.errors import InputError
 from issgd_jax.paths import local_path
-from issgd_jax.run import checkpoint, workdir
-from issgd_jax.sampling.store import NEVER, ScoreStore
-from issgd_jax.view import examples
+from issgd_jax.run import workdir
+from issgd_jax.view import examples, snapshots
+from issgd_jax.view.snapshots import Snapshot
 
 # Pictures in a grid that a person can still look through.
 MAX_IMAGES = 400
 # Which scores count: those at the end of a run, or the mean over its checkpoints.
 LAST, MEAN = "last", "mean"
-_FIELDS = ("score", "scored_at")
-_STORE = tuple(f"sampler_state.{name}" for name in _FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,9 @@ class Hardest:
     Attributes:
       indices: i64[k], into the training data.
       scores: f64[k].
-      ages: i64[k], learner steps from the parameters that gave a score to the end of the run; of a mean, from the last.
+      staleness: i64[k], learner steps from the parameters that gave a score to the last of `steps`; of a mean, from
+        those that gave its newest.
+      times_drawn: i32[k], how often each was in a minibatch; None: an earlier version did not count.
       labels: i32[k]; None: the problem is not one of images that the config names.
       images: uint8[k, H, W, channels]; None likewise.
       num_examples: N.
@@ -38,7 +38,8 @@ class Hardest:
 
     indices: np.ndarray
     scores: np.ndarray
-    ages: np.ndarray
+    staleness: np.ndarray
+    times_drawn: np.ndarray | None
     labels: np.ndarray | None
     images: np.ndarray | None
     num_examples: int
@@ -48,15 +49,19 @@ class Hardest:
         by = f"score of step {self.steps[-1]:,}"
         if len(self.steps) > 1:
             by = f"mean score of {len(self.steps)} steps, {self.steps[0]:,} to {self.steps[-1]:,}"
-        labels = ["-"] * len(self.indices) if self.labels is None else self.labels
-        rows = (
-            f"{index:>9}{label!s:>7}{score:>12.4g}{age:>9,}"
-            for index, label, score, age in zip(self.indices, labels, self.scores, self.ages)
+        unknown = ["-"] * len(self.indices)
+        columns = (
+            self.indices,
+            unknown if self.labels is None else self.labels,
+            [f"{score:.4g}" for score in self.scores],
+            [f"{staleness:,}" for staleness in self.staleness],
+            unknown if self.times_drawn is None else [f"{times:,}" for times in self.times_drawn],
         )
+        rows = (f"{a:>9}{b!s:>7}{c:>12}{d:>11}{e:>7}" for a, b, c, d, e in zip(*columns))
         return "\n".join(
             [
                 f"{len(self.indices):,} of {self.num_examples:,} examples with the largest {by}",
-                f"{'index':>9}{'label':>7}{'score':>12}{'age':>9}",
+                f"{'index':>9}{'label':>7}{'score':>12}{'staleness':>11}{'drawn':>7}",
                 *rows,
                 *self._commonest(),
             ]
@@ -103,18 +108,25 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
         is_uniform = config["proposal"]["name"] == "uniform"
     if is_uniform:
         raise InputError(f"{folder} drew uniformly and has no scores: train with another --config.proposal.name")
-    stores = last_scores(folder) if by == LAST else checkpointed_scores(folder)
-    score, scored_at = _mean(list(stores.values()))
-    known = int((scored_at != NEVER).sum())
+    found = [snapshots.at_end(folder)] if by == LAST else snapshots.in_checkpoints(folder)
+    seen = _mean(found)
+    known = int(seen.scored.sum())
     if not known:
         raise InputError(f"no example of {folder} has a score yet: wait for the first round of scoring")
     if not 1 <= k <= known:
         raise InputError(f"k must be between 1 and {known:,}, the examples that have a score, got {k:,}")
-    order = np.argsort(np.where(scored_at == NEVER, np.inf, -score), kind="stable")[:k]
-    dataset = examples.load(folder, len(score), data_dir)
-    images, labels = (dataset.images[order], dataset.labels[order]) if dataset else (None, None)
-    ages = max(stores) - scored_at[order].astype(np.int64)
-    return Hardest(order, score[order], ages, labels, images, len(score), tuple(sorted(stores)))
+    order = np.argsort(np.where(seen.scored, -seen.score, np.inf), kind="stable")[:k]
+    dataset = examples.load(folder, len(seen.score), data_dir)
+    return Hardest(
+        indices=order,
+        scores=seen.score[order],
+        staleness=seen.staleness[order],
+        times_drawn=None if seen.times_drawn is None else seen.times_drawn[order],
+        labels=dataset.labels[order] if dataset else None,
+        images=dataset.images[order] if dataset else None,
+        num_examples=len(seen.score),
+        steps=tuple(snapshot.step for snapshot in found),
+    )
 
 
 def grid(found: Hardest) -> Figure:
@@ -143,39 +155,9 @@ def grid(found: Hardest) -> Figure:
     return figure
 
 
-def last_scores(folder: pathlib.Path) -> dict[int, ScoreStore]:
-    """Returns {step: scores} at the end of the run."""
-    path = folder / workdir.SCORES_FILE
-    if not path.is_file():
-        raise InputError(
-            f"{folder} has no {workdir.SCORES_FILE} yet, which a run writes at its end: wait for it, or use --by={MEAN}"
-        )
-    store = ScoreStore.load(path)
-    newest = int(np.asarray(store.scored_at).max())
-    return {max(workdir.last_step(folder) or 0, newest): store}
-
-
-def checkpointed_scores(folder: pathlib.Path) -> dict[int, ScoreStore]:
-    """Returns {step: scores} of the checkpoints; those that are damaged, or removed meanwhile, are left out."""
-    stores, checkpoints = {}, folder / workdir.CHECKPOINTS
-    for step in checkpoint.steps_in(checkpoints):
-        path = checkpoint.path_of(checkpoints, step)
-        try:
-            arrays = checkpoint.read(path).arrays
-        except (checkpoint.DamagedError, InputError) as error:
-            if isinstance(error, checkpoint.DamagedError) or not path.exists():
-                continue
-            raise
-        if _STORE[0] in arrays and _STORE[1] in arrays:
-            stores[step] = ScoreStore(*(np.asarray(arrays[name]) for name in _STORE))
-    if not stores:
-        raise InputError(f"{folder} has no checkpoint with scores: wait for the first, or use --by={LAST}")
-    return stores
-
-
-def _mean(stores: list[ScoreStore]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean of each example's scores where it has one, f64[N], and the step of its last, -1 without any."""
-    score, scored_at = (np.stack([np.asarray(getattr(store, name)) for store in stores]) for name in _FIELDS)
-    is_known = scored_at != NEVER
-    mean = np.where(is_known, score, 0).sum(0, dtype=np.float64) / np.maximum(is_known.sum(0), 1)
-    return mean, scored_at.max(0)
+def _mean(found: list[Snapshot]) -> Snapshot:
+    """Returns, as of the last, the mean of each example's scores where it has one, and the step of its newest."""
+    scored = np.stack([snapshot.scored for snapshot in found])
+    sums = np.where(scored, np.stack([snapshot.score for snapshot in found]), 0).sum(0)
+    scored_at = np.stack([snapshot.scored_at for snapshot in found]).max(0)
+    return dataclasses.replace(found[-1], score=sums / np.maximum(scored.sum(0), 1), scored_at=scored_at)

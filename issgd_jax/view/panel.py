@@ -66,8 +66,7 @@ def panel(glance: Glance, *, width: int, height: int = 1) -> Panel:
       height: of the curves of losses, in lines.
     """
     parts: list[RenderableType] = [_progress(glance, width)]
-    if glance.problem:
-        parts.append(Text(glance.problem, style="red"))
+    parts += [Text(text, style="red") for text in (glance.failure, glance.problem) if text]
     if glance.rows:
         parts += [_curves(glance, width, height), *_facts(glance)]
     elif not glance.problem:
@@ -160,11 +159,9 @@ def _facts(glance: Glance) -> list[RenderableType]:
         gain, cost = (_value(row, f"payoff/{name}", "{:.2f}×") for name in ("gain", "cost"))
         is_on = "on" if row["payoff/active"] else "off"
         lines.append(f"importance sampling is {is_on}: gain {gain}, cost {cost} of a uniform step")
-    if glance.class_shares is not None:
-        largest = sorted(enumerate(glance.class_shares), key=lambda item: -item[1])[:_MAX_CLASSES]
-        lines.append(
-            f"hardest classes: {', '.join(f'{name} has {share:.0%}' for name, share in largest)} of all scores"
-        )
+    if glance.classes:
+        largest = sorted(glance.classes, key=lambda found: -found.share)[:_MAX_CLASSES]
+        lines.append(f"hardest classes: {', '.join(f'{c.label} has {c.share:.0%}' for c in largest)} of all scores")
     if row.get("skipped_updates"):
         lines.append(f"{row['skipped_updates']:,} updates were not finite and skipped")
     return [Text(line) for line in lines]

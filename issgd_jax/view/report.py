@@ -121,8 +121,8 @@ class _Report:
         for run in self._runs:
             if run.state != "finished":
                 yield tag("p", f"{run.name} is {run.state}: its figures are those of step {run.rows[-1]['step']:,}.")
-            if run.problem:
-                yield tag("p", f"{run.name}: {run.problem}")
+            for text in filter(None, (run.failure, run.problem)):
+                yield tag("p", f"{run.name}: {text}")
 
     def _curves(self) -> Iterator[Element]:
         most = max(len(arm.runs) for arm in self._arms)
@@ -170,14 +170,15 @@ class _Report:
     def _heat(self) -> Iterator[Element]:
         figures = []
         for run in self._sampled():
-            for name, what in ((histograms.SCORES, "Scores"), (histograms.STALENESS, "Ages of the scores")):
+            for name, what in ((histograms.SCORES, "Scores"), (histograms.STALENESS, "Staleness of the scores")):
                 says = f"The stronger the colour, the more examples. {_middle(run.rows, name)}"
                 figures += self._figure(charts.heat(run.rows, name), f"{what} in {run.name}", says)
         if figures:
             yield tag(
                 "p",
                 "While a network learns, most scores fall, and the draws turn to the few examples whose scores stay "
-                "large. A score is as old as the parameters that gave it: old scores make draws less exact.",
+                "large. The staleness of a score is how many steps ago the parameters were that gave it: stale scores "
+                "make draws less exact.",
             )
             yield tag("div", *figures, class_="charts")
         else:

@@ -11,7 +11,7 @@ from issgd_jax.errors import InputError
 from issgd_jax.paths import local_path
 from issgd_jax.run import status, workdir
 from issgd_jax.run.metrics import read_run
-from issgd_jax.view.glance import Glance
+from issgd_jax.view import glance
 
 IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
 # Fields in a name that tells arms of one kind apart.
@@ -28,7 +28,8 @@ class Run:
       rows: of metrics, at least one.
       record: content of config.json; {} where it cannot be read.
       config: flat, the defaults of this version where an earlier one had no such field; {} likewise.
-      state: see `Glance.state`.
+      state: see `glance.state`.
+      failure: why the run stopped, where it says so itself; None: it does not.
       problem: why a file cannot be read; None: all could.
     """
 
@@ -38,6 +39,7 @@ class Run:
     record: dict
     config: dict
     state: str
+    failure: str | None = None
     problem: str | None = None
 
     @property
@@ -127,14 +129,16 @@ def _read(folder: pathlib.Path, name: str) -> Run:
     rows = read_run(folder)
     record: dict = {}
     config: dict = {}
-    progress = problem = None
+    progress = failure = problem = None
     try:
         record = workdir.read_record(folder)
         config = json.loads(json.dumps(flatten(default()) | flatten(record["config"])))
         progress = status.progress(folder)
+        failure = status.failure(folder)
     except InputError as error:
         problem = str(error)
-    return Run(name, folder, rows, record, config, Glance(folder, rows, progress).state, problem)
+    state = glance.state(rows, progress)
+    return Run(name, folder, rows, record, config, state, failure if state == "stopped" else None, problem)
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:

@@ -27,9 +27,16 @@ class Tail:
         self._path, self._position = path, 0
         self._last: bytes = b""  # line before the position
         self._rows: list[dict] = []
+        self._malformed = 0
+
+    @property
+    def malformed(self) -> int:
+        """Lines so far that are no row of metrics that can come next."""
+        return self._malformed
 
     def read(self) -> list[dict]:
-        """Returns all rows so far; a line that is none, or is still being written, is left out.
+        """Returns all rows so far; a line that is still being written is left out, and so is one that is no row that
+        can come next, which `malformed` counts.
 
         Raises:
           InputError: the file cannot be read now.
@@ -54,8 +61,10 @@ class Tail:
             row = parse_row(line)
             if row and (not self._rows or row["step"] > self._rows[-1]["step"]):
                 self._rows.append(row)
+            else:
+                self._malformed += 1
         self._position += sum(map(len, lines))
         self._last = lines[-1] if lines else self._last
 
     def _forget(self) -> None:
-        self._position, self._last, self._rows = 0, b"", []
+        self._position, self._last, self._rows, self._malformed = 0, b"", [], 0

@@ -10,8 +10,8 @@ from issgd_jax import config as config_lib
 @pytest.mark.parametrize("study", studies.STUDIES.values(), ids=studies.STUDIES)
 def test_every_arm_of_every_study_is_a_valid_experiment(study):
     for data in study.data:
-        for name, arm in studies.choose_arms(study, data).items():
-            for rate in arm.learning_rates or study.learning_rates:
+        for name in studies.choose_arms(study, data):
+            for rate in study.rates(name, data):
                 config = studies.make_config(study, name, data, learning_rate=rate, seed=1)
                 config_lib.validate(config)
                 replicas.check(config)

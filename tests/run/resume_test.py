@@ -12,7 +12,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError, NonFiniteLossError
 from issgd_jax.learning.learner import Learner
-from issgd_jax.run import checkpoint, wiring, workdir
+from issgd_jax.run import checkpoint, status, wiring, workdir
 from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small, soak, steps_of, without_time
 
 RESUMED = {
@@ -264,11 +264,13 @@ def test_a_bad_update_stops_with_its_examples_and_a_checkpoint_from_before(
     else:
         assert ("nan" in kept["losses"]) != gradient_only
     assert len(kept["indices"]) == 32 == len(kept["importance_weights"]) and min(kept["importance_weights"]) > 0
+    assert f"it stopped at step {24 + late}, as a loss or gradient" in status.read(tmp_path / "bad")
     assert steps_of(tmp_path / "bad") == [step for step in steps_of(tmp_path / "clean") if step < 24]
     # The cause mended, the same command goes on as if nothing had been.
     monkeypatch.undo()
     nan_at(monkeypatch, never, gradient_only=gradient_only)
     assert without_time(issgd_jax.train(config, tmp_path / "bad")) == without_time(clean)
+    assert status.failure(tmp_path / "bad") is None  # the record of it is still there
 
 
 @pytest.mark.parametrize("gradient_only", [False, True])

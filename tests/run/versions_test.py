@@ -44,6 +44,10 @@ def test_a_run_of_another_version_goes_on(written, tmp_path):
     assert without_time(history)[:2] == rows[:2]  # that of the checkpoint's own step is measured again
     whole = issgd_jax.train(config(steps=16), tmp_path / "whole")
     assert history[-1].keys() == whole[-1].keys()
+    # Earlier versions did not count draws: they are counted from the checkpoint on.
+    for folder, steps in ((workdir, 8), (tmp_path / "whole", 16)):
+        with np.load(folder / "scores.npz") as arrays:
+            assert arrays["times_drawn"].sum() == 8 * steps
     check_close(
         *([{name: row[name] for name in rows[0]} for row in run] for run in map(without_time, (history, whole)))
     )

@@ -68,6 +68,30 @@ def test_an_update_without_norms_only_counts():
     jax.tree.map(np.testing.assert_array_equal, sampler.update(state, drawn, None), expected)
 
 
+@pytest.mark.parametrize("draw", ["systematic", "stride"])
+def test_draws_are_counted_if_asked_for(draw):
+    """Red if a draw is counted twice, at another example, or counts do not follow their examples."""
+    sampler = Sampler(num_examples=40, batch_size=4, draw=draw, count_draws=True)
+    state, counts = sampler.init(seed=0), np.zeros(40, int)
+    for norms in (jnp.arange(4.0), None, jnp.full(4, jnp.nan)):
+        state, drawn = sampler.draw(state)
+        np.add.at(counts, np.asarray(drawn.indices), 1)
+        state = sampler.update(state, drawn, norms)
+    assert state.times_drawn.tolist() == counts.tolist() and counts.sum() == 12
+    sampler, state = sampler.append(state, 2)
+    sampler, state, kept = sampler.remove(state, [0, 39])
+    assert state.times_drawn.tolist() == [*counts[1:39], 0, 0] and len(kept) == 40
+    state, drawn = sampler.draw(state)
+    assert sampler.update(state, drawn, None).times_drawn.sum() == counts[1:39].sum() + 4
+
+
+def test_a_state_with_other_counts_is_refused():
+    for counts in (True, False):
+        state = Sampler(40, 4, count_draws=counts).init(seed=0)
+        with pytest.raises(ValueError, match=f"but count_draws is {not counts}: use the sampler that made it"):
+            Sampler(40, 4, count_draws=not counts).draw(state)
+
+
 def test_a_sampler_is_a_pytree_whose_numbers_change_without_compiling():
     traces = []
 

@@ -1,6 +1,7 @@
 """The examples with the largest scores: which, in which order, and what cannot be had."""
 
 import json
+import re
 
 import matplotlib.image
 import numpy as np
@@ -23,13 +24,16 @@ def run(tmp_path):
 
 
 def test_the_largest_scores_first_with_their_labels(run, tmp_path, run_command):
-    """Red if the order, the labels, the ages or the pictures are of other examples."""
+    """Red if the order, the labels, the staleness, the counts or the pictures are of other examples."""
+    assert hardest(run, k=1).times_drawn is None
+    write_scores(run, SCORE, STEP, times_drawn=np.arange(N, dtype=np.int32))
     found = hardest(run, k=20)
-    assert found.indices.tolist() == [*range(99, N, 100), *range(98, 698, 100)] and found.ages.tolist() == 20 * [5]
+    assert (found.times_drawn == found.indices).all()
+    assert found.indices.tolist() == [*range(99, N, 100), *range(98, 698, 100)] and found.staleness.tolist() == 20 * [5]
     digits = data.load("digits", "train")
     assert (found.labels == digits.labels[found.indices]).all() and (found.images == digits.images[found.indices]).all()
     code, text = run_command("hardest", run, "--k=3", f"--images={tmp_path / 'grid.png'}")
-    assert code == 0 and f"99{digits.labels[99]:>7}" in text and "has most of them" in text
+    assert code == 0 and re.search(rf"\b99 +{digits.labels[99]} +9.9 +5 +99\n", text) and "has most of them" in text
     assert matplotlib.image.imread(tmp_path / "grid.png")[..., :3].std() > 0.2  # red if no picture is drawn
 
 
@@ -42,7 +46,7 @@ def test_the_mean_is_over_the_checkpoints_in_which_an_example_has_a_score(run):
     write_checkpoint(run, 20, np.where(later > 0, twice, 0), later)
     found = hardest(run, k=3, by="mean")
     assert found.indices.tolist() == [0, 2, 1] and found.scores.tolist() == [4, 3, 2]
-    assert found.ages.tolist() == [19, 18, 18] and "mean score of 2 steps, 10 to 20" in str(found)
+    assert found.staleness.tolist() == [19, 18, 18] and "mean score of 2 steps, 10 to 20" in str(found)
     (run / "checkpoints" / "step_0000000020" / "state.json").write_text("{}")  # damaged: left out
     assert hardest(run, k=1, by="mean").steps == (10,)
 
@@ -67,6 +71,7 @@ def spoil_config(folder, **values):
         (lambda run: write_scores(run, 0 * SCORE, STEP * 0 - 1), {}, "has a score yet: wait for the first round"),
         (lambda run: (run / "scores.npz").unlink(), {}, "has no scores.npz yet, which a run writes at its end"),
         (lambda run: (run / "scores.npz").write_bytes(b"PK"), {}, "is not a file of scores"),
+        (lambda run: write_scores(run, SCORE, STEP, times_drawn=STEP), {}, "times_drawn int64(1437,): expected int32"),
         (lambda run: (run / "config.json").write_text("{}"), {}, "config.json cannot be read"),
         (lambda run: spoil_config(run, data__name="digit"), {}, "did you mean digits"),
         (lambda run: spoil_config(run, data__name="mnist", data__dir="/none"), {}, "(here: --data_dir=FOLDER)"),

@@ -36,8 +36,9 @@ def write_run(folder, *, steps=(0, 10, 20), of=20, alive=True, **values):
     return folder
 
 
-def write_scores(folder, score, scored_at):
-    ScoreStore(np.asarray(score, np.float32), np.asarray(scored_at, np.int32)).save(folder / "scores.npz")
+def write_scores(folder, score, scored_at, **others):
+    store = ScoreStore(np.asarray(score, np.float32), np.asarray(scored_at, np.int32))
+    store.save(folder / "scores.npz", **others)
 
 
 def write_checkpoint(folder, step, score, scored_at):

@@ -95,7 +95,7 @@ def folders(tmp_path):
         folders.append(write(tmp_path / "runs" / f"importance-{seed}", seed=seed))
         slow = write(tmp_path / "runs" / f"uniform-{seed}", seed=seed, losses=(2.0, 1.0, 0.2), proposal__name="uniform")
         folders.append(slow)
-    write_scores(folders[0], np.arange(N) % 100 / 10, np.full(N, 15))
+    write_scores(folders[0], np.arange(N) % 100 / 10, np.full(N, 15), times_drawn=np.full(N, 2000, np.int32))
     return folders
 
 
@@ -121,7 +121,8 @@ def test_the_page_is_whole_and_loads_nothing(folders, tmp_path):
     for part in (
         "sampling helped: it reached the final training loss of uniform draws in 2.0 times fewer steps and",
         "Training loss 0.2, at which uniform draws end, took 10 steps", "proposal.name", "calibrated",
-        "the variance of the gradient was 4.0 times smaller", "half of the sum of all scores", "score 9.9", "age 5",
+        "the variance of the gradient was 4.0 times smaller", "half of the sum of all scores", "score 9.9",
+        "staleness 5", "drawn 2,000 times",
     ):  # fmt: skip
         assert part in page.text, part
 
@@ -334,7 +335,7 @@ def test_an_output_that_cannot_be_written(output, folders, tmp_path, monkeypatch
 
 
 def test_bins_cover_every_score_and_age():
-    """Red if a score or an age falls between bins, or edges do not increase."""
+    """Red if a score or a staleness falls between bins, or edges do not increase."""
     for edges in histograms.EDGES.values():
         assert edges[0] == 0 and all(a < b for a, b in itertools.pairwise(edges))
     assert (

@@ -61,9 +61,9 @@ def test_rows_of_a_run_that_is_resumed_replaced_or_removed(tmp_path):
     other.rename(path)
     assert [row["step"] for row in tail.read()] == [5]
     path.write_text('{"step": 0}\nno row\n{"step": 1}\n{"step"')
-    assert [row["step"] for row in tail.read()] == [0, 1]
+    assert [row["step"] for row in tail.read()] == [0, 1] and tail.malformed == 1
     path.unlink()
-    assert tail.read() == []
+    assert tail.read() == [] and tail.malformed == 0
 
 
 @pytest.mark.parametrize("width", [200, 80, 40, 12, 1])
@@ -92,6 +92,18 @@ def test_states_and_time_left(tmp_path):
     assert "stopped, last step 0:01:40 ago" in shown(write_run(tmp_path / "b", of=60, alive=False))
 
 
+def test_what_is_left_out_and_why_a_run_stopped_are_said(tmp_path):
+    folder = write_run(tmp_path / "run", of=60, alive=False)
+    (folder / "nonfinite.json").write_text('{"step": 21}')
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("no row\n" + json.dumps(row(3)) + "\n")
+    text = shown(folder, width=200)
+    assert "it stopped at step 21, as a loss or gradient is not finite: see nonfinite.json" in text
+    assert "2 lines of metrics.jsonl are no rows that can come next" in text
+    os.utime(folder / "nonfinite.json", (0, 0))  # of an earlier stop: the run went on afterwards
+    assert "not finite" not in shown(folder, width=200)
+
+
 def test_a_run_is_finished_when_its_last_step_is_measured(tmp_path):
     """Red if watching could end before the last row is written."""
     folder = write_run(tmp_path / "run")
@@ -110,7 +122,9 @@ def test_the_lock_is_left_alone(tmp_path):
     assert os.stat(folder / "lock").st_atime == 0
 
 
-@pytest.mark.parametrize("name", ["config.json", "heartbeat.json", "cluster.json", "metrics.jsonl", "scores.npz"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "heartbeat.json", "cluster.json", "metrics.jsonl", "scores.npz", "nonfinite.json"]
+)
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]\n", b"\xff\xfe\n", b'{"config": 3, "step": "x", "workers": [1]}\n']
 )
