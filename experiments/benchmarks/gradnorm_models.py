@@ -137,10 +137,15 @@ def block_params(init, width) -> dict:
 
 
 def transformer_loss(params, tokens):
-    x = params["embedding"][tokens[:-1]] + params["positions"]
+    return cross_entropy(transformer_logits(params, tokens[:-1]), tokens[1:])
+
+
+def transformer_logits(params, tokens):
+    """Returns the logits f32[T, vocabulary] of the token after each of one sequence."""
+    x = params["embedding"][tokens] + params["positions"]
     for i in range(len(params) - 3):
         x = block(params[f"block_{i}"], x)
-    return cross_entropy(layer_norm(params["norm"], x) @ params["embedding"].T, tokens[1:])
+    return layer_norm(params["norm"], x) @ params["embedding"].T
 
 
 def block(layers, x):

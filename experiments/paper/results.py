@@ -236,6 +236,8 @@ def describe_network(study: studies.Study, config: dict) -> str:
     """Returns the network of a config in words, or the number of networks where arms differ in it."""
     if compared := {arm.overrides["model.name"] for arm in study.arms.values() if "model.name" in arm.overrides}:
         return f"{len(compared)} networks"
+    if config.get("problem"):
+        return f"network of {config['problem']}"
     name = config["model"]["name"]
     model = config["model"][name]
     if name == "mlp":

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.configs import digits, fashion_mnist, svhn_paper_set1
-from issgd_jax.config import nearest
+from issgd_jax.config import default, nearest
 from issgd_jax.errors import InputError
 
 # Seeds on which the learning rate of an arm is chosen.
@@ -87,6 +87,16 @@ DATA = {
     ),
     "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # a multiple of eval_every
     "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
+    # The name of the model is that of the problem's kind of network: one run at a time is fastest.
+    "text": _on(
+        default,
+        problem="experiments.paper.text:make_problem",
+        learner__optimizer="adam",
+        learner__momentum=0.9,
+        learner__batch_size=16,
+        steps=1000,
+        eval_every=250,
+    ),
 }
 
 _UNIFORM = {"proposal.name": "uniform"}
@@ -292,6 +302,12 @@ STUDIES = {
         learning_rates=(0.05,),  # where shares differ; at lower rates none does better than SGD
         data=("digits", "fashion_mnist"),
         rates_on={"fashion_mnist": (0.01,)},  # the best of evenly spaced visits in `fair`
+    ),
+    "language": Study(
+        base={},
+        arms={name: _FAIR_ARMS[name] for name in ("uniform", "shuffled", "calibrated_refresh", "stride")},
+        learning_rates=(0.002, 0.005),
+        data=("text",),
     ),
     "staleness": Study(
         base={"steps": 2000, "eval_every": 200},

@@ -183,7 +183,12 @@ def _ranges(group: list[Run]) -> str:
 
 
 def _replicas_at_once(config: ConfigDict) -> int:
-    """Returns how many fit into half the memory; on a CPU at most 8, and 1 where more are slower (convolutions)."""
+    """Returns how many fit into half the memory; on a CPU at most 8, and 1 where more are slower (convolutions).
+
+    Those of a problem of its own are trained one at a time.
+    """
+    if config.problem is not None:
+        return 1
     import jax
 
     from experiments.paper.replicas import replica_bytes

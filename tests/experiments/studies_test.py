@@ -14,7 +14,8 @@ def test_every_arm_of_every_study_is_a_valid_experiment(study):
             for rate in study.rates(name, data):
                 config = studies.make_config(study, name, data, learning_rate=rate, seed=1)
                 config_lib.validate(config)
-                replicas.check(config)
+                if config.problem is None:  # others are trained one at a time
+                    replicas.check(config)
 
 
 def test_both_arms_of_the_papers_pairs_have_one_rate():
