@@ -1,9 +1,9 @@
 """What `issgd-jax potential` says of the study's data, beside what training then gave.
 
-    python -m experiments.paper.potential [--data=digits,fashion_mnist,svhn] [--data_dir=...]
+    python -m experiments.paper.potential [--data=digits,fashion_mnist,svhn,text] [--data_dir=...]
 
-Measures after an epoch of plain SGD at its own best rate of the study `fair`, with the study's network. Prints a table
-of all data that was measured, and writes results/potential.json.
+Measures after an epoch of uniform draws at their own best rate of the study `fair`, of the text `language`, with the
+study's network. Prints what was measured of all data, and writes results/potential.json.
 """
 
 import argparse
@@ -15,13 +15,14 @@ from experiments.paper import results, studies, table
 from issgd_jax.prospect import measure
 
 PATH = results.FOLDER / "potential.json"
-STUDY, ARM, BASELINE = "fair", "calibrated_refresh", "uniform"
+ARM, BASELINE = "calibrated_refresh", "uniform"
 
 
 def measured(data: str, data_dir: str | None) -> dict:
     """Returns the potential of one data set, and what refresh alone gave in the study."""
-    record = results.load(STUDY, data)
-    study, arms = studies.get_study(STUDY), record["arms"]
+    name = "language" if data == "text" else "fair"
+    record = results.load(name, data)
+    study, arms = studies.get_study(name), record["arms"]
     config = studies.make_config(
         study, BASELINE, data, overrides={"data.dir": data_dir}, learning_rate=arms[BASELINE]["learning_rate"], seed=0
     )
@@ -37,7 +38,7 @@ def measured(data: str, data_dir: str | None) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits,fashion_mnist,svhn", help="names, separated by commas")
+    parser.add_argument("--data", default="digits,fashion_mnist,svhn,text", help="names, separated by commas")
     parser.add_argument("--data_dir", help="TFDS folder of the data")
     options = parser.parse_args()
     found = json.loads(PATH.read_text())["results"] if PATH.exists() else {}
