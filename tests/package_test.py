@@ -70,4 +70,4 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
     }
     with zipfile.ZipFile(wheel) as files:
         packed = {name for name in files.namelist() if ".dist-info/" not in name}
-    assert packed == expected and {"issgd_jax/py.typed", "issgd_jax/sampling/kernels/sampler.cc"} <= packed
+    assert packed == expected and {"issgd_jax/py.typed", "issgd_jax/kernels/sampler.cc"} <= packed

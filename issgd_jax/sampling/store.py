@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax import kernels
 from issgd_jax.devices import memory_bytes
 from issgd_jax.errors import InputError
 from issgd_jax.files import replace_atomically
-from issgd_jax.sampling import kernels
 from issgd_jax.sampling.checks import (
     MAX_EXAMPLES,
     MAX_STEP,

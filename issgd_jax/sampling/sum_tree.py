@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import double_float, kernels, levels, uniform
+from issgd_jax import kernels
+from issgd_jax.sampling import double_float, levels, uniform
 from issgd_jax.sampling.checks import NO_EXAMPLE
 from issgd_jax.sampling.double_float import Double
 from issgd_jax.sampling.levels import BITS, RADIX

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import kernels
+from issgd_jax import kernels
 
 # A random subset holds one example in SUBSET, and serves for SUBSET epochs.
 SUBSET = 3

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import kernels, min_tree, uniform
+from issgd_jax import kernels
+from issgd_jax.sampling import min_tree, uniform
 from issgd_jax.sampling.checks import as_indices
 from issgd_jax.sampling.sum_tree import is_valid, repair
 

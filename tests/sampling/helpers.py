@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from issgd_jax import sampling
-from issgd_jax.sampling import ScoreStore, kernels
+from issgd_jax import kernels, sampling
+from issgd_jax.sampling import ScoreStore
 
 
 def make_store(score, scored_at=0):

@@ -10,9 +10,8 @@ import time
 
 import pytest
 
-from issgd_jax import paths
-from issgd_jax.sampling import kernels
-from issgd_jax.sampling.kernels import native
+from issgd_jax import kernels, paths
+from issgd_jax.kernels import native
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no C++ compiler: there are no kernels")
 
@@ -232,7 +231,7 @@ def test_what_a_killed_compilation_left_is_removed_when_it_is_old(home):
     old, new = (folder / f"{number}.new" for number in (1, 2))
     for path in (old, new):
         path.mkdir()
-        (path / "sampler.so").touch()
+        (path / "kernels.so").touch()
     os.utime(old, (0, 0))
     native._compile(folder)
     assert not old.exists() and new.exists()

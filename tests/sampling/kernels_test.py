@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from issgd_jax.kernels import native
 from issgd_jax.sampling import store, sum_tree, uniform
-from issgd_jax.sampling.kernels import native
 from tests.helpers import soak
 from tests.sampling.helpers import needs_kernels
 
@@ -178,7 +178,7 @@ def test_each_kernel_refuses_arrays_of_other_lengths():
         "visit": ((minima[:32], s32, four, one), (minima[:32], s32), flying),
         "write_deadlines": ((minima, s32, four, four[:3], one), (minima,), flying | {"arrived": np.bool_(1)}),
     }
-    assert set(calls) == set(native.FUNCTIONS)
+    assert {*calls, "convolution_squares"} == {*native.FUNCTIONS}  # that one: tests/gradnorm/windows_test.py
     for function, (args, results, attributes) in calls.items():
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
         with pytest.raises(jax.errors.JaxRuntimeError, match="of the sampler needs"):
@@ -204,12 +204,13 @@ def test_sanitizers_find_nothing_while_the_kernels_are_fuzzed(tmp_path):
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
     }
-    tests = [f"tests/sampling/{name}_test.py" for name in ("kernels", "visits", "misuse")]
+    names = ("sampling/kernels", "sampling/visits", "sampling/misuse", "gradnorm/windows")
+    tests = [f"tests/{name}_test.py" for name in names]
     options = ["-p", "no:cacheprovider", "-k", "not sanitizers and not compiler"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert list((tmp_path / "cache").rglob("sampler-*.so"))
+    assert list((tmp_path / "cache").rglob("kernels-*.so"))
 
 
 @functools.partial(jax.jit, static_argnames="num_examples")
@@ -258,7 +259,7 @@ def test_vmapped_kernels_keep_their_trees_apart():
 def test_without_kernels_the_same_is_drawn():
     """A run without a compiler, or on another device, draws the examples that it draws with one."""
     code = (
-        "import jax, numpy as np; from issgd_jax.sampling import kernels, sum_tree; "
+        "import jax, numpy as np; from issgd_jax import kernels; from issgd_jax.sampling import sum_tree; "
         "sums = sum_tree.build(np.arange(1000, dtype=np.float32)); "
         "print(kernels.available(), *sum_tree.draw(jax.random.key(1), sums, num_leaves=1000, batch_size=9, count=9)[0])"
     )
@@ -272,7 +273,7 @@ def test_without_kernels_the_same_is_drawn():
 
 
 def test_a_missing_compiler_is_a_warning_that_names_the_consequence(tmp_path):
-    code = "from issgd_jax.sampling import kernels; print(kernels.available())"
+    code = "from issgd_jax import kernels; print(kernels.available())"
     environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and "plain JAX" in done.stderr and "compiler" in done.stderr
@@ -282,7 +283,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho no room left >&2\nexit 1\n")
     compiler.chmod(0o755)
-    code = "from issgd_jax.sampling import kernels; print(kernels.available())"
+    code = "from issgd_jax import kernels; print(kernels.available())"
     environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "ISSGD_JAX_KERNELS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and "no room left" in done.stderr

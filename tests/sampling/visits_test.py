@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from issgd_jax import kernels
 from issgd_jax.loading.prefetch import Prefetch
-from issgd_jax.sampling import Calibrated, Mixture, Proportional, Sampler, Uniform, kernels, min_tree
+from issgd_jax.sampling import Calibrated, Mixture, Proportional, Sampler, Uniform, min_tree
 from issgd_jax.sampling import visits as visits_lib
 from tests.helpers import soak
 from tests.sampling.helpers import needs_kernels
