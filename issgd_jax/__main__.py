@@ -95,7 +95,7 @@ def _plot() -> None:
 
     parser = argparse.ArgumentParser(sys.argv[0], description="Draws loss, error and noise over steps and seconds.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or running")
-    parser.add_argument("--output", default="runs.png", help="picture to write (default: %(default)s)")
+    parser.add_argument("-o", "--output", default="runs.png", help="picture to write (default: %(default)s)")
     arguments = parser.parse_args()
     runs, output = [local_path(run, "RUN") for run in arguments.runs], local_path(arguments.output, "--output")
     names = [run.resolve().name for run in runs]

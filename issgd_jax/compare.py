@@ -27,6 +27,7 @@ from issgd_jax.history import seconds_per_step, steps_to
 from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
+from issgd_jax.task.problem import import_problem
 from issgd_jax.view import page
 from issgd_jax.view.report import FILE, report
 
@@ -71,10 +72,19 @@ def compare(
     page.check()  # before the runs have spent their time
     if not config_lib.samples_by_importance(config):
         raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
+    if workdir_lib.holds_run(workdir):
+        raise InputError(f"{workdir} holds a run: name a folder for the runs of both arms")
     uniform = config.copy_and_resolve_references()
     uniform.proposal.name = "uniform"
     if uniform_rate is not None:
+        if not 0 < uniform_rate < math.inf:
+            raise InputError(f"uniform_rate must be above 0 and finite, got {uniform_rate}")
+        if config.problem is not None and import_problem(config.problem).optimizer is not None:
+            raise InputError(
+                f"uniform_rate has no effect, as {config.problem} has an optimizer of its own: leave one of them out"
+            )
         uniform.learner.learning_rate = uniform_rate
+    config_lib.validate(uniform)
     runs = []
     for seed in range(config.seed, config.seed + seeds):
         for arm, folder, base in ((IMPORTANCE, "importance", config), (UNIFORM, "uniform", uniform)):
@@ -87,7 +97,8 @@ def compare(
     with _shared_compilation():
         for arm, folder, arm_config in runs:
             histories[arm].append(train(arm_config, folder, overwrite=overwrite))
-    title = f"{config.data.name}: {config.model.name}, minibatch {config.learner.batch_size}, {seeds} seed(s)"
+    task = config.problem or f"{config.data.name}: {config.model.name}"
+    title = f"{task}, minibatch {config.learner.batch_size}, {seeds} seed(s)"
     plots.save(plots.summary_figure(histories, title=title), workdir / "summary.png")
     report([folder for _, folder, _ in runs], workdir / FILE)
     return histories
@@ -111,19 +122,19 @@ def table(histories: Histories) -> str:
     """Returns the arms side by side, medians over seeds; first what it took to reach the uniform arm's final loss."""
     target = statistics.median(rows[-1]["train/loss"] for rows in histories[UNIFORM])
     seeds, steps = len(histories[UNIFORM]), histories[UNIFORM][0][-1]["step"]
-    columns = [_column(runs, target) for runs in histories.values()]
+    columns = [_column(runs, target, is_uniform=arm == UNIFORM) for arm, runs in histories.items()]
+    measured = [label for label in columns[0] if any(column[label] != "–" for column in columns)]
     lines = [f"{f'{steps:,} steps, median of {seeds} seed(s)':<44}" + "".join(f"{arm:>22}" for arm in histories)]
-    for label in columns[0]:
+    for label in measured:
         lines.append(f"{label:<44}" + "".join(f"{column[label]:>22}" for column in columns))
     return "\n".join(lines)
 
 
-def _column(runs: list[list[dict]], target: float) -> dict[str, str]:
-    """Returns {label: text} of one arm."""
+def _column(runs: list[list[dict]], target: float, *, is_uniform: bool) -> dict[str, str]:
+    """Returns {label: text} of one arm; a uniform run that ends above the target has used its steps up."""
     seconds = seconds_per_step(runs)
-    reached = statistics.median(
-        steps_to(target, [row["step"] for row in rows], [row["train/loss"] for row in rows]) for rows in runs
-    )
+    needed = [steps_to(target, [row["step"] for row in rows], [row["train/loss"] for row in rows]) for rows in runs]
+    reached = statistics.median(min(s, rows[-1]["step"]) if is_uniform else s for s, rows in zip(needed, runs))
     column = {
         "steps to uniform's final training loss": f"{reached:,.0f}" if math.isfinite(reached) else "not reached",
         "seconds to it, without compilation": f"{reached * seconds:.2f}" if math.isfinite(reached) else "–",
@@ -142,7 +153,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     workdir = main_lib.workdir()
     histories = compare(
-        flags.FLAGS.config,
+        main_lib.experiment(),
         workdir,
         seeds=_SEEDS.value,
         uniform_rate=_UNIFORM_RATE.value,

@@ -5,6 +5,7 @@
 `python -m issgd_jax.main` is the same program.
 """
 
+import ast
 import difflib
 import pathlib
 import re
@@ -14,7 +15,7 @@ import types
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from issgd_jax import config as config_lib
 from issgd_jax.config import digits, parsers
@@ -33,6 +34,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = parsers.define_optional("workdir", str, "Folder of this machine for metrics, events and config of the run.")
+# Fields that a problem with an optimizer of its own replaces.
+OF_OPTIMIZER = (
+    "learner.optimizer", "learner.learning_rate", "learner.lr_schedule", "learner.momentum", "learner.nesterov",
+    "learner.rate_by_gain",
+)  # fmt: skip
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the run in workdir; without it, that run is resumed.")
 
 
@@ -52,11 +58,30 @@ def main(argv: list[str]) -> None:
     from issgd_jax.run.training import train  # loads JAX and flax: only after the flags are checked
 
     try:
-        train(_CONFIG.value, folder, overwrite=_OVERWRITE.value)
+        train(experiment(), folder, overwrite=_OVERWRITE.value)
     except Exception as error:
         if _CONFIG.value.distributed.coordinator and not isinstance(error, StoppedError):
             _leave(error)
         raise
+
+
+def experiment() -> ConfigDict:
+    """Returns the config of the flags; raises InputError for a field given there that has no effect."""
+    config, given = _CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"])
+    if config.problem is None:
+        return config
+    without = [name for name in given if name.startswith(("data.", "model."))]
+    of_optimizer = [name for name in given if name in OF_OPTIMIZER]
+    if of_optimizer:
+        from issgd_jax.task.problem import import_problem  # loads JAX
+
+        without += of_optimizer if import_problem(config.problem).optimizer is not None else []
+    if without:
+        raise InputError(
+            f"--config.{without[0]} has no effect: the problem {config.problem} has its own. Leave it out, or change "
+            "it in the problem"
+        )
+    return config
 
 
 def workdir() -> pathlib.Path:
@@ -91,9 +116,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         for argument in arguments:
             if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
                 config_lib.check_field(match[1])
-        return flags.FLAGS([program, *arguments])
+        rest = flags.FLAGS([program, *arguments])
     except flags.Error as error:
         raise InputError(error) from error
+    if not isinstance(_CONFIG.value, ConfigDict):
+        raise InputError(f"get_config of {arguments[0].partition('=')[2]} returned {_CONFIG.value!r}, no ConfigDict")
+    return rest
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:
@@ -115,15 +143,29 @@ def _find_file(argument: str) -> str:
     if ":" in str(path) and path.is_file():
         raise InputError(f"config file {path} has a colon in its name, after which options begin: rename it")
     file, *options = str(path).split(":", 1)
-    _check_file(pathlib.Path(file))
+    _check_file(pathlib.Path(file), has_options=bool(options))
     return ":".join([file, *options])
 
 
-def _check_file(path: pathlib.Path) -> None:
+def _check_file(path: pathlib.Path, *, has_options: bool) -> None:
+    """Raises InputError unless there is such a file, with a function `get_config` that takes options where they are."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [f.name for f in path.parent.glob("*.py")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "see experiments/configs"
         raise InputError(f"config file {path} does not exist: {hint}")
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):  # executing it tells where
+        return
+    functions = {node.name: node.args for node in body if isinstance(node, ast.FunctionDef)}
+    named = functions.keys() | {name.id for node in body for name in ast.walk(node) if isinstance(name, ast.Name)}
+    named |= {a.asname or a.name for node in body if isinstance(node, ast.ImportFrom) for a in node.names}
+    if "get_config" not in named:
+        raise InputError(f"config file {path} has no function get_config: see experiments/configs")
+    if has_options and "get_config" in functions:
+        arguments = functions["get_config"]
+        if not (arguments.posonlyargs or arguments.args or arguments.vararg):
+            raise InputError(f"get_config of {path} takes no options: leave out what follows the colon")
 
 
 def run(program: Callable[[list[str]], None] = main) -> None:
@@ -148,7 +190,9 @@ def run(program: Callable[[list[str]], None] = main) -> None:
 def _help(module: types.ModuleType) -> str:
     """Returns what a program does, its flags, and the fields of its config."""
     own = [f"--{flag.name}: {flag.help}" for flag in flags.FLAGS.get_key_flags_for_module(module)]
-    return "\n".join([module.__doc__, "Flags", *own, "", "Fields of the experiment, with their defaults", help_text()])
+    title = "Fields of the experiment, with their values where no --config=FILE.py is given (digits)"
+    values = config_lib.flatten(digits.get_config())
+    return "\n".join([module.__doc__, "Flags", *own, "", title, help_text(values)])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Rows = list[dict]
 
 
 def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
-    """Draws loss over steps and over seconds, error, and the noise of the gradient.
+    """Draws loss over steps and over seconds, test error or else test loss, and the noise of the gradient.
 
     Args:
       runs: {label: [rows of metrics of each seed]}, importance sampling first; its noise is drawn. Lines are medians
@@ -42,22 +42,27 @@ def summary_figure(runs: dict[str, list[Rows]], *, title: str) -> Figure:
     """
     if not runs or not all(histories and all(histories) for histories in runs.values()):
         raise ValueError(f"every run needs at least one row of metrics, got runs {list(runs)}")
-    figure = Figure(figsize=(18, 4.6), layout="constrained")
-    by_step, by_second, error, noise = figure.subplots(1, 4)
+    test = next((name for name in ("test/error", "test/loss") if _is_measured(runs, name)), None)
+    figure = Figure(figsize=(18 if test else 13.5, 4.6), layout="constrained")
+    by_step, by_second, *others, noise = figure.subplots(1, 4 if test else 3)
     figure.suptitle(_literal(title))
     runs = {_literal(label): histories for label, histories in runs.items()}
     for colour, (label, histories) in zip(itertools.cycle(_COLOURS), runs.items()):
         style = {"color": colour, "label": label}
         _plot(by_step, histories, "train/loss", **style)
         _plot(by_second, histories, "train/loss", scale=seconds_per_step(histories), **style)
-        _plot(error, histories, "test/error", **style)
+        for axis in others:
+            _plot(axis, histories, test, **style)
     label, histories = next(iter(runs.items()))
     for (name, meaning, line), colour in zip(_NOISE, ("#555555", _COLOURS[0], "#009E73")):
         _plot(noise, histories, f"variance/{name}", color=colour, linestyle=line, label=f"{name}: {meaning}")
-    loss = {"title": "Training loss", "yscale": "log", "ylabel": "cross-entropy (nats), whole split"}
+    loss = {"title": "Training loss", "yscale": "log", "ylabel": "mean loss, whole split"}
     by_step.set(**loss, xlabel="learner steps")
     by_second.set(**loss, xlabel="seconds of training, without compilation")
-    error.set(title="Test error", ylabel="fraction misclassified", ylim=(0, _error_limit(runs)), xlabel="learner steps")
+    for axis in others:
+        name = test.removeprefix("test/")
+        axis.set(title=f"Test {name}", ylabel=f"mean {name}, whole split", xlabel="learner steps")
+        axis.set(**({"ylim": (0, _error_limit(runs))} if name == "error" else {"yscale": "log"}))
     noise.set(
         title=f"Noise of the gradient, {label}",
         yscale="log",
@@ -113,6 +118,10 @@ def save(figure: Figure, path: str | pathlib.Path) -> None:
             figure.savefig(new, dpi=120, format=path.suffix[1:] or "png")
     except OSError as error:
         raise InputError(f"{path} cannot be written ({reason(error)}): make room, or choose another file") from error
+
+
+def _is_measured(runs: dict[str, list[Rows]], name: str) -> bool:
+    return any(row.get(name) is not None for histories in runs.values() for rows in histories for row in rows)
 
 
 def _literal(text: str) -> str:

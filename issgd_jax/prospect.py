@@ -69,4 +69,4 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
     logging.set_verbosity(logging.WARNING)
-    print(measure(flags.FLAGS.config, after=_AFTER.value, sample=_SAMPLE.value))
+    print(measure(main_lib.experiment(), after=_AFTER.value, sample=_SAMPLE.value))

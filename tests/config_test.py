@@ -22,7 +22,7 @@ def test_the_page_is_that_of_the_code():
 def test_help_page_and_default_have_every_field_once():
     names = [field.name for field in schema.FIELDS]
     assert sorted(names) == list(config_lib.flatten(config_lib.default())) and len(set(names)) == len(names)
-    shown = page.help_text()
+    shown = page.help_text({field.name: field.default for field in page.FIELDS})
     for field in schema.FIELDS:
         assert shown.count(f"\n--config.{field.name}=") == 1
         assert page.markdown().count(f"\n| `{field.name}` |") == 1

@@ -21,6 +21,7 @@ from absl.testing import flagsaver
 from issgd_jax import compare
 from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
+from issgd_jax.config import digits as digits_config
 from tests.helpers import SVHN, soak
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -262,9 +263,9 @@ def test_help_lists_every_flag_and_every_field_with_its_default_and_its_document
     assert done.returncode == 0 and not done.stderr
     for name in ("config", "workdir", "overwrite", *(("seeds", "uniform_rate") if program is compare.main else ())):
         assert f"\n--{name}: " in done.stdout
+    values = config_lib.flatten(digits_config.get_config())  # what runs without --config=FILE.py
     for field in config_lib.FIELDS:
-        default = "None" if field.is_optional else field.default
-        assert f"\n--config.{field.name}={default}: {field.doc}\n" in done.stdout + "\n"
+        assert f"\n--config.{field.name}={values[field.name]}: {field.doc}\n" in done.stdout + "\n"
 
 
 def test_both_arms_side_by_side(tmp_path, run):
@@ -302,6 +303,51 @@ def test_what_is_compiled_after_a_comparison_warns_of_nothing():
     )
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, check=True)
+
+
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(tmp_path, run):
+    """Red if an arm is trained before a flag of the other is found wrong, or a run is taken for a folder of runs."""
+    start = [config("digits", ":smoke"), f"--workdir={tmp_path}"]
+    done = run(*start, "--uniform_rate=-2", program=compare.main)
+    assert done.stderr == "error: uniform_rate must be above 0 and finite, got -2.0\n"
+    own = ["--config.problem=tests.own_problem:make_with_optimizer", "--uniform_rate=0.1"]
+    done = run(f"--workdir={tmp_path}", *own, program=compare.main)
+    assert "uniform_rate has no effect, as tests.own_problem:make_with_optimizer has an optimizer" in done.stderr
+    (tmp_path / "metrics.jsonl").touch()
+    done = run(*start, program=compare.main)
+    assert f"{tmp_path} holds a run: name a folder for the runs of both arms" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("field", ["learner.learning_rate=5.0", "model.name=convnet", "data.name=mnist"])
+def test_a_field_without_effect_on_a_problem_of_ones_own_is_refused(field, tmp_path, run):
+    """Red if runs with different rates, networks or data are silently the same."""
+    done = run(f"--workdir={tmp_path}", "--config.problem=tests.own_problem:make_with_optimizer", f"--config.{field}")
+    assert done.returncode == 1 and f"--config.{field.partition('=')[0]} has no effect" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_leaves_out_what_no_arm_has_and_uniform_runs_reach_their_own_end():
+    """Red if a seed of two that ends above the median makes the comparison infinite."""
+    rows = [[{"step": 10 * i, "step_seconds": 0.1 * i, "train/loss": loss} for i, loss in enumerate(run)]
+            for run in ((2.0, 0.4), (2.0, 0.6))]  # fmt: skip
+    text = compare.table({compare.IMPORTANCE: rows, compare.UNIFORM: rows})
+    reached = next(line for line in text.splitlines() if line.startswith("steps to uniform's final"))
+    assert reached.split()[-1] == "10" and "error" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("x = 1\n", "", "has no function get_config: see experiments/configs"),
+        ("def get_config():\n    pass\n", ":smoke", "takes no options: leave out what follows the colon"),
+        ("def get_config():\n    pass\n", "", "returned None, no ConfigDict"),
+    ],
+)
+def test_a_config_file_that_is_none(text, options, message, tmp_path, run):
+    (tmp_path / "mine.py").write_text(text)
+    done = run(f"--config={tmp_path / 'mine.py'}{options}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_nothing_to_compare(tmp_path, run):

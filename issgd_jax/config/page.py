@@ -1,7 +1,7 @@
 """Fields and columns as text: for `--help`, and as the page docs/config.md."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from issgd_jax.config.columns import COLUMNS
 from issgd_jax.config.schema import FIELDS, GROUPS, Field
@@ -36,17 +36,20 @@ training. In Python any function `(step, row)` is a writer: `issgd_jax.train(con
 """
 
 
-def help_text() -> str:
-    """Returns one line for each field, by group: flag, default, documentation.
+def help_text(values: Mapping[str, object]) -> str:
+    """Returns one line for each field, by group: flag, value, documentation.
+
+    Args:
+      values: {field: what it is unless it is given}.
 
     Example:
-      >>> print(help_text().splitlines()[2])
+      >>> print(help_text({field.name: field.default for field in FIELDS}).splitlines()[2])
       --config.seed=0: Seed of the initial parameters and of all draws.
     """
     lines = []
     for title, fields in _groups():
         lines += ["", title]
-        lines += [f"--config.{field.name}={_default(field)}: {field.doc}" for field in fields]
+        lines += [f"--config.{field.name}={values[field.name]}: {field.doc}" for field in fields]
     return "\n".join(lines)
 
 

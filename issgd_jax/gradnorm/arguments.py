@@ -83,10 +83,12 @@ def check_batch(batch: Mapping[int, Any]) -> None:
 
 
 def check_weights(importance_weights: Any, batch: Sequence[Any]) -> None:
-    """Raises ValueError unless there is one importance weight for each example of the batch arguments.
+    """Raises TypeError or ValueError unless there is one importance weight for each example of the batch arguments.
 
     Those that have no one leading axis are left to `check_batch`.
     """
+    if isinstance(importance_weights, list | tuple):
+        raise TypeError("importance_weights, the second argument, must be one array f[B], got a list: use jnp.asarray")
     shape = None if importance_weights is None else jnp.shape(importance_weights)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or sizes == {()}:

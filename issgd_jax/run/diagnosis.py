@@ -79,7 +79,8 @@ def resume_hint(checkpoint_steps: list[int]) -> str:
 def _nonfinite_message(quantity: str, step: int, last_row: dict | None, hint: str) -> str:
     numbers = {k: v for k, v in (last_row or {}).items() if isinstance(v, int | float)}
     values = ", ".join(f"{k} {v:.6g}" for k, v in numbers.items()) or "none"
-    return f"the {quantity} is not finite at step {step}; last good metrics: {values}. {_REMEDY}; {hint}"
+    remedy = _REMEDY if step else "Nothing was updated yet: look for NaN or infinite numbers in data and parameters"
+    return f"the {quantity} is not finite at step {step}; last good metrics: {values}. {remedy}; {hint}"
 
 
 def _to_lists(minibatch) -> dict[str, list]:

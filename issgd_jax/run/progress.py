@@ -34,7 +34,7 @@ class Progress:
 
     def step(self, done: int, loss: float) -> None:
         """Shows that so many steps are done, and the minibatch loss of the last."""
-        self._done, self._loss = done, f"loss={loss:.4f}"
+        self._done, self._loss = done, f"loss={loss:.4g}"
         if self._is_compiling:
             self._show_steps()
         else:

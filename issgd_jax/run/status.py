@@ -7,7 +7,6 @@ import warnings
 
 from issgd_jax import records
 from issgd_jax.cluster import status as cluster_status
-from issgd_jax.errors import InputError
 from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.metrics import read_metrics
@@ -40,20 +39,23 @@ def read(workdir: str | pathlib.Path) -> str:
       issgd_jax.errors.InputError: runs/none holds no run: name the --workdir of one
     """
     workdir = local_path(workdir, "workdir")
-    if not workdir_lib.holds_run(workdir):
-        raise InputError(f"{workdir} holds no run: name the --workdir of one")
+    workdir_lib.check_run(workdir)
     owner, at = workdir_lib.owner(workdir), progress(workdir)
-    done = at is not None and at.step == at.steps
-    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
-    if at:
-        lines.append(f"step {at.step:,} of {at.steps:,}, {at.seconds:,.1f} s ago")
-    if not owner and not done and (why := failure(workdir)):
-        lines.append(why)
     metrics_file = workdir / workdir_lib.METRICS_FILE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a last line that is still being written
         rows = read_metrics(metrics_file) if metrics_file.exists() else []
-    lines.append(_describe_row(rows[-1]) if rows else "no row of metrics yet: wait for the first measurement")
+    measured = rows[-1]["step"] if rows else 0
+    done = at is not None and measured >= at.steps
+    lines = [f"{workdir}: {f'running, {owner}' if owner else 'finished' if done else 'stopped'}"]
+    if at:
+        lines.append(f"step {max(at.step, measured):,} of {at.steps:,}, {at.seconds:,.1f} s ago")
+    if not owner and not done and (why := failure(workdir)):
+        lines.append(why)
+    if rows:
+        lines.append(_describe_row(rows[-1]))
+    else:
+        lines.append(f"no row of metrics yet: {'wait for the first measurement' if owner else 'start the run again'}")
     if (workdir / cluster_status.STATUS_FILE).is_file():
         lines += ["", cluster_status.read(workdir)]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import pathlib
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from issgd_jax import records
@@ -144,6 +144,26 @@ def holds_run(workdir: str | pathlib.Path) -> bool:
     return METRICS_FILE in names or CONFIG_FILE in names or _has_checkpoints(pathlib.Path(workdir))
 
 
+def runs_in(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the folders, and in place of one that is no run itself the runs in it, if there are any."""
+    found = []
+    for folder in folders:
+        try:
+            inner = [] if holds_run(folder) else sorted(file.parent for file in folder.glob(f"*/{METRICS_FILE}"))
+        except (OSError, InputError):
+            inner = []
+        found += inner or [folder]
+    return found
+
+
+def check_run(workdir: pathlib.Path) -> None:
+    """Raises InputError if a folder holds no run; names one that is in it."""
+    if not holds_run(workdir):
+        inner = sorted(file.parent for file in workdir.glob(f"*/{METRICS_FILE}"))
+        hint = f"name one of those in it, such as {inner[0]}" if inner else "name the --workdir of one"
+        raise InputError(f"{workdir} holds no run: {hint}")
+
+
 def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
     """Returns the record (config.json) of the run to resume; None if a new one starts. Writes nothing.
 
@@ -218,7 +238,7 @@ def _names(workdir: pathlib.Path) -> list[str]:
     try:
         return list_folder(workdir)
     except NotADirectoryError as error:
-        raise InputError(f"workdir {workdir} cannot be written ({reason(error)}): choose another --workdir") from error
+        raise InputError(f"workdir {workdir} is no folder ({reason(error)}): choose another --workdir") from error
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be read ({reason(error)}): choose another --workdir") from error
 

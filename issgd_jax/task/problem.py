@@ -165,6 +165,12 @@ def check(problem: Problem) -> None:
     Raises:
       InputError: init, the loss or a metric fails on it, or returns something else than a floating-point scalar.
     """
+    if not (problem.optimizer is None or isinstance(problem.optimizer, optax.GradientTransformation)):
+        raise InputError(
+            f"optimizer of the problem must be one of optax, such as optax.adam(1e-3), got {problem.optimizer!r}"
+        )
+    if not isinstance(problem.metrics, Mapping):
+        raise InputError(f"metrics of the problem must be {{name: function}}, got {problem.metrics!r}")
     key = jax.eval_shape(lambda: jax.random.key(0))
     init = _traced("init", problem.init, key)
     for split in ("train", "test") if problem.test is not None else ("train",):

@@ -72,6 +72,8 @@ class Hardest:
         if self.labels is None:
             return []
         counts = np.bincount(self.labels)
+        if counts.max() <= len(self.labels) // 10 + 1:
+            return []
         return [f"class {counts.argmax()} has most of them, {counts.max():,} of {len(self.labels):,}"]
 
 
@@ -99,8 +101,7 @@ def hardest(run: str | pathlib.Path, k: int = 50, *, by: str = LAST, data_dir: s
       issgd_jax.errors.InputError: runs/none holds no run: name the --workdir of one
     """
     folder = local_path(run, "run")
-    if not workdir.holds_run(folder):
-        raise InputError(f"{folder} holds no run: name the --workdir of one")
+    workdir.check_run(folder)
     config = workdir.read_record(folder)["config"]
     if by not in (LAST, MEAN):
         raise InputError(f"by must be {LAST} or {MEAN}, got {by!r}")

@@ -139,7 +139,7 @@ def _curves(glance: Glance, width: int, height: int) -> Table:
         name, form, log = _CURVES.get(column, (column.replace("/", " "), "{:.4g}", False))
         known = [row for row in glance.rows if row.get(column) is not None]
         lines = height if column.endswith("/loss") else 1
-        values = [f"{_value(known[0], column, form)} →", _value(glance.rows[-1], column, form)]
+        values = [f"{_value(known[0], column, form)} to", _value(glance.rows[-1], column, form)]
         grid.add_row(name, Curve(glance, column, height=lines, log=log), *(values if width >= _NARROW else values[-1:]))
     return grid
 

@@ -103,22 +103,10 @@ def read(folders: Sequence[str | pathlib.Path]) -> list[Run]:
       ...
       issgd_jax.errors.InputError: runs/none holds no run (no metrics.jsonl): name the --workdir of one
     """
-    found = list(itertools.chain.from_iterable(map(_expand, folders)))
+    found = workdir.runs_in([local_path(folder, "WORKDIR") for folder in folders])
     names = [_printable(folder.resolve().name) for folder in found]
     labels = names if len({*names}) == len(names) else [_printable(folder) for folder in found]
     return [_read(folder, name) for folder, name in zip(found, labels)]
-
-
-def _expand(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folder, or those of the runs in it where it is none itself."""
-    path = local_path(folder, "WORKDIR")
-    try:
-        inner = (
-            [] if workdir.holds_run(path) else sorted(file.parent for file in path.glob(f"*/{workdir.METRICS_FILE}"))
-        )
-    except OSError:
-        inner = []
-    return inner or [path]
 
 
 def _printable(name: object) -> str:

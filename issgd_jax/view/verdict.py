@@ -68,7 +68,9 @@ def _of_arm(arm: Arm, uniform: list[Arm]) -> Verdict:
 def _beside(arm: Arm, uniform: Arm, gain: tuple[str, ...]) -> Verdict:
     """Compares two arms of one task."""
     target = _final_loss(uniform)
-    needed, needed_uniform = _steps_to(target, arm), _steps_to(target, uniform)
+    needed = _steps_to(target, arm)
+    # A seed that ends above the median of all has used its steps up.
+    needed_uniform = [min(s, rows[-1]["step"]) for s, rows in zip(_steps_to(target, uniform), uniform.histories)]
     steps, steps_uniform = map(statistics.median, (needed, needed_uniform))
     # A loss that is there from the start takes no step.
     fewer = max(steps_uniform, 1) / max(steps, 1)
@@ -117,8 +119,12 @@ def _compared(times: float, what: str, less: str, equal: str) -> str:
       ('2.0 times fewer steps', 'as much time')
     """
     if times >= _CLEAR:
-        return f"{times:.1f} times {less} {what}"
-    return f"{equal} {what}" if times > 1 / _CLEAR else f"{1 / times:.1f} times more {what}"
+        return f"{_times(times)} times {less} {what}"
+    return f"{equal} {what}" if times > 1 / _CLEAR else f"{_times(1 / times)} times more {what}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def _last_errors(arm: Arm, uniform: Arm) -> list[str]:

@@ -1,10 +1,11 @@
 """Follows runs in a terminal, from the files in their folders. Imports no jax, and changes nothing."""
 
+import functools
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,7 +28,7 @@ def watch(
     """Shows runs in the terminal until all are finished; a run may start, stop, resume or be removed meanwhile.
 
     Args:
-      runs: folders of runs.
+      runs: folders of runs, or of folders of runs.
       once: whether to show them once, as they are; also where the output is no terminal.
       seconds: between two looks.
       console: to print to; None: standard output.
@@ -44,19 +45,19 @@ def watch(
     if not 0 < seconds <= 3600:
         raise InputError(f"seconds must be above 0 and at most 3,600, got {seconds:g}")
     folders = [local_path(run, "RUN") for run in runs]
-    tails = {folder: Tail(folder / workdir.METRICS_FILE) for folder in folders}
+    look_at = functools.partial(_look, folders, {})
     console = console or Console(highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
-        if not any(workdir.holds_run(folder) for folder in folders):
-            raise InputError(f"{folders[0]} holds no run: name the --workdir of one")
-        console.print(_fit(console, _look(tails), height=None))
+        if not any(workdir.holds_run(folder) for folder in workdir.runs_in(folders)):
+            workdir.check_run(folders[0])
+        console.print(_fit(console, look_at(), height=None))
         return
-    _follow(tails, seconds, console)
+    _follow(look_at, seconds, console)
 
 
-def _follow(tails: dict[pathlib.Path, Tail], seconds: float, console: Console) -> None:
+def _follow(look_at: Callable[[], list[Glance]], seconds: float, console: Console) -> None:
     """Draws again and again on a screen of its own; leaves the last picture behind."""
-    glances = _look(tails)
+    glances = look_at()
     try:
         with raising_at_interrupt(), Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
@@ -64,15 +65,17 @@ def _follow(tails: dict[pathlib.Path, Tail], seconds: float, console: Console) -
                 if all(glance.state == "finished" for glance in glances):
                     break
                 time.sleep(seconds)
-                glances = _look(tails)
+                glances = look_at()
     except KeyboardInterrupt:
         console.print(_fit(console, glances, height=None))
         sys.exit(128 + signal.SIGINT)
     console.print(_fit(console, glances, height=None))
 
 
-def _look(tails: dict[pathlib.Path, Tail]) -> list[Glance]:
-    return [look(folder, tail) for folder, tail in tails.items()]
+def _look(folders: list[pathlib.Path], tails: dict[pathlib.Path, Tail]) -> list[Glance]:
+    """Returns what is seen of all runs in the folders now; tails: of those that were seen before."""
+    found = workdir.runs_in(folders)
+    return [look(run, tails.setdefault(run, Tail(run / workdir.METRICS_FILE))) for run in found]
 
 
 def _fit(console: Console, glances: list[Glance], *, height: int | None) -> RenderableType:

@@ -127,6 +127,16 @@ def test_the_page_is_whole_and_loads_nothing(folders, tmp_path):
         assert part in page.text, part
 
 
+def test_a_uniform_seed_that_ends_above_the_median_has_used_its_steps(tmp_path):
+    """Red if the verdict on two seeds is that uniform draws needed infinitely many steps."""
+    for seed, last in ((0, 0.2), (1, 0.4)):
+        write(tmp_path / f"importance-{seed}", seed=seed)
+        write(tmp_path / f"uniform-{seed}", seed=seed, losses=(2.0, 1.0, last), proposal__name="uniform")
+    (found,) = verdict(runs.arms(runs.read([tmp_path])))
+    assert re.search(r"in 2\.\d times fewer steps and 2\.\d times less time", found.headline), found
+    assert "inf" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("sampled", "uniform", "says"),
     [

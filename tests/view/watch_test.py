@@ -92,6 +92,19 @@ def test_states_and_time_left(tmp_path):
     assert "stopped, last step 0:01:40 ago" in shown(write_run(tmp_path / "b", of=60, alive=False))
 
 
+def test_a_folder_of_runs_is_those_in_it(tmp_path, run_command):
+    """Red if a comparison that is running cannot be followed by its folder, or a new run in it is not seen."""
+    write_run(tmp_path / "both" / "importance-0")
+    assert "importance-0" in shown(tmp_path / "both", width=300) and "uniform-0" not in shown(
+        tmp_path / "both", width=300
+    )
+    write_run(tmp_path / "both" / "uniform-0")
+    assert "uniform-0" in shown(tmp_path / "both", width=300)
+    for name in ("status", "hardest"):
+        code, text = run_command(name, tmp_path / "both")
+        assert code == 1 and f"name one of those in it, such as {tmp_path / 'both' / 'importance-0'}" in text
+
+
 def test_what_is_left_out_and_why_a_run_stopped_are_said(tmp_path):
     folder = write_run(tmp_path / "run", of=60, alive=False)
     (folder / "nonfinite.json").write_text('{"step": 21}')
