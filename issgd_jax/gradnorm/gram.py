@@ -11,6 +11,7 @@ from jax import lax
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
+from issgd_jax.gradnorm.kernels.gram import gram_sums, signed_and_absolute
 from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, squares, underflow
 from issgd_jax.gradnorm.pairs import sum_over_pairs
 
@@ -60,7 +61,7 @@ def norm(x: Factored) -> tuple[jax.Array, jax.Array]:
                 total, absolute = total + alone, absolute + alone
             else:
                 pairs = (_rows(first, x),) if a == b else (_rows(first, x), _rows(second, x))
-                both = len(pairs) * sum_over_pairs(functools.partial(_sums, x, first.precision), *pairs)
+                both = len(pairs) * jnp.sum(_sums(x, first.precision, *pairs), axis=1)
                 total, absolute = total + both[0], absolute + both[1]
     least = sum(term.uses for term in x.terms) ** 2 * underflow(total.dtype)
     exact = (total < jnp.inf) & (total >= lax.max(LEAST_SHARE * absolute, lax.full_like(absolute, least)))
@@ -140,18 +141,23 @@ def _rows(term: Term, x: Factored) -> _Rows:
     return _Rows(tuple(jnp.einsum(f"{order}->kti", slab) for slab in slabs), None, right)
 
 
-def _sums(x: Factored, precision: Any, first: _Rows, second: _Rows) -> jax.Array:
-    """Returns Σ l·r and Σ |l·r| of inner products l, r of all pairs; |l|, |r| count as what may have underflowed.
+def _sums(x: Factored, precision: Any, *pairs: _Rows) -> jax.Array:
+    """Returns Σ l·r and Σ |l·r| of inner products l, r of all pairs, [2, K], of one term or of two.
 
-    Both by one reduction, which XLA fuses with the products; two would write them to memory.
+    |l|, |r| count as what may have underflowed.
     """
-    left = _left_products(first, second, precision)
-    right = algebra.contract("ksj,ktj->kst", first.right, second.right, precision)
-    dtype = jnp.promote_types(left.dtype, right.dtype)
+    first = pairs[0]
+    dtype = accumulator(jnp.result_type(*(factor for rows in pairs for factor in (*rows.left, rows.right))))
     least = max(x.size("l"), x.size("r")) * underflow(dtype) / LEAST_SHARE
-    signs, floors = (jnp.asarray(r, dtype).reshape(2, *(1 for _ in right.shape)) for r in ([1, -1], [-jnp.inf, least]))
-    left, right = (jnp.maximum(jnp.maximum(y, signs * y), floors) for y in (left.astype(dtype), right))
-    return jnp.sum(left * right, axis=range(1, left.ndim))
+    if len(pairs) == 1 and len(first.left) == 1:
+        return gram_sums(first.left[0], first.right, precision=precision, least=least)
+
+    def products(first, second):
+        left = _left_products(first, second, precision)
+        right = algebra.contract("ksj,ktj->kst", first.right, second.right, precision)
+        return signed_and_absolute(left, right, least)
+
+    return sum_over_pairs(products, *pairs)
 
 
 def _left_products(first: _Rows, second: _Rows, precision: Any) -> jax.Array:
