@@ -60,7 +60,7 @@ def gram_sums(
 
     Guarantees:
       - No array of T × T is in the device's memory if T is larger than two blocks of `pairs.BLOCK`.
-      - Sums are in float32, or wider. They are not finite if a number is not.
+      - Sums are in float32, or wider. The first is not finite if a number of its example is not.
       - Derivatives are those of the plain form.
 
     Example:

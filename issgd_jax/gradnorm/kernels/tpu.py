@@ -50,7 +50,7 @@ def gram_sums(
 
     sums = pl.pallas_call(
         functools.partial(_multiply, left_chunks=left_chunks, precision=precision, least=least),
-        out_shape=jax.ShapeDtypeStruct((batch, 2, tile), jnp.float32),
+        out_shape=jax.typeof(left).update(shape=(batch, 2, tile), dtype=jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(pairs),
             grid=(batch, len(pairs[0]), left_chunks + right_chunks),
