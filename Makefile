@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 # Python 3.11 gets the lowest versions that the project supports, a later one the newest that it was tested with.
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c "import sys; print('lowest' if sys.version_info < (3, 12) else 'newest')").txt
 # Of each kind of run one; all of what reads the programs that JAX traces.
-REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/devices_test.py tests/run/versions_test.py \
-  tests/run/resume_test.py::test_a_run_that_goes_on_is_bit_equal
+REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/lowering_test.py tests/devices_test.py \
+  tests/run/versions_test.py tests/run/resume_test.py::test_a_run_that_goes_on_is_bit_equal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -19,8 +19,9 @@ from issgd_jax.gradnorm.pairs import sum_over_pairs
 
 SWITCH = "ISSGD_JAX_GRAM"
 FORMS = ("plain", "tpu", "hopper")
-# Inner products of fewer uses are no memory to save, and fill no tile.
-LEAST_USES = 128
+# Inner products of fewer uses are no memory to save, and fill no tile; of more, the list of pairs of tiles fills the
+# scalar memory of a TPU.
+LEAST_USES, MOST_USES = 128, 2**15
 
 
 def gram_norm(a: jax.Array, d: jax.Array) -> jax.Array:
@@ -56,7 +57,7 @@ def gram_sums(
       f32[2, B], or wider.
 
     Raises:
-      ValueError: The environment variable ISSGD_JAX_GRAM names no form.
+      ValueError: The environment variable ISSGD_JAX_GRAM names no form, or one of another platform.
 
     Guarantees:
       - No array of T × T is in the device's memory if T is larger than two blocks of `pairs.BLOCK`.
@@ -68,7 +69,8 @@ def gram_sums(
       [[1.0], [25.0]]
     """
     form = _form()
-    if form == "plain" or not _has_kernel(left, right) or (form == "auto" and left.shape[1] < LEAST_USES):
+    is_worth_it = form != "auto" or LEAST_USES <= left.shape[1] <= MOST_USES
+    if form == "plain" or not is_worth_it or not _has_kernel(left, right):
         return plain(left, right, precision=precision, least=least)
     left, right = varying_like(left, right), varying_like(right, left)
     return _differentiable(left, right, _resolved(precision), float(least), form)

@@ -41,8 +41,8 @@ def gram_sums(
     sums = plgpu.kernel(
         functools.partial(_multiply, chunk=chunk, least=least),
         out_type=jax.ShapeDtypeStruct((left.shape[0], len(rows), 2, TILE), jnp.float32),
-        grid=(left.shape[0], len(rows)),
-        grid_names=("example", "pair"),
+        grid=(left.shape[0] * len(rows),),  # of one axis: the others are short on GPUs
+        grid_names=("block",),
         num_threads=MULTIPLYING + 1,
         thread_name="warpgroup",
         scratch_types=[
@@ -58,7 +58,8 @@ def gram_sums(
 
 
 def _multiply(rows, columns, left, right, sums, row_tiles, column_tiles, copied, multiplied, *, chunk, least):
-    example, pair, warpgroup = (lax.axis_index(name) for name in ("example", "pair", "warpgroup"))
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    example, pair = lax.div(block, sums.shape[1]), lax.rem(block, sums.shape[1])
     left_chunks, right_chunks = (x.shape[2] // chunk for x in (left, right))
     # Chunks of both factors go through one ring of STAGES places.
     factors = (left, 0, left_chunks), (right, left_chunks, right_chunks)
