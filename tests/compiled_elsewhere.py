@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks import gradnorm_models
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.gradnorm.kernels import gram, gram_norm
+from issgd_jax.gradnorm.gram_sums import SWITCH, gram_norm
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler
 from issgd_jax.scoring import workers
@@ -91,7 +91,7 @@ def main(platform: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
     if platform == "cuda":  # which GPU it will be, nothing here can tell
-        os.environ[gram.SWITCH] = "hopper"
+        os.environ[SWITCH] = "hopper"
     for device, devices in devices_of(platform).items():
         for name, lowered, has_kernel in programs(devices):
             compiled = lowered.compile()

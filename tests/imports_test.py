@@ -17,6 +17,7 @@ ORDER = (
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {
+    "kernels": ("native", "tiles", "gram_tpu", "gram_hopper"),
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
         "checks", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",

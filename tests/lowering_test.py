@@ -10,7 +10,7 @@ import pytest
 
 from experiments.benchmarks import gradnorm_models
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.gradnorm.kernels import gram
+from issgd_jax.gradnorm.gram_sums import SWITCH
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler
 from issgd_jax.scoring.workers import WorkerPool
@@ -29,7 +29,7 @@ def custom_calls(function, *args, platform):
 def test_norms_of_the_benchmark_are_lowered(monkeypatch, platform):
     """Red if a platform refuses part of the norms, or long sequences go without the kernel."""
     if platform == "cuda":  # which GPU it will be, nothing here can tell
-        monkeypatch.setenv(gram.SWITCH, "hopper")
+        monkeypatch.setenv(SWITCH, "hopper")
     transformer = gradnorm_models.transformer(batch_size=2, length=128, depth=1, vocabulary=64)
     for (params, batch, loss_fn), expected in (
         (gradnorm_models.mlp(batch_size=4), set()),

@@ -11,7 +11,7 @@ from jax import lax
 
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
-from issgd_jax.gradnorm.kernels.gram import gram_sums, signed_and_absolute
+from issgd_jax.gradnorm.gram_sums import gram_sums, signed_and_absolute
 from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, squares, underflow
 from issgd_jax.gradnorm.pairs import sum_over_pairs
 

@@ -15,15 +15,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from issgd_jax.gradnorm import gram_sums as gram
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.gradnorm.kernels import gram, gram_norm, gram_sums, hopper, tiling, tpu
+from issgd_jax.gradnorm.gram_sums import gram_norm, gram_sums
+from issgd_jax.kernels import gram_hopper, gram_tpu, tiles
 from tests.helpers import soak
 
 INTERPRETS_HOPPER = hasattr(plgpu, "InterpretGPUParams")  # JAX 0.10 has an interpreter that does not transpose tiles
 KERNELS = [
-    pytest.param(functools.partial(tpu.gram_sums, interpret=True), id="tpu"),
+    pytest.param(functools.partial(gram_tpu.gram_sums, interpret=True), id="tpu"),
     pytest.param(
-        functools.partial(hopper.gram_sums, interpret=plgpu.InterpretGPUParams() if INTERPRETS_HOPPER else None),
+        functools.partial(gram_hopper.gram_sums, interpret=plgpu.InterpretGPUParams() if INTERPRETS_HOPPER else None),
         id="hopper",
         marks=pytest.mark.skipif(not INTERPRETS_HOPPER, reason="this version of JAX cannot interpret it"),
     ),
@@ -34,8 +36,8 @@ KERNELS = [
 def small_tiles():
     """Several tiles of small arrays; on Hopper, tiles are of one size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu, "LARGEST_TILE", 16)
-        patch.setattr(tpu, "LARGEST_CHUNK", 128)
+        patch.setattr(gram_tpu, "LARGEST_TILE", 16)
+        patch.setattr(gram_tpu, "LARGEST_CHUNK", 128)
         yield
 
 
@@ -89,7 +91,7 @@ def test_tiles_on_a_tpu_do_not_race(capfd):
     """Red if a step of the grid reads or writes what another one writes, or reads what nobody wrote."""
     left, right = factors((2, 20, 130, 3), "float32")
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
-    sums = tpu.gram_sums(left, right, precision=None, least=0.0, interpret=interpret)
+    sums = gram_tpu.gram_sums(left, right, precision=None, least=0.0, interpret=interpret)
     np.testing.assert_allclose(sums, oracle(left, right), rtol=1e-5)
     assert "race" not in "".join(capfd.readouterr()).lower()
 
@@ -99,7 +101,7 @@ def test_warpgroups_do_not_race():
     """Red if a tile is read before it is copied, copied over before it is multiplied, or waited for in vain."""
     left, right = factors((1, 130, 300, 40), "bfloat16")
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    sums = hopper.gram_sums(left, right, precision=None, least=0.0, interpret=interpret)
+    sums = gram_hopper.gram_sums(left, right, precision=None, least=0.0, interpret=interpret)
     np.testing.assert_allclose(sums, oracle(left, right), rtol=1e-5)
 
 
@@ -159,7 +161,7 @@ def test_a_form_that_cannot_be_is_refused(monkeypatch, form):
 
 def test_a_kernel_that_cannot_be_lowered_is_replaced(monkeypatch, caplog):
     """Red if a version of JAX without Pallas ends a program, or nothing is said about it."""
-    monkeypatch.setitem(sys.modules, "issgd_jax.gradnorm.kernels.tpu", None)
+    monkeypatch.setitem(sys.modules, "issgd_jax.kernels.gram_tpu", None)
     with caplog.at_level(logging.WARNING, "issgd_jax"):
         assert not custom_calls(gram_norm, *SHAPES, platform="tpu")
     assert gram.SWITCH in caplog.text
@@ -223,7 +225,7 @@ def test_pallas_is_not_imported_by_those_who_need_no_kernel():
     import subprocess
 
     code = (
-        "import sys, jax, jax.numpy as jnp; from issgd_jax.gradnorm.kernels import gram_norm; "
+        "import sys, jax, jax.numpy as jnp; from issgd_jax.gradnorm.gram_sums import gram_norm; "
         "jax.config.update('jax_platforms', 'cpu'); jax.jit(gram_norm)(jnp.ones((1, 200, 1)), jnp.ones((1, 200, 1))); "
         "assert 'jax.experimental.pallas' not in sys.modules"
     )
@@ -232,6 +234,6 @@ def test_pallas_is_not_imported_by_those_who_need_no_kernel():
 
 def test_tiles_hold_all_rows():
     for length in (1, 16, 17, 255, 1000):
-        size = tiling.tile_length(length, 16, 8)
+        size = tiles.tile_length(length, 16, 8)
         assert size == length or (size % 8 == 0 and length - size * (length // size) < size)
         assert size <= 16

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from issgd_jax.gradnorm.kernels.tiling import padded, pairs_of_tiles, tile_length
+from issgd_jax.kernels.tiles import padded, pairs_of_tiles, tile_length
 
 # Rows of a tile, and numbers of each row that are in fast memory together: 8 MiB of float32, of two tiles of either
 # factor, each twice, as the next one is copied while one is multiplied.
@@ -22,13 +22,13 @@ SUBLANES, LANES = 16, 128
 def gram_sums(
     left: jax.Array, right: jax.Array, *, precision: lax.Precision | None, least: float, interpret: Any = False
 ) -> jax.Array:
-    """Returns f32[2, B], see `kernels.gram.gram_sums`.
+    """Returns f32[2, B], see `gradnorm.gram_sums`.
 
     Each step of the grid multiplies a chunk of the columns of two tiles: first those of left, then those of right.
     After the last step, the two squares of inner products are multiplied with each other; none leaves the fast memory.
 
     Args:
-      left, right, precision, least: See `kernels.gram.gram_sums`.
+      left, right, precision, least: See `gradnorm.gram_sums`.
       interpret: Of `pallas_call`.
     """
     batch, uses, _ = left.shape

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from issgd_jax.gradnorm.kernels.tiling import padded, pairs_of_tiles
+from issgd_jax.kernels.tiles import padded, pairs_of_tiles
 
 # Two warpgroups multiply 64 rows each, whose inner products take half of their registers; a third copies.
 TILE, MULTIPLYING = 128, 2
@@ -22,13 +22,13 @@ REGISTERS = {"decrease": 40, "increase": 232}
 def gram_sums(
     left: jax.Array, right: jax.Array, *, precision: lax.Precision | None, least: float, interpret: Any = None
 ) -> jax.Array:
-    """Returns f32[2, B], see `kernels.gram.gram_sums`.
+    """Returns f32[2, B], see `gradnorm.gram_sums`.
 
     Each block of threads takes one pair of tiles. It multiplies chunks of the columns of left, then those of right,
     while the next ones are copied. Products of float32 are those of TensorFloat-32, as XLA's at the default precision.
 
     Args:
-      left, right, least: See `kernels.gram.gram_sums`.
+      left, right, least: See `gradnorm.gram_sums`.
       precision: None or the default; any for bfloat16, whose products are exact.
       interpret: Of `plgpu.kernel`.
     """

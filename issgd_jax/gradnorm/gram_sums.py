@@ -98,7 +98,7 @@ def signed_and_absolute(left: jax.Array, right: jax.Array, least: float) -> jax.
 
 
 def _form() -> str:
-    form = os.environ.get(SWITCH) or "auto"
+    form = os.environ.get(SWITCH) or ("plain" if os.environ.get("ISSGD_JAX_KERNELS") == "0" else "auto")
     if form not in ("auto", *FORMS):
         raise ValueError(f"{SWITCH} must be one of {', '.join(FORMS)}, or not be set, got {form!r}")
     return form
@@ -186,7 +186,7 @@ def _gives(kernel: str | None, dtype: jnp.dtype, precision: Any) -> bool:
 
 def _load(kernel: str) -> Callable[..., jax.Array]:
     """Returns the function of a kernel; imports Pallas, which takes half a second."""
-    return importlib.import_module(f"issgd_jax.gradnorm.kernels.{kernel}").gram_sums
+    return importlib.import_module(f"issgd_jax.kernels.gram_{kernel}").gram_sums
 
 
 def _is_partitioned(context: mlir.LoweringRuleContext) -> bool:
