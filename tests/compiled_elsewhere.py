@@ -51,7 +51,8 @@ def devices_of(platform: str) -> dict:
     if platform == "cuda":
         topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
         return {"H100": topology.devices}
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")  # there is no machine to ask
+    # There is no machine to ask, and no device to lock.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     return {name: topologies.get_topology_desc(topology, "tpu").devices for name, topology in TPUS.items()}
 
 

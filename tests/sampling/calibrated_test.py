@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from issgd_jax.sampling import calibrated
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.proposal import FRACTIONS, Mixture
 from issgd_jax.sampling.store import ScoreStore
@@ -116,3 +117,13 @@ def test_the_unit_of_the_scores_does_not_matter(proposal):
         for unit in (1e-17, 1e17)
     )
     np.testing.assert_allclose(small / small.mean(), large / large.mean(), rtol=1e-3)
+
+
+def test_accelerators_sum_the_same_in_each_bin():
+    """Red if the product of one-hot matrices, which no other test computes on a CPU, adds to another bin."""
+    rng = np.random.default_rng(0)
+    row, column = rng.integers(0, calibrated.SCORE_BINS, 50), rng.integers(0, calibrated.STALENESS_BINS, 50)
+    row[:5] = calibrated.SCORE_BINS  # no bin
+    values = jnp.asarray(rng.normal(size=(2, 50)), jnp.float32)
+    expected = calibrated._scatter(row, column, values)
+    np.testing.assert_allclose(calibrated._sum_by_bin(row, column, values), expected, rtol=1e-5, atol=1e-6)
