@@ -51,8 +51,9 @@ def devices_of(platform: str) -> dict:
     if platform == "cuda":
         topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
         return {"H100": topology.devices}
-    # There is no machine to ask, and no device to lock.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # There is no machine to ask, no device to lock, and nothing to log.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
     return {name: topologies.get_topology_desc(topology, "tpu").devices for name, topology in TPUS.items()}
 
 
