@@ -1,11 +1,11 @@
 """What scores lose in bfloat16: their ranks, and the gain of draws by them.
 
-    python -m experiments.benchmarks.precision [--data=svhn_cropped --split=train[:10000] --data_dir=DIR]
+    python -m experiments.benchmarks.precision [--networks=mlp] [--data=svhn_cropped --split=train[:10000]]
 
-Scores of three networks by `workers.precision`, on at most 2,048 training examples at the first parameters and during
-plain SGD: rank correlation (Spearman) with those in float32; Tr Σ of draws by them, over that of draws by the exact
-norms; and the gain of both over uniform draws. Draws by either are unbiased. Prints a table and writes
-results/precision-DATA.json.
+Scores of three networks (the paper's MLP 2048×4 among them) by `workers.precision`, on at most 2,048 training examples
+at the first parameters and during plain SGD: rank correlation (Spearman) with those in float32; Tr Σ of draws by them,
+over that of draws by the exact norms; and the gain of both over uniform draws. Draws by either are unbiased. Prints all
+and writes results/precision-DATA.json.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from experiments.benchmarks.environment import RESULTS, path_argument, save_results
+from experiments.benchmarks.gradnorm import names_among
 from issgd_jax import config as config_lib
 from issgd_jax.learning.evaluate import make_measure_variance
 from issgd_jax.learning.learner import Learner, TrainState
@@ -27,8 +28,8 @@ from issgd_jax.task.problem import make_worker_score_fn
 
 # {network: the fields that differ from the defaults}
 NETWORKS = {
-    "MLP 2048×4": {"model.name": "mlp", "model.mlp.hidden_sizes": (2048,) * 4},
-    "ConvNet": {"model.name": "convnet"},
+    "mlp": {"model.name": "mlp", "model.mlp.hidden_sizes": (2048,) * 4},
+    "convnet": {"model.name": "convnet"},
     "transformer": {"model.name": "transformer", "learner.optimizer": "adam", "learner.learning_rate": 1e-3},
 }
 SCORED = 2048
@@ -54,6 +55,9 @@ def measure(config, all_steps) -> dict[int, dict]:
                 state.params, build_table(scores["bfloat16"]), sample, np.arange(len(sample[1]))
             )
             results[i] = compared(variance, **{name: np.asarray(x) for name, x in scores.items()})
+            print(
+                f"{i} steps", *(f"  {name:<28}{value:.6g}" for name, value in results[i].items()), sep="\n", flush=True
+            )
         state, sampler_state, _ = step(state, sampler_state, sampler, examples)
     return results
 
@@ -74,19 +78,19 @@ def compared(variance, float32, bfloat16) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=names_among(NETWORKS), default=list(NETWORKS), help="separated by commas")
     parser.add_argument("--data", default="digits", help="digits, or a data set of TFDS")
     parser.add_argument("--split", default="train", help="of training examples")
     parser.add_argument("--data_dir", type=path_argument)
-    parser.add_argument("--steps", type=lambda text: [int(steps) for steps in text.split(",")], default=[0, 200, 1000])
+    parser.add_argument("--steps", type=lambda text: [int(steps) for steps in text.split(",")], default=[0, 200])
     options, results = parser.parse_args(), {}
-    for network, fields in NETWORKS.items():
+    for network in options.networks:
         config = config_lib.default()
         data = {"data.name": options.data, "data.train_split": options.split}
         folder = {"data.dir": str(options.data_dir)} if options.data_dir else {}
-        config.update_from_flattened_dict(data | folder | fields)
+        config.update_from_flattened_dict(data | folder | NETWORKS[network])
+        print(network)
         results[network] = measure(config, options.steps)
-        for steps, row in results[network].items():
-            print(f"{network}, {steps} steps", *(f"  {name:<28}{value:.6g}" for name, value in row.items()), sep="\n")
     command = " ".join(["python -m experiments.benchmarks.precision", *sys.argv[1:]])
     save_results(RESULTS / f"precision-{options.data}.json", command, results)
 
