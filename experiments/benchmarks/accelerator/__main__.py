@@ -76,7 +76,7 @@ def main(arguments=None):
     size = options.size or ("small" if device.platform == "cpu" else "full")
     path = options.out or RESULTS / f"accelerator-{slug(device.device_kind)}.json"
     command = " ".join(["python -m experiments.benchmarks.accelerator", *sys.argv[1:]])
-    # More processes than cores wanted to run in the minute before: times are then upper bounds.
+    # Others computed in the minute before: times are then upper bounds, and rates lower ones.
     load = {"load_average": os.getloadavg()[0], "busy": os.getloadavg()[0] > 0.5}
 
     def report(rates, done):

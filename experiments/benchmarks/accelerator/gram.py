@@ -38,7 +38,8 @@ def chosen(a, d):
     return per_example_grad_norms(lambda params, a, d: jnp.vdot(a @ params, d))(params, a, d) ** 2
 
 
-# {name: `(a f32[B, T, I], d f32[B, T, J]) -> f32[B]`}; the first is what the others are compared with.
+# {name: `(a f32[B, T, I], d f32[B, T, J]) -> f32[B]`}; the first is what the others are compared with. A compiled
+# kernel is one more.
 FORMS = {"formed": formed, "all pairs": all_pairs, "blocks of pairs": blocks, "as chosen": chosen}
 
 

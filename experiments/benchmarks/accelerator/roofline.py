@@ -1,5 +1,6 @@
 """Floors: the least time that a program can take, from what it computes and moves and from rates measured beside it."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -95,16 +96,17 @@ def program(function: Callable, *arguments, dtype: str = "float32") -> Program:
     start = time.perf_counter()
     compiled = jitted.lower(*arguments).compile()
     details = {"compile_seconds": time.perf_counter() - start}
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    details |= {"temporary_bytes": memory.temp_size_in_bytes} if memory else {}
-    details |= {f"xla_{name.split()[0]}": cost[name] for name in ("flops", "bytes accessed") if name in cost}
+    with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):  # not every device tells
+        details["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        cost = compiled.cost_analysis() or {}
+        details |= {"xla_operations": cost.get("flops"), "xla_bytes": cost.get("bytes accessed")}
     outputs = jax.eval_shape(function, *arguments)
     num_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((arguments, outputs)))
     return Program(_waiting(compiled, *arguments), operations, num_bytes, dtype, details)
 
 
 def time_programs(programs: Mapping[str, Program], size: Size, rates: Rates) -> dict[str, dict]:
-    """Returns a row of each program, timed in turn; the first is what the others are compared with."""
+    """Returns a row of each program, timed in turn; to_first is its time over that of the first."""
     seconds = paired_seconds({name: one.run for name, one in programs.items()}, size.num_pairs, size.seconds)
     first = seconds[next(iter(programs))]
     return {
