@@ -38,10 +38,11 @@ def test_every_part_runs_and_the_file_has_what_bounds_each_row(tiny, tmp_path, c
     """Red if a part fails, or a row lacks its floor."""
     command.main(["--size=small", f"--out={tmp_path / 'device.json'}"])
     record = json.loads((tmp_path / "device.json").read_text())
-    assert record["rates"]["bandwidth"] > 0 and record["hardware"]["device"] == "cpu" and "busy" in record
+    assert record["hardware"]["device"] == "cpu" and "busy" in record
     parts = record["results"]
     assert all("results" in part and part["compilations"] > 0 for part in parts.values())
     assert len(parts) == 5
+    assert all(part["results"].pop("rates")["bandwidth"] > 0 for part in parts.values())
     rows = [row for part in parts.values() for row in part["results"].values() if isinstance(row, dict)]
     assert len(rows) == 4 + 4 + 4 and all(row["ms"] > 0 and row["bound"] and row["over_floor"] > 0 for row in rows)
     forms = parts["gram, B = 2, T = 5, I = 4, J = 3"]["results"]

@@ -29,7 +29,7 @@ class Rates:
     Attributes:
       matrix: {type: operations a second of a matrix product}, a multiplication and an addition being two.
       bandwidth: bytes a second that are read or written.
-      dispatch: seconds of a program that computes nothing.
+      dispatch: seconds of a program that adds one to a number.
     """
 
     matrix: Mapping[str, float]
@@ -38,32 +38,34 @@ class Rates:
 
 
 def measure_rates(size: Size) -> Rates:
-    """Returns the rates of the default device, each that of the fastest call."""
+    """Returns the rates of the default device, each that of the fastest call; compiled at the first call."""
     functions = {}
     for dtype in ("float32", "bfloat16"):
         matrix = jnp.ones((size.matrix, size.matrix), dtype)
-        functions[dtype] = _waiting(jax.jit(jnp.matmul), matrix, matrix)
-    vector = jnp.ones(size.vector)
-    # In place: on CPUs most of the time of a new array is that of its first use.
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+        functions[dtype] = _waiting(_product, matrix, matrix)
+    vector, number = jnp.ones(size.vector), jnp.int32(0)
 
     def pass_over():
         nonlocal vector
-        vector = jax.block_until_ready(add(vector))
-
-    nothing, number = jax.jit(lambda x: x + 1), jnp.int32(0)
+        vector = jax.block_until_ready(_increased(vector))
 
     def dispatch():
-        jax.block_until_ready([nothing(number) for _ in range(DISPATCHES)])
+        jax.block_until_ready([_next(number) for _ in range(DISPATCHES)])
 
     functions |= {"vector": pass_over, "dispatch": dispatch}
-    seconds = paired_seconds(functions, RATE_CALLS, size.seconds)
+    seconds = paired_seconds(functions, RATE_CALLS, size.seconds / 5)
     least = {name: min(times) for name, times in seconds.items()}
     return Rates(
         {dtype: 2 * size.matrix**3 / least[dtype] for dtype in ("float32", "bfloat16")},
         2 * vector.nbytes / least["vector"],
         least["dispatch"] / DISPATCHES,
     )
+
+
+_product = jax.jit(jnp.matmul)
+_next = jax.jit(lambda x: x + 1)
+# In place: on CPUs most of the time of a new array is that of its first use.
+_increased = jax.jit(lambda x: x + 1, donate_argnums=0)
 
 
 def _waiting(function, *arguments):
