@@ -83,11 +83,12 @@ def main(arguments=None):
     command = " ".join(["python -m experiments.benchmarks.accelerator", *sys.argv[1:]])
     # Others computed in the minute before: times are then upper bounds, and rates lower ones.
     load = {"load_average": os.getloadavg()[0], "busy": os.getloadavg()[0] > 0.5}
+    details = {"size": size, "commit": git_commit(), **load}
 
     def report(done):
         name, part = list(done.items())[-1]
         print(name, table(part), sep="\n", flush=True)
-        save_results(path, command, done, size=size, commit=git_commit(), **load)
+        save_results(path, command, done, **details)
 
     sizes = SIZES[size]
     parts = {name: part for group in options.parts for name, part in GROUPS[group].parts(sizes).items()}
