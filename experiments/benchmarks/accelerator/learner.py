@@ -29,7 +29,7 @@ def step(size: Size, rates: Rates) -> dict:
 def overlap(size: Size, rates: Rates) -> dict:
     """Returns times of steps alone, of scoring alone, and of both when one thread dispatches them at once.
 
-    Rounds of scoring are as many as take about as long as the steps.
+    Rounds of scoring are as many as would take as long as the steps if each were dispatched alone.
     hidden: share of the shorter that the longer hides; 0 where the device does one after the other.
     """
     bench = Bench(size.learner)
