@@ -1,6 +1,8 @@
 # `make run` trains and compares, `make test` tests, `make soak` tests for hours. Each installs what it needs, once.
 PYTHON ?= python3
 NEWEST ?= python3.13
+# Extra of JAX that `make pack` packs: cuda12, which older drivers run too, cuda13 or tpu; or cpu.
+ACCELERATOR ?= cuda12
 # Processes of tests: more than two cores, as tests of clusters and processes mostly wait.
 WORKERS ?= 3
 VENV := .venv
@@ -13,7 +15,7 @@ REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/lowering_tes
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test test-newest variants soak representative soak-here lint package install
+.PHONY: run test test-newest variants soak representative soak-here lint package pack install
 .DELETE_ON_ERROR:
 
 run: install
@@ -52,6 +54,10 @@ lint: $(VENV)/.installed-test
 # Source distribution and wheel, and the wheel in empty environments.
 package:
 	.ci/package $(PYTHON) $(CONSTRAINTS)
+
+# All that a machine without network needs to measure its device, in runs/issgd-jax-ACCELERATOR.tar.
+pack:
+	experiments/benchmarks/pack.sh $(PYTHON) $(CONSTRAINTS) $(ACCELERATOR)
 
 install: $(VENV)/.installed
 

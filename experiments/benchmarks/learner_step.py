@@ -73,6 +73,7 @@ class Bench:
             return losses.example_loss(model.apply(params, (image - 128.0) / 64.0), label)
 
         self._optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
+        self.loss_fn = loss_fn
         self.step = Learner(loss_fn, self._optimizer, refresh=False).compile()
         self.refreshing_step = Learner(loss_fn, self._optimizer).compile()
         self.uniform = Sampler(num_examples, case.batch_size, Uniform())

@@ -162,6 +162,11 @@ FIELDS = (
         "Score of an example: the norm of its gradient, of its gradient at the logits, or its loss.",
     ),
     Field(
+        "workers.precision", "float32", _one_of("float32", "bfloat16"),
+        "Type in which workers compute scores; parameters and the norms of minibatches stay float32. Scores only set "
+        "the draws, so that nothing is biased.",
+    ),
+    Field(
         "workers.strict", False, _ANY,
         "Stop the run at a score that is NaN, infinite or negative; if not, such scores are discarded and counted.",
     ),

@@ -107,6 +107,34 @@ def without_key(function: Callable) -> Callable:
 
 
 @dataclasses.dataclass(frozen=True)
+class InPrecision:
+    """Score computed in another floating-point type; draws by it are as unbiased as by any score.
+
+    Parameters and examples are cast. A loss that brings in arrays of a wider type, as constants, computes in that type
+    from there on.
+
+    Attributes:
+      score_fn: `(params, *batch) -> f32[B]`.
+      dtype: name of the type, such as "bfloat16".
+
+    Example:
+      >>> score_fn = PerExample(lambda params, x: params * x)
+      >>> batch = jnp.float32(1), jnp.array([1.0, 1.001])
+      >>> score_fn(*batch).tolist() == InPrecision(score_fn, "bfloat16")(*batch).tolist()
+      False
+    """
+
+    score_fn: Callable[..., jax.Array]
+    dtype: str
+
+    def __call__(self, params, *batch) -> jax.Array:
+        def cast(x):
+            return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return self.score_fn(*jax.tree.map(cast, (params, *batch)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Keyed:
     """Score with new random keys at every step, one for each example; `((params, step), *batch) -> f32[B]`.
 

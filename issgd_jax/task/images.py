@@ -68,7 +68,9 @@ def make_objective(config: ConfigDict, num_classes: int, mean: np.ndarray, std: 
         return model.init(key, jnp.asarray(mean))
 
     def logits_fn(params, image):
-        return model.apply(params, (image - mean) / std)
+        # Pixels are integers, which take no part in a cast of parameters and examples.
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        return model.apply(params, ((image - mean) / std).astype(dtype))
 
     def loss_fn(params, image, label):
         return losses.example_loss(logits_fn(params, image), label)

@@ -6,7 +6,7 @@ import optax
 
 
 def example_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Returns the softmax cross-entropy in nats, f[].
+    """Returns the softmax cross-entropy in nats, f[], computed in float32 or more.
 
     Args:
       logits: f[C].
@@ -16,6 +16,8 @@ def example_loss(logits: jax.Array, label: jax.Array) -> jax.Array:
       >>> print(f"{example_loss(jnp.zeros(4), jnp.int32(1)):.4f}")  # log 4
       1.3863
     """
+    # Half of the digits would round a probability near one, and with it the gradient, to nothing.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 

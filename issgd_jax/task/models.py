@@ -59,7 +59,8 @@ class _GRU(nn.Module):
     @nn.compact
     def __call__(self, image):
         rows = image.reshape(image.shape[0], -1)
-        states = nn.RNN(nn.GRUCell(self.units))(rows)
+        # flax would start in float32 whatever the parameters are, and stay there.
+        states = nn.RNN(nn.GRUCell(self.units))(rows, initial_carry=jnp.zeros(self.units, rows.dtype))
         return nn.Dense(self.num_classes)(states[-1])
 
 

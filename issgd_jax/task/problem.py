@@ -240,6 +240,8 @@ def make_score_fn(config: ConfigDict, objective: Objective) -> Callable:
 def make_worker_score_fn(config: ConfigDict, objective: Objective) -> Callable:
     """Returns the score function of the workers, `(params, *batch)`; of a keyed loss `((params, step), *batch)`."""
     score_fn = make_score_fn(config, objective)
+    if config.workers.precision != "float32":
+        score_fn = scores_lib.InPrecision(score_fn, config.workers.precision)
     return scores_lib.Keyed(score_fn, config.seed) if objective.keyed else score_fn
 
 

@@ -80,6 +80,7 @@ RUNNABLE = {
     "workers.enabled": st.booleans(),
     "workers.chunk_size": st.integers(1, 400),
     "workers.score": st.sampled_from(["gradient_norm", "last_layer", "loss"]),
+    "workers.precision": st.sampled_from(["float32", "bfloat16"]),
     "workers.strict": st.booleans(),
     "schedule.name": st.sampled_from(["exact", "relaxed", "free_running"]),
     "schedule.steps_per_round": st.integers(1, 2**31 - 1),

@@ -106,6 +106,7 @@ from tests.helpers import smoke
         ({"model__name": "convnet", "model__convnet__channels": (4,) * 12}, "convnet cannot take images of shape"),
         ({"learner__draw": "madow"}, "learner.draw must be one of systematic, independent, without_replacement"),
         ({"workers__score": "norm"}, "workers.score must be one of gradient_norm, last_layer, loss"),
+        ({"workers__precision": "float16"}, "workers.precision must be one of float32, bfloat16, got 'float16'"),
         (
             {"workers__enabled": False, "learner__refresh": False},
             "workers.enabled and learner.refresh are both False: proposal calibrated would never see a score",

@@ -14,7 +14,7 @@ from issgd_jax import BadScoreError, NonFiniteLossError
 from issgd_jax.config import columns
 from issgd_jax.run import histograms, metrics
 from issgd_jax.scoring import scores as scores_lib
-from tests.helpers import check_close, read_events, scores, smoke, soak, without_time
+from tests.helpers import arrays_of, check_close, read_events, scores, smoke, soak, without_time
 
 REQUIRED, SCORES = set(columns.ALWAYS), set(columns.WITH_IMPORTANCE_SAMPLING)
 
@@ -182,6 +182,19 @@ def test_bad_scores_are_counted_and_never_enter(tmp_path, monkeypatch):
     calls.clear()
     with pytest.raises(BadScoreError, match=r"score\(s\) were NaN, infinite or negative up to step 20, .* example \d+"):
         issgd_jax.train(smoke(workers__strict=True), tmp_path, overwrite=True)
+
+
+def test_workers_score_in_bfloat16_and_the_learner_trains_in_float32(tmp_path):
+    """Red if the precision does not reach the workers, or reaches more than them."""
+    few = {"steps": 20, "eval_every": 20, "learner__refresh": False, "schedule__steps_per_round": 1000}
+    exact, half = (tmp_path / name for name in ("float32", "bfloat16"))
+    for workdir in (exact, half):
+        history = issgd_jax.train(smoke(workers__precision=workdir.name, **few), workdir)
+        assert history[-1]["train/loss"] < history[0]["train/loss"] and history[-1]["worker_examples"] == 300
+    (scores_exact, scored_at), (scores_half, _) = scores(exact), scores(half)
+    np.testing.assert_allclose(scores_half[scored_at == 0], scores_exact[scored_at == 0], rtol=0.1)
+    assert np.mean(scores_half[scored_at == 0] != scores_exact[scored_at == 0]) > 0.9
+    assert {str(x.dtype) for name, x in arrays_of(half, 20).items() if "params" in name} == {"float32"}
 
 
 def test_the_learner_scores_what_it_trains_on(tmp_path):
