@@ -27,7 +27,7 @@ def add(x: Gradient, y: Gradient) -> Gradient:
     if isinstance(x, Factored) and isinstance(y, Factored):
         if not x.terms or not y.terms:
             return x if x.terms else y
-        for a, b in ((x, y), (x, _swap(y)), (_swap(x), y)):
+        for a, b in ((x, y), (x, swap(y)), (swap(x), y)):
             if _layout(a) == _layout(b):
                 return dataclasses.replace(a, terms=a.terms + b.terms)
     return form(x) + form(y)
@@ -39,7 +39,7 @@ def _layout(x: Factored):
     return x.shape, x.sides, x.tail, kinds
 
 
-def _swap(x: Factored) -> Factored:
+def swap(x: Factored) -> Factored:
     """Exchanges left and right, if all factors are dense."""
     if not all(isinstance(term.left, Dense) for term in x.terms):
         return x
