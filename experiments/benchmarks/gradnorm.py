@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks.gradnorm [--models=mlp,gru] [--peers=none]
 
-For each model of gradnorm_models and each method, against its own framework's plain step (forward and backward of the
-mean loss): medians over pairs in one process (A B B A ...), growth of resident memory in fresh processes, and the
-largest relative error against a loop in float64. For this library also the memory of the compiled programs and the time
-to trace. The other libraries run in a virtual environment that is created on first use (a gigabyte). Prints a table and
-writes results/gradnorm.json.
+For each model of gradnorm_models, or those named, also of gradnorm_frameworks, and each method, against its own
+framework's plain step (forward and backward of the mean loss): medians over pairs in one process (A B B A ...), growth
+of resident memory in fresh processes, and the largest relative error against a loop in float64. For this library also
+the memory of the compiled programs and the time to trace. The other libraries run in a virtual environment that is
+created on first use (a gigabyte). Prints a table and writes results/gradnorm.json.
 
 While times are measured, the C library keeps freed memory, as the allocators of accelerators do: otherwise every
 framework spends up to a third of its step on page faults. Memory is measured without that.
@@ -35,6 +35,7 @@ from experiments.benchmarks.environment import (
     path_argument,
     save_results,
 )
+from experiments.benchmarks.gradnorm_frameworks import FRAMEWORKS
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.gradnorm_peers import OURS, PEERS
 from experiments.benchmarks.learner_step import beside_arguments
@@ -77,7 +78,7 @@ def in_float64(array):
 
 def make(model, batch_size):
     """Returns parameters, batch and loss of a model; None: its own batch size."""
-    return MODELS[model](**({} if batch_size is None else {"batch_size": batch_size}))
+    return (MODELS | FRAMEWORKS)[model](**({} if batch_size is None else {"batch_size": batch_size}))
 
 
 def measure(method, model, file, options) -> dict:
@@ -160,7 +161,8 @@ def row(result) -> str:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names_among(MODELS), default=list(MODELS), help="separated by commas")
+    known = MODELS | FRAMEWORKS
+    parser.add_argument("--models", type=names_among(known), default=list(MODELS), help=f"among {', '.join(known)}")
     parser.add_argument("--peers", type=names_among(PEERS), default=list(PEERS), help="separated by commas, or none")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60.0, help="limit on the pairs, of which there are at least 3")

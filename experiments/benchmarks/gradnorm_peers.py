@@ -19,6 +19,7 @@ import warnings
 
 import numpy as np
 
+from experiments.benchmarks.gradnorm_frameworks import FRAMEWORKS
 from experiments.benchmarks.gradnorm_models import MODELS, batch_loss
 from experiments.benchmarks.measuring import median_ratio, paired_seconds, peak_growth
 
@@ -190,7 +191,7 @@ PEERS = {
 def prepare(options):
     """Returns `(plain, method)` for the options."""
     sizes = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    params, batch, loss_fn = MODELS[options.model](**sizes)
+    params, batch, loss_fn = (MODELS | FRAMEWORKS)[options.model](**sizes)
     return (OURS | PEERS)[options.method](options.model, loss_fn, params, batch)
 
 
@@ -234,7 +235,7 @@ def shortened(message) -> str:
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=OURS | PEERS, required=True)
-    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--model", choices=MODELS | FRAMEWORKS, required=True)
     parser.add_argument("--reference", required=True, help="npz of losses and norms in float64")
     parser.add_argument("--batch_size", type=int, help="default: the model's own")
     parser.add_argument("--pairs", type=int, default=9)

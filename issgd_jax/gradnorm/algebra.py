@@ -5,11 +5,13 @@ All functions work on ONE example and are batched by `vmap`. Linear maps also ac
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term
 from issgd_jax.gradnorm.lengths import accumulator
@@ -25,7 +27,7 @@ def add(x: Gradient, y: Gradient) -> Gradient:
     if isinstance(x, Factored) and isinstance(y, Factored):
         if not x.terms or not y.terms:
             return x if x.terms else y
-        for a, b in ((x, y), (x, _swap(y)), (_swap(x), y)):
+        for a, b in ((x, y), (x, swap(y)), (swap(x), y)):
             if _layout(a) == _layout(b):
                 return dataclasses.replace(a, terms=a.terms + b.terms)
     return form(x) + form(y)
@@ -37,7 +39,7 @@ def _layout(x: Factored):
     return x.shape, x.sides, x.tail, kinds
 
 
-def _swap(x: Factored) -> Factored:
+def swap(x: Factored) -> Factored:
     """Exchanges left and right, if all factors are dense."""
     if not all(isinstance(term.left, Dense) for term in x.terms):
         return x
@@ -118,6 +120,27 @@ def _split(factor: Dense, split: list[list[int]], shape: tuple[int, ...]) -> Den
         labels += split[label] if in_gradient else [label]
         lengths += [shape[axis] for axis in split[label]] if in_gradient else [length]
     return Dense(factor.array.reshape(lengths), tuple(labels))
+
+
+def split(x: Gradient, sizes: tuple[int, ...], axis: int) -> list[Gradient]:
+    """Splits x along one axis: the factors that have it are split, if all are dense."""
+    if not isinstance(x, Factored) or x.tail or not all(isinstance(term.left, Dense) for term in x.terms):
+        return lax.split(form(x), sizes, axis)
+
+    def part(factor, start, size):
+        if axis not in factor.labels:
+            return factor
+        place = factor.labels.index(axis)
+        return Dense(lax.slice_in_dim(factor.array, start, start + size, axis=place), factor.labels)
+
+    return [
+        dataclasses.replace(
+            x,
+            terms=tuple(Term(part(t.left, start, size), part(t.right, start, size), t.precision) for t in x.terms),
+            shape=(*x.shape[:axis], size, *x.shape[axis + 1 :]),
+        )
+        for size, start in zip(sizes, itertools.accumulate(sizes, initial=0))
+    ]
 
 
 def sum_leading(x: Gradient) -> Gradient:

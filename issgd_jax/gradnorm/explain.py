@@ -104,7 +104,9 @@ def explain(
 ) -> Explanation:
     """Explains how `per_example_grad_norms(loss_fn)(params, *batch)` computes each leaf's norm, and at what cost.
 
-    Traces the loss; nothing is compiled or computed.
+    Traces the loss; nothing is compiled or computed. Two things may change the choice of a rule: leaves that share a
+    factor, such as the gates of a cell, are computed side by side, unless a norm of each leaf is wanted, and cost less
+    than the sum of their rows; and `value_grad_and_norms` forms a gradient sooner, as its sum is needed too.
 
     Args:
       loss_fn: The loss of ONE example, see `per_example_grad_norms`.

@@ -21,6 +21,7 @@ PARAMETERS = {
     "transpose": ("permutation",),
     "reshape": ("dimensions",),
     "broadcast_in_dim": ("broadcast_dimensions",),
+    "split": ("sizes", "axis"),
     "jit": ("jaxpr",),
     "closed_call": ("jaxpr",),  # whose name is call_jaxpr there
     "remat2": ("jaxpr", "prevent_cse", "differentiated"),

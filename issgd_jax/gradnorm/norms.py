@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from issgd_jax.gradnorm.arguments import check_weights
 from issgd_jax.gradnorm.caching import cached
+from issgd_jax.gradnorm.groups import grouped, sums_of_leaves
 from issgd_jax.gradnorm.leaves import checked, norms_and_sum
 from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
@@ -81,7 +82,7 @@ def _norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed)
     def run(args, key):
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         (_, aux, norms), _ = in_microbatches(
-            lambda batch: _one_pass(loss, batch, None), loss.batch, microbatch_size or default_size(loss)
+            lambda batch: _one_pass(loss, batch, None, per_leaf), loss.batch, microbatch_size or default_size(loss)
         )
         result = _combine(norms, loss, squared, per_leaf)
         return (result, aux) if has_aux else result
@@ -150,7 +151,7 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
         importance_weights = jnp.asarray(importance_weights)
         coefficients = importance_weights / loss.batch_size
         outputs, sums = in_microbatches(
-            lambda batch: _one_pass(loss, *batch),
+            lambda batch: _one_pass(loss, *batch, per_leaf),
             (loss.batch, coefficients),
             microbatch_size or default_size(loss),
         )
@@ -162,11 +163,13 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
     return value_grad_and_norms
 
 
-def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None):
-    """Returns (losses, aux, norms of each leaf), and each leaf's gradient summed with the coefficients."""
+def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None, per_leaf: bool):
+    """Returns (losses, aux, norms of each leaf or group), and each leaf's gradient summed with the coefficients."""
     losses, aux, gradients = loss.factored_gradients(loss.params, batch)
-    norms, sums = zip(*(norms_and_sum(g, coefficients, losses.size) for g in gradients)) if gradients else ((), ())
-    return (losses, aux, checked(norms)), sums
+    groups = grouped(gradients, apart=per_leaf)
+    results = [norms_and_sum(group.gradient, coefficients, losses.size) for group in groups]
+    sums = None if coefficients is None else sums_of_leaves(groups, [total for _, total in results])
+    return (losses, aux, checked([norms for norms, _ in results])), sums
 
 
 def assemble(loss: TracedLoss, outputs: tuple, sums: Sequence[jax.Array], has_aux: bool, squared: bool, per_leaf: bool):
@@ -174,7 +177,7 @@ def assemble(loss: TracedLoss, outputs: tuple, sums: Sequence[jax.Array], has_au
 
     Args:
       loss: The traced loss.
-      outputs: `(losses, aux, norms of each leaf)`.
+      outputs: `(losses, aux, norms of each leaf or group)`.
       sums: Each leaf's gradient, in float32 or wider.
       has_aux, squared, per_leaf: See `per_example_grad_norms`.
     """

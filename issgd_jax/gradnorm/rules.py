@@ -143,6 +143,13 @@ class Broadcast(Linear):
         return len(eqn.invars) == 1 and isinstance(eqn.invars[0], Literal) and not np.any(eqn.invars[0].val)
 
 
+class Split(Linear):
+    """Split along one axis: gradients of parameters that are concatenated before they are used."""
+
+    def apply(self, eqn, outs, operands, inner):
+        return super().apply(eqn, outs, operands, inner)[0]
+
+
 def _as_reshape(eqn: JaxprEqn, x: Gradient) -> Gradient:
     return algebra.reshape(x, eqn.outvars[0].aval.shape)
 
@@ -187,6 +194,7 @@ RULES: dict[str, Rule] = {
     "squeeze": Linear(_as_reshape),
     "broadcast_in_dim": Broadcast(_as_reshape, _keeps_order),
     "reduce_sum": Linear(_as_reshape, _keeps_order),
+    "split": Split(lambda eqn, x: algebra.split(x, read(eqn).sizes, read(eqn).axis)),
     "mul": Scale(),
     "div": Linear(lambda eqn, x, y: algebra.scale(x, y, jnp.divide), _by_a_scalar),
     "neg": Linear(lambda eqn, x: algebra.scale(x, -1)),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from issgd_jax.gradnorm import algebra, cost
 from issgd_jax.gradnorm.factors import Factored, Gradient
+from issgd_jax.gradnorm.groups import grouped, sums_of_leaves
 from issgd_jax.gradnorm.leaves import checked, formed_bytes, norms_and_sum, weighted_sum
 from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
 from issgd_jax.gradnorm.tracing import TracedLoss
@@ -16,29 +17,38 @@ from issgd_jax.gradnorm.tracing import TracedLoss
 KEPT_BYTES = 64 * 2**20
 
 
-def sums_by_norms(loss: TracedLoss, find_coefficients: Callable, mask: jax.Array | None, microbatch_size: int | None):
+def sums_by_norms(
+    loss: TracedLoss,
+    find_coefficients: Callable,
+    mask: jax.Array | None,
+    microbatch_size: int | None,
+    per_leaf: bool,
+):
     """Sums gradients with coefficients that follow from their norms, in one forward and one backward pass.
 
     The factors of all leaves are kept until the norms are known, so each leaf may have coefficients of its own.
 
     Args:
       loss: The traced loss, with its batch.
-      find_coefficients: `(norms of each leaf, mask) -> coefficients of each leaf`, lists of f32[B]. An example of
-        coefficient 0 adds nothing, whatever its gradient is.
+      find_coefficients: `(norms, mask) -> coefficients`, lists of f32[B], of each leaf or of each group of leaves that
+        share a factor. An example of coefficient 0 adds nothing, whatever its gradient is.
       mask: bool[B], passed on, or None.
       microbatch_size: See `per_example_grad_norms`.
+      per_leaf: Whether norms and coefficients are those of each leaf.
 
     Returns:
-      (losses, aux, norms of each leaf), and the sum of each leaf in float32 or wider.
+      (losses, aux, norms), and the sum of each leaf in float32 or wider.
     """
 
     def one_pass(batch):
         examples, mask = batch
         losses, aux, gradients = loss.factored_gradients(loss.params, examples)
+        groups = grouped(gradients, apart=per_leaf)
+        gradients = [group.gradient for group in groups]
         kept = _keep(gradients, losses.size)
         norms = checked([norms_and_sum(gradient, None, losses.size)[0] for gradient in kept])
-        coefficients = find_coefficients(norms, mask)
-        return (losses, aux, norms), [_sum_kept(*leaf) for leaf in zip(gradients, kept, coefficients)]
+        totals = [_sum_kept(*group) for group in zip(gradients, kept, find_coefficients(norms, mask))]
+        return (losses, aux, norms), sums_of_leaves(groups, totals)
 
     return in_microbatches(one_pass, (loss.batch, mask), microbatch_size or default_size(loss))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from issgd_jax.gradnorm.arguments import add_note, check_batch, check_key, check_params, dtype_of
+from issgd_jax.gradnorm.distinct import distinct
 from issgd_jax.gradnorm.mapping import map_examples, varying_axes, why_one_at_a_time
 from issgd_jax.gradnorm.per_example import positional_key
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED
@@ -59,8 +60,20 @@ class TracedLoss:
         return why_one_at_a_time(functools.partial(self._one_example, self.params), self.batch)
 
     def factored_gradients(self, params: list[jax.Array], batch: list[jax.Array]) -> tuple[jax.Array, Any, list]:
-        """Returns losses f32[B], aux, and each leaf's batch of gradients, factored where a rule covers it."""
-        loss, *outputs = map_examples(functools.partial(self._one_example, params), batch)
+        """Returns losses f32[B], aux, and each leaf's batch of gradients, factored where a rule covers it.
+
+        An array that is a factor of several leaves is the same object in all of them.
+        """
+        traced: list = []  # set while `one_example` is traced: how its outputs are put together
+
+        def one_example(example):
+            leaves, restore = distinct(self._one_example(params, example))
+            traced[:] = [restore]
+            return leaves
+
+        leaves = map_examples(one_example, batch)
+        (restore,) = traced
+        loss, *outputs = restore(leaves)
         return loss, jax.tree.unflatten(self.aux_tree, outputs[len(params) :]), outputs[: len(params)]
 
     def _one_example(self, params: list[jax.Array], example: list[jax.Array]) -> list:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from issgd_jax.gradnorm import algebra, convolution, rules
+from issgd_jax.gradnorm.distinct import distinct
 from issgd_jax.gradnorm.factors import Factored
 from issgd_jax.gradnorm.jaxprs import UnknownEquationError, read
 from issgd_jax.gradnorm.rules import ARRAY, FACTORED, Rule, Sizes, Want
@@ -175,7 +176,7 @@ class Scan(Rule):
         init, xs = operands[consts : consts + carry], operands[consts + carry :]
         carries = [j for j in range(carry) if outs[j] != FACTORED]
         stacks = [j for j in range(len(outs)) if j not in carries]
-        traced: list = []  # set while `iteration` is traced: the structure of its outputs, and the inputs they equal
+        traced: list = []  # set while `iteration` is traced: how outputs are put together, the inputs they equal
 
         def iteration(state, xs):
             carried = [algebra.zero(var.aval.shape, var.aval.dtype) for var in eqn.outvars[:carry]]
@@ -183,17 +184,16 @@ class Scan(Rule):
                 carried[j] = value
             inputs = [*_consts(params.jaxpr), *operands[:consts], *carried, *xs]
             results = evaluate(inner[0], _in_body(eqn, outs), inputs)
-            leaves, structure = jax.tree.flatten([results[j] for j in stacks])
+            leaves, restore = distinct([results[j] for j in stacks])
             # A factor that is an input of the scan is not stacked a second time.
             sources = [next((i for i, x in enumerate(xs) if x is leaf), None) for leaf in leaves]
-            traced[:] = structure, sources
+            traced[:] = restore, sources
             return [results[j] for j in carries], [leaf for leaf, i in zip(leaves, sources) if i is None]
 
         options = {"length": params.length, "reverse": params.reverse, "unroll": params.unroll}
         state, outputs = lax.scan(iteration, [init[j] for j in carries], xs, **options)
-        structure, sources = traced
-        outputs = iter(outputs)
-        stacked = jax.tree.unflatten(structure, [next(outputs) if i is None else xs[i] for i in sources])
+        (restore, sources), outputs = traced, iter(outputs)
+        stacked = restore([next(outputs) if i is None else xs[i] for i in sources])
         # A sum whose terms could not be kept factored is accumulated in the carry again, not stacked.
         arrays = [j for j, x in zip(stacks, stacked) if j < carry and not isinstance(x, Factored)]
         if arrays:

@@ -21,6 +21,7 @@ def loss_fn(params, image, tokens):
     rows = jax.checkpoint(lambda table: jnp.tanh(table[tokens]))(params["table"])
     state, _ = jax.lax.scan(lambda s, r: (jnp.tanh(s @ params["recurrent"] + r), None), jnp.zeros(4), rows)
     state = jax.lax.cond(state[0] > 0, lambda s: s @ params["once"], lambda s: jnp.sin(s @ params["once"]), state)
+    state = state + jnp.concatenate([params["first"], params["second"]]) @ jnp.sin(state)
     state = jnp.tanh(state + jnp.tile(params["offset"].reshape(1, 5).T, (1, 1)).reshape(5))
     return jnp.sum(jnp.tanh(x)) + jnp.sum(jax.jit(lambda s: jnp.tanh(s @ params["late"].T))(state))
 
@@ -34,6 +35,8 @@ def arguments():
         "once": (4, 5),
         "offset": (5,),
         "late": (3, 5),
+        "first": (2, 5),
+        "second": (3, 5),
     }
     params = {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
     return params, jnp.float32(rng.normal(size=(3, 5, 5, 2))), jnp.int32(rng.integers(0, 6, (3, 4)))

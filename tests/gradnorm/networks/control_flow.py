@@ -24,6 +24,11 @@ def linen_lstm(draw):
 
 
 @architecture
+def linen_optimized_lstm(draw):
+    return linen(draw, lambda dtype: nn.RNN(nn.OptimizedLSTMCell(3, param_dtype=dtype)), draw(B, 5, 3))
+
+
+@architecture
 def linen_bidirectional(draw):
     def module(dtype):
         return nn.Bidirectional(*(nn.RNN(nn.SimpleCell(3, param_dtype=dtype)) for _ in range(2)))

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from tests.gradnorm.helpers import normalized
-from tests.gradnorm.networks.registry import B, architecture, dense
+from tests.gradnorm.networks.registry import TOKENS, B, architecture, dense
 
 # Dense layers and normalisation.
 
@@ -81,6 +81,19 @@ def bilinear(draw):
 @architecture
 def one_matrix_twice_in_a_product(draw):
     return lambda w, x: w @ (w @ x) + x @ w.T @ w + (w @ w) @ x, draw(4, 4), draw(B, 4)
+
+
+@architecture
+def concatenated(draw):
+    """Heads (a shared axis), outputs, inputs, and rows of a table; one part is used in two of them."""
+
+    def apply(p, x, tokens):
+        heads = jnp.concatenate([jnp.concatenate([p["a"], p["b"]]), p["c"]], axis=2)
+        y = jnp.tanh(jnp.einsum("tkd,kde->tke", x, heads))[:, 0]
+        return y @ jnp.concatenate([p["w"], p["u"]]) + jnp.concatenate([p["table"], p["u"]])[tokens]
+
+    shapes = {"a": (1, 4, 2), "b": (2, 4, 2), "c": (3, 4, 4), "w": (4, 2), "u": (2, 2), "table": (4, 2)}
+    return apply, {name: draw(*shape) for name, shape in shapes.items()}, draw(B, 5, 3, 4), TOKENS
 
 
 @architecture
