@@ -193,7 +193,7 @@ class Sampler:
         """
         self.check_state(state)
         drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples)
-        scored_at = None if scored_at is None else as_step("scored_at", scored_at)
+        scored_at = None if scored_at is None else _step_beside(state, scored_at)
         return _update(self, state, drawn, norms, scores, scored_at)
 
     def ingest(
@@ -225,7 +225,7 @@ class Sampler:
         self.check_state(state)
         indices = as_indices(indices, self.num_examples)
         scores = as_numbers("a score", scores, indices.shape)
-        return _ingest(self, state, indices, scores, as_step("scored_at", scored_at), are_norms, rebuild)
+        return _ingest(self, state, indices, scores, _step_beside(state, scored_at), are_norms, rebuild)
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
@@ -389,6 +389,11 @@ class Sampler:
                 f"the state {'does not count' if self.count_draws else 'counts'} how often examples are drawn, but "
                 f"count_draws is {self.count_draws}: use the sampler that made it, or begin with init"
             )
+
+
+def _step_beside(state: SamplerState, scored_at: int | jax.Array) -> jax.Array:
+    """Returns a step as an array that is no part of a state, which is donated."""
+    return jnp.copy(state.step) if scored_at is state.step else as_step("scored_at", scored_at)
 
 
 def _with_types(new: Any, old: Any) -> Any:

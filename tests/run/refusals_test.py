@@ -170,7 +170,7 @@ def test_a_field_that_is_missing():
 def test_a_workdir_that_cannot_be_written(tmp_path, compilations):
     (tmp_path / "file").write_text("in the way")
     for workdir in (tmp_path / "file" / "run", tmp_path / "file"):
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="is no folder"):
             issgd_jax.train(smoke(), workdir)
     assert not compilations
 

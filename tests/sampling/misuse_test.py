@@ -300,3 +300,12 @@ def test_callers_may_forbid_implicit_promotion(proposal):
             tree = {"num_leaves": N, "equally_spaced": spaced}
             jax.eval_shape(lambda: sum_tree.plain_draw(words, table.sums, jnp.int32(B), **tree, **key))  # noqa: B023
             jax.eval_shape(lambda: uniform.plain_draw(words, num_examples=N, in_parts=spaced, **key))  # noqa: B023
+
+
+def test_the_step_of_a_state_may_be_given_with_it():
+    """Red if it is donated with the state, which JAX refuses with an error about buffers."""
+    sampler = Sampler(N, B)
+    state, drawn = sampler.draw(sampler.init(0))
+    state = sampler.ingest(state, jnp.arange(3), jnp.ones(3), state.step)
+    state = sampler.update(state, drawn, jnp.ones(B), scored_at=state.step)
+    assert state.store.scored_at[:3].tolist() == [0, 0, 0] and int(state.step) == 1
