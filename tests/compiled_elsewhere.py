@@ -92,8 +92,8 @@ def programs(devices):
 def main(platform: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
-    if platform == "cuda":  # which GPU it will be, nothing here can tell
-        os.environ[SWITCH] = "hopper"
+    # Which GPU it will be, nothing here can tell.
+    os.environ[SWITCH] = "hopper" if platform == "cuda" else "auto"
     for device, devices in devices_of(platform).items():
         for name, lowered, has_kernel in programs(devices):
             compiled = lowered.compile()

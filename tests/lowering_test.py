@@ -28,8 +28,8 @@ def custom_calls(function, *args, platform):
 @pytest.mark.parametrize("platform", KERNEL)
 def test_norms_of_the_benchmark_are_lowered(monkeypatch, platform):
     """Red if a platform refuses part of the norms, or long sequences go without the kernel."""
-    if platform == "cuda":  # which GPU it will be, nothing here can tell
-        monkeypatch.setenv(SWITCH, "hopper")
+    # Which GPU it will be, nothing here can tell.
+    monkeypatch.setenv(SWITCH, "hopper" if platform == "cuda" else "auto")
     transformer = gradnorm_models.transformer(batch_size=2, length=128, depth=1, vocabulary=64)
     for (params, batch, loss_fn), expected in (
         (gradnorm_models.mlp(batch_size=4), set()),

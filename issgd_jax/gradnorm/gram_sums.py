@@ -18,7 +18,8 @@ from issgd_jax.gradnorm.mapping import varying_like
 from issgd_jax.gradnorm.pairs import sum_over_pairs
 
 SWITCH = "ISSGD_JAX_GRAM"
-FORMS = ("plain", "tpu", "hopper")
+# Until a kernel has been run on its hardware, it is taken where it is asked for, and the default is plain JAX.
+DEFAULT, FORMS = "plain", ("plain", "auto", "tpu", "hopper")
 # Inner products of fewer uses are no memory to save, and fill no tile; of more, the list of pairs of tiles fills the
 # scalar memory of a TPU.
 LEAST_USES, MOST_USES = 128, 2**15
@@ -98,8 +99,8 @@ def signed_and_absolute(left: jax.Array, right: jax.Array, least: float) -> jax.
 
 
 def _form() -> str:
-    form = os.environ.get(SWITCH) or ("plain" if os.environ.get("ISSGD_JAX_KERNELS") == "0" else "auto")
-    if form not in ("auto", *FORMS):
+    form = os.environ.get(SWITCH) or DEFAULT
+    if form not in FORMS:
         raise ValueError(f"{SWITCH} must be one of {', '.join(FORMS)}, or not be set, got {form!r}")
     return form
 

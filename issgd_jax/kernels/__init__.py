@@ -5,8 +5,7 @@ sums squares of gradients that XLA would write to memory. They are compiled at f
 and cached in the user's cache folder.
 
 `gram_tpu` and `gram_hopper` sum over pairs of uses on TPUs and NVIDIA Hopper, by Pallas. They are imported only where a
-program is lowered for such a device; ISSGD_JAX_GRAM=tpu, hopper or plain forces one of them, or neither (see
-docs/performance.md).
+program is lowered for such a device and ISSGD_JAX_GRAM=auto, tpu or hopper asks for them (see docs/performance.md).
 
 Without a compiler, with ISSGD_JAX_KERNELS=0, and on other devices, plain JAX computes the same results.
 """

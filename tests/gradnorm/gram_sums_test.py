@@ -118,18 +118,19 @@ SHAPES = [jax.ShapeDtypeStruct((2, 300, side), jnp.bfloat16) for side in (40, 70
 @pytest.mark.parametrize(
     ("form", "platform", "expected"),
     [
-        (None, "tpu", {"tpu_custom_call"}),
+        ("", "tpu", set()),  # as long as it has not been run on one
+        ("auto", "tpu", {"tpu_custom_call"}),
         ("tpu", "tpu", {"tpu_custom_call"}),
         ("plain", "tpu", set()),
-        (None, "cuda", set()),  # no GPU tells that it is Hopper
+        ("auto", "cuda", set()),  # no GPU tells that it is Hopper
         ("hopper", "cuda", {"mosaic_gpu_v2"}),
         ("plain", "cuda", set()),
-        (None, "cpu", set()),
+        ("auto", "cpu", set()),
     ],
 )
 def test_the_platform_and_the_switch_choose_the_form(monkeypatch, form, platform, expected):
     """Red if a platform gets a kernel that it cannot run, or the switch does not force one."""
-    monkeypatch.setenv(gram.SWITCH, form or "")
+    monkeypatch.setenv(gram.SWITCH, form)
     for dtype in (jnp.float32, jnp.bfloat16):
         shapes = [x.update(dtype=dtype) for x in SHAPES]
         assert custom_calls(gram_norm, *shapes, platform=platform) == expected
@@ -138,7 +139,7 @@ def test_the_platform_and_the_switch_choose_the_form(monkeypatch, form, platform
 @pytest.mark.parametrize(
     ("form", "function", "args"),
     [
-        (None, gram_norm, [x.update(shape=(2, gram.LEAST_USES - 1, 8)) for x in SHAPES]),
+        ("auto", gram_norm, [x.update(shape=(2, gram.LEAST_USES - 1, 8)) for x in SHAPES]),
         ("tpu", gram_norm, [x.update(dtype=jnp.float16) for x in SHAPES]),
         ("tpu", functools.partial(gram_sums, precision="high"), [x.update(dtype=jnp.float32) for x in SHAPES]),
         ("tpu", jax.grad(lambda a, d: jnp.sum(gram_norm(a, d))), SHAPES),
@@ -147,7 +148,7 @@ def test_the_platform_and_the_switch_choose_the_form(monkeypatch, form, platform
 )
 def test_what_no_kernel_does_is_plain(monkeypatch, form, function, args):
     """Red if a kernel is chosen for a type, a precision, few uses or a derivative that it does not give."""
-    monkeypatch.setenv(gram.SWITCH, form or "")
+    monkeypatch.setenv(gram.SWITCH, form)
     assert not custom_calls(function, *args, platform="tpu")
 
 
@@ -161,14 +162,16 @@ def test_a_form_that_cannot_be_is_refused(monkeypatch, form):
 
 def test_a_kernel_that_cannot_be_lowered_is_replaced(monkeypatch, caplog):
     """Red if a version of JAX without Pallas ends a program, or nothing is said about it."""
+    monkeypatch.setenv(gram.SWITCH, "auto")
     monkeypatch.setitem(sys.modules, "issgd_jax.kernels.gram_tpu", None)
     with caplog.at_level(logging.WARNING, "issgd_jax"):
         assert not custom_calls(gram_norm, *SHAPES, platform="tpu")
     assert gram.SWITCH in caplog.text
 
 
-def test_devices_that_share_a_program_share_no_kernel():
+def test_devices_that_share_a_program_share_no_kernel(monkeypatch):
     """Red if a batch that the compiler spreads meets a kernel, or one that is spread by hand does not."""
+    monkeypatch.setenv(gram.SWITCH, "auto")
     mesh = Mesh(jax.devices()[:2], ("data",))
     spec = PartitionSpec("data")
     sharded = [x.update(sharding=jax.sharding.NamedSharding(mesh, spec)) for x in SHAPES]
