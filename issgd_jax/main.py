@@ -125,7 +125,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _with_one_config(arguments: list[str]) -> list[str]:
-    """Returns arguments that begin with the last `--config=FILE.py` of them, or that of digits; checks that file."""
+    """Returns arguments that begin with the last `--config=FILE.py` of them, or that of digits; checks the files."""
     config, others, words = digits.__file__, [], iter(arguments)
     for word in words:
         if word == "--":
@@ -134,6 +134,7 @@ def _with_one_config(arguments: list[str]) -> list[str]:
             config = _find_file(next(words, "") if match[1] is None else match[1])
         else:
             others.append(word)
+    _check_function(config)
     return [f"--config={config}", *others]
 
 
@@ -143,18 +144,22 @@ def _find_file(argument: str) -> str:
     if ":" in str(path) and path.is_file():
         raise InputError(f"config file {path} has a colon in its name, after which options begin: rename it")
     file, *options = str(path).split(":", 1)
-    _check_file(pathlib.Path(file), has_options=bool(options))
+    _check_file(pathlib.Path(file))
     return ":".join([file, *options])
 
 
-def _check_file(path: pathlib.Path, *, has_options: bool) -> None:
-    """Raises InputError unless there is such a file, with a function `get_config` that takes options where they are."""
+def _check_file(path: pathlib.Path) -> None:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [f.name for f in path.parent.glob("*.py")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "see experiments/configs"
         raise InputError(f"config file {path} does not exist: {hint}")
+
+
+def _check_function(config: str) -> None:
+    """Raises InputError unless `FILE.py:options` has a function `get_config`, which takes options if there are any."""
+    path, _, options = config.partition(":")
     try:
-        body = ast.parse(path.read_bytes()).body
+        body = ast.parse(pathlib.Path(path).read_bytes()).body
     except (SyntaxError, ValueError):  # executing it tells where
         return
     functions = {node.name: node.args for node in body if isinstance(node, ast.FunctionDef)}
@@ -162,7 +167,7 @@ def _check_file(path: pathlib.Path, *, has_options: bool) -> None:
     named |= {a.asname or a.name for node in body if isinstance(node, ast.ImportFrom) for a in node.names}
     if "get_config" not in named:
         raise InputError(f"config file {path} has no function get_config: see experiments/configs")
-    if has_options and "get_config" in functions:
+    if options and "get_config" in functions:
         arguments = functions["get_config"]
         if not (arguments.posonlyargs or arguments.args or arguments.vararg):
             raise InputError(f"get_config of {path} takes no options: leave out what follows the colon")

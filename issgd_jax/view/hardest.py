@@ -72,7 +72,7 @@ class Hardest:
         if self.labels is None:
             return []
         counts = np.bincount(self.labels)
-        if counts.max() <= len(self.labels) // 10 + 1:
+        if counts.max() == 1:
             return []
         return [f"class {counts.argmax()} has most of them, {counts.max():,} of {len(self.labels):,}"]
 

@@ -63,7 +63,7 @@ def test_the_clock_of_the_bar_begins_after_the_first_step_and_leaves_compilation
         progress.step(41, 0.5)
         bar = progress._bar
         assert bar.initial == bar.n == 41 and bar.start_t >= compiled_at
-        assert "| 41/100 " in (shown := capsys.readouterr().err) and "loss=0.5000 test=25.00% gain=2.00" in shown
+        assert "| 41/100 " in (shown := capsys.readouterr().err) and "loss=0.5 test=25.00% gain=2.00" in shown
         began_at = bar.start_t
         while time.time() == began_at:
             pass
@@ -72,7 +72,7 @@ def test_the_clock_of_the_bar_begins_after_the_first_step_and_leaves_compilation
         progress.step(100, 0.25)
         progress.measured({"test/error": 0.125})
     last = capsys.readouterr().err.split("\r")[-1]
-    assert last.startswith("run |") and "| 100/100 " in last and last.endswith("step/s, loss=0.2500 test=12.50%\n")
+    assert last.startswith("run |") and "| 100/100 " in last and last.endswith("step/s, loss=0.25 test=12.50%\n")
 
 
 def test_a_bar_without_a_step_to_do_still_leaves_its_figures(capsys):
