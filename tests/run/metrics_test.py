@@ -3,10 +3,12 @@
 import json
 import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from issgd_jax import InputError
-from issgd_jax.run import metrics
+from issgd_jax.run import histograms, measure, metrics
 from issgd_jax.run.progress import Progress
 
 
@@ -85,3 +87,15 @@ def test_an_error_while_compiling_leaves_no_bar(capsys):
     with pytest.raises(ValueError), Progress(100, shown=True, description="run"):
         raise ValueError
     assert "|" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("edges", histograms.EDGES.values(), ids=histograms.EDGES)
+def test_a_number_is_counted_in_the_bin_whose_edges_enclose_it(edges):
+    """Red if an edge, zero, the least or the largest number is counted in the bin beside, or an unknown one at all."""
+    inner = np.asarray(edges[1:-1], np.float32)
+    below = np.nextafter(inner, np.float32(0))
+    values = np.concatenate([np.array([0, 1e-45, 3e38], np.float32), inner, below, inner * 3 / 2])
+    values = np.minimum(values, np.float32(min(edges[-1] * (1 - 1e-7), 3e38)))
+    known = np.arange(len(values)) % 5 != 1
+    expected = np.bincount(np.digitize(values[known], inner), minlength=len(edges) - 1)
+    assert measure._histogram(jnp.asarray(values), jnp.asarray(known), edges).tolist() == expected.tolist()
