@@ -25,10 +25,10 @@ from issgd_jax.errors import InputError
 from issgd_jax.files import LEFTOVER, sync_to_disk
 from issgd_jax.paths import cache_folder, private_folder
 
-SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("sampler.cc", "convolution.cc"))
+SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("sampler.cc",))
 FUNCTIONS = (
     "read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform", "draw_earliest", "visit",
-    "write_deadlines", "convolution_squares",
+    "write_deadlines",
 )  # fmt: skip
 # Without -march: what was compiled on one machine runs on others that share a home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
