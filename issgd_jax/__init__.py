@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from issgd_jax.errors import StoppedError as StoppedError
     from issgd_jax.gradnorm import NoiseScale as NoiseScale
     from issgd_jax.gradnorm import average_noise_scale as average_noise_scale
+    from issgd_jax.gradnorm import check as check
     from issgd_jax.gradnorm import clipped_grad as clipped_grad
     from issgd_jax.gradnorm import el2n as el2n
+    from issgd_jax.gradnorm import explain as explain
     from issgd_jax.gradnorm import grand as grand
+    from issgd_jax.gradnorm import noise_scale as noise_scale
+    from issgd_jax.gradnorm import per_example as per_example
     from issgd_jax.gradnorm import per_example_grad_norms as per_example_grad_norms
     from issgd_jax.gradnorm import value_grad_and_norms as value_grad_and_norms
-    from issgd_jax.gradnorm.check import check as check
-    from issgd_jax.gradnorm.explain import explain as explain
-    from issgd_jax.gradnorm.noise_scale import noise_scale as noise_scale
-    from issgd_jax.gradnorm.per_example import per_example as per_example
     from issgd_jax.learning.potential import potential as potential
     from issgd_jax.learning.rate_by_gain import rate_by_gain as rate_by_gain
     from issgd_jax.loading.prefetch import Prefetch as Prefetch
@@ -60,17 +60,17 @@ _MODULE_OF = {
     "Problem": "task.problem",
     "load": "task.data",
     "Dataset": "task.data",
-    "per_example": "gradnorm.per_example",
+    "per_example": "gradnorm",
     "per_example_grad_norms": "gradnorm",
     "value_grad_and_norms": "gradnorm",
     "clipped_grad": "gradnorm",
-    "check": "gradnorm.check",
+    "check": "gradnorm",
     "el2n": "gradnorm",
     "grand": "gradnorm",
-    "noise_scale": "gradnorm.noise_scale",
+    "noise_scale": "gradnorm",
     "average_noise_scale": "gradnorm",
     "NoiseScale": "gradnorm",
-    "explain": "gradnorm.explain",
+    "explain": "gradnorm",
     "Sampler": "sampling",
     "SamplerState": "sampling",
     "ScoreStore": "sampling",

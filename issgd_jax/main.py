@@ -35,7 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = parsers.define_optional("workdir", str, "Folder of this machine for metrics, events and config of the run.")
 # Fields that a problem with an optimizer of its own replaces.
-OF_OPTIMIZER = (
+_OF_OPTIMIZER = (
     "learner.optimizer", "learner.learning_rate", "learner.lr_schedule", "learner.momentum", "learner.nesterov",
     "learner.rate_by_gain",
 )  # fmt: skip
@@ -71,7 +71,7 @@ def experiment() -> ConfigDict:
     if config.problem is None:
         return config
     without = [name for name in given if name.startswith(("data.", "model."))]
-    of_optimizer = [name for name in given if name in OF_OPTIMIZER]
+    of_optimizer = [name for name in given if name in _OF_OPTIMIZER]
     if of_optimizer:
         from issgd_jax.task.problem import import_problem  # loads JAX
 

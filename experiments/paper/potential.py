@@ -1,9 +1,9 @@
 """What `issgd-jax potential` says of the study's data, beside what training then gave.
 
-    python -m experiments.paper.potential [--data=digits,fashion_mnist,svhn,text] [--data_dir=...]
+    python -m experiments.paper.potential [--data=digits,fashion_mnist,svhn] [--data_dir=...]
 
-Measures after an epoch of uniform draws at their own best rate of the study `fair`, of the text `language`, with the
-study's network. Prints what was measured of all data, and writes results/potential.json.
+Measures after an epoch of uniform draws at their own best rate of the study `fair` (of `text`, `language`, once it is
+swept), with the study's network. Prints what was measured of all data, and writes results/potential.json.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def measured(data: str, data_dir: str | None) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits,fashion_mnist,svhn,text", help="names, separated by commas")
+    parser.add_argument("--data", default="digits,fashion_mnist,svhn", help="names, separated by commas")
     parser.add_argument("--data_dir", help="TFDS folder of the data")
     options = parser.parse_args()
     found = json.loads(PATH.read_text())["results"] if PATH.exists() else {}

@@ -87,7 +87,6 @@ DATA = {
     ),
     "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # a multiple of eval_every
     "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
-    # The name of the model is that of the problem's kind of network: one run at a time is fastest.
     "text": _on(
         default,
         problem="experiments.paper.text:make_problem",

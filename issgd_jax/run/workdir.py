@@ -149,7 +149,7 @@ def runs_in(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     found = []
     for folder in folders:
         try:
-            inner = [] if holds_run(folder) else sorted(file.parent for file in folder.glob(f"*/{METRICS_FILE}"))
+            inner = [] if holds_run(folder) else _inside(folder)
         except (OSError, InputError):
             inner = []
         found += inner or [folder]
@@ -159,9 +159,14 @@ def runs_in(folders: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 def check_run(workdir: pathlib.Path) -> None:
     """Raises InputError if a folder holds no run; names one that is in it."""
     if not holds_run(workdir):
-        inner = sorted(file.parent for file in workdir.glob(f"*/{METRICS_FILE}"))
+        inner = _inside(workdir)
         hint = f"name one of those in it, such as {inner[0]}" if inner else "name the --workdir of one"
         raise InputError(f"{workdir} holds no run: {hint}")
+
+
+def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of the runs in a folder, sorted."""
+    return sorted(file.parent for file in folder.glob(f"*/{METRICS_FILE}"))
 
 
 def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
