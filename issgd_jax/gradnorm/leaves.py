@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from issgd_jax.gradnorm import algebra, cost, gram
+from issgd_jax.gradnorm import algebra, cost, gram, windows
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.lengths import Squares, length, root, side_by_side, squares
 from issgd_jax.gradnorm.microbatches import in_microbatches
@@ -99,6 +99,8 @@ def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_exampl
     size = max(1, formed_bytes() // bytes_of_forming)
     if cost.by_gram(example, coefficients is not None):
         return _gram_norms(gradient, example, size), weighted_sum(gradient, coefficients)
+    if coefficients is None and windows.fits(example):
+        return _window_norms(gradient, example, size), None
     if num_examples * bytes_of_forming <= SMALL_BYTES:
         return _form_all(gradient, coefficients)
     return in_microbatches(lambda chunk: _form_and_check(*chunk), (gradient, coefficients), size)
@@ -130,6 +132,26 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     all_exact = jnp.all(exact)
     all_exact = lax.cond(all_exact, lambda: all_exact, lambda: jnp.all(exact | jax.vmap(gram.is_zero)(gradient)))
     return lax.cond(all_exact, lambda: norms, formed)
+
+
+def _window_norms(gradient: Factored, example: Factored, formed_size: int) -> Unchecked:
+    """Returns norms [B] of a convolution's gradients, to be checked."""
+
+    def formed(gradient):
+        def form(chunk):
+            return jax.vmap(lambda x: squares([part[None] for part in algebra.multiply_out(x)]).sums[0])(chunk), None
+
+        return in_microbatches(form, gradient, formed_size, has_sums=False)[0]
+
+    left = example.terms[0].left
+    channels = [*example.axes("k"), *left.image.uses(), left.channel_axis]
+
+    def factors(scales=(None,)):
+        scaled = gradient if scales[0] is None else jax.vmap(algebra.scale)(gradient, scales[0][:, 0])
+        sums = windows.squared_norms(scaled, channels, formed)[:, None]
+        return (Squares(sums, (math.prod(example.shape),), (str(sums.dtype),)),)
+
+    return Unchecked(factors(), factors, has_zeros=tuple)
 
 
 def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[Unchecked, jax.Array | None]:

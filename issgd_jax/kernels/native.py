@@ -1,4 +1,4 @@
-"""Compilation of sampler.cc, its cache, and calls of its functions from XLA."""
+"""Compilation of the kernels, its cache, and calls of their functions from XLA."""
 
 import contextlib
 import ctypes
@@ -25,10 +25,10 @@ from issgd_jax.errors import InputError
 from issgd_jax.files import LEFTOVER, sync_to_disk
 from issgd_jax.paths import cache_folder, private_folder
 
-SOURCE = pathlib.Path(__file__).with_name("sampler.cc")
+SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("sampler.cc", "convolution.cc"))
 FUNCTIONS = (
     "read_scores", "write_scores", "write_tree", "draw_leaves", "draw_uniform", "draw_earliest", "visit",
-    "write_deadlines",
+    "write_deadlines", "convolution_squares",
 )  # fmt: skip
 # Without -march: what was compiled on one machine runs on others that share a home folder.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
@@ -50,12 +50,15 @@ def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[in
     if not available():
         return plain(*args, **attributes)
 
-    def kernel(*args):
-        leaves, structure = jax.tree.flatten(results)
-        run = jax.ffi.ffi_call(_target(function), leaves, vmap_method="sequential", input_output_aliases=aliases)
-        return jax.tree.unflatten(structure, run(*args, **attributes))
-
+    kernel = functools.partial(call, function, results, aliases=aliases, **attributes)
     return jax.lax.platform_dependent(*args, cpu=kernel, default=functools.partial(plain, **attributes))
+
+
+def call(function: str, results: Any, *args, aliases: dict[int, int] | None = None, **attributes):
+    """Calls a kernel where it is known that the device is a CPU, and that kernels are available; see `on_cpu`."""
+    leaves, structure = jax.tree.flatten(results)
+    run = jax.ffi.ffi_call(_target(function), leaves, vmap_method="sequential", input_output_aliases=aliases)
+    return jax.tree.unflatten(structure, run(*args, **attributes))
 
 
 def supports_key(key: jax.Array) -> bool:
@@ -76,7 +79,7 @@ def available() -> bool:
         functions = _cached(folder) or _compile(folder)
     except (OSError, InputError) as error:
         logging.getLogger("issgd_jax").warning(
-            "CPU kernels of the sampler could not be compiled; plain JAX replaces them and is slower. They need a "
+            "CPU kernels could not be compiled; plain JAX replaces them and is slower. They need a "
             "C++17 compiler ($CXX, c++, g++ or clang++) and a cache folder of your own: %s",
             _in_one_line(str(error)),
         )
@@ -91,12 +94,18 @@ def _target(function: str) -> str:
 
 
 def _stem() -> str:
-    """Returns the first part of a library's name: of this source, flags, jaxlib and kind of machine.
+    """Returns the first part of a library's name: of these sources, flags, jaxlib and kind of machine.
 
     The second is the digest of its content, so that one that was cut off or changed is not loaded.
     """
-    inputs = (SOURCE.read_text(), *FLAGS, jaxlib.__version__, platform.system(), platform.machine())
-    return f"sampler-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
+    inputs = (
+        *(source.read_text() for source in SOURCES),
+        *FLAGS,
+        jaxlib.__version__,
+        platform.system(),
+        platform.machine(),
+    )
+    return f"kernels-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
 
 
 def _cached(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -117,7 +126,7 @@ def _compile(folder: pathlib.Path) -> dict[str, Any]:
     _remove_leftovers(folder)
     # Of its own: another process may compile the same.
     with tempfile.TemporaryDirectory(dir=folder, suffix=LEFTOVER, ignore_cleanup_errors=True) as own:
-        new = pathlib.Path(own) / "sampler.so"
+        new = pathlib.Path(own) / "kernels.so"
         _run_compiler(new)
         path = folder / f"{_stem()}-{_digest(new)}.so"
         functions = _load(new)  # what cannot be loaded is not kept
@@ -129,7 +138,7 @@ def _compile(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _run_compiler(output: pathlib.Path) -> None:
-    """Compiles SOURCE; OSError if there is no compiler, it fails, or takes longer than COMPILE_SECONDS."""
+    """Compiles SOURCES; OSError if there is no compiler, it fails, or takes longer than COMPILE_SECONDS."""
     try:
         given = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
@@ -139,7 +148,7 @@ def _run_compiler(output: pathlib.Path) -> None:
     )
     if compiler is None:
         raise OSError("no compiler was found")
-    command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(output)]
+    command = [*compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(output)]
     # A file and not a pipe, which a process that the compiler leaves behind could keep open.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(  # in a group of its own, so that its own processes can be stopped too

@@ -147,7 +147,8 @@ static bool IsPositive(float value) {
   return bits > 0;
 }
 
-// Computes again all numbers above the leaves whose nodes are given; by `combine(children, node, level)`.
+// Computes again all numbers above the leaves whose nodes are given, as long as they change; by `combine(children, node,
+// level)`.
 template <typename T, typename Combine>
 static void Recombine(T* tree, const std::vector<int64_t>& starts, std::vector<int32_t>& nodes, Combine combine) {
   for (size_t level = 0; level + 2 < starts.size(); ++level) {
@@ -158,11 +159,16 @@ static void Recombine(T* tree, const std::vector<int64_t>& starts, std::vector<i
       for (int64_t node = 0; node < num_nodes; ++node) parents[node] = combine(children + kRadix * node, node, level);
       nodes.resize(num_nodes);  // from here on all nodes of each level are computed
     } else {
+      size_t num_changed = 0;
       for (size_t i = 0; i < nodes.size(); ++i) {
         __builtin_prefetch(children + kRadix * nodes[std::min(i + kAhead, nodes.size() - 1)]);
-        parents[nodes[i]] = combine(children + kRadix * nodes[i], nodes[i], level);
-        nodes[i] /= kRadix;
+        T& parent = parents[nodes[i]];
+        const T before = parent;
+        parent = combine(children + kRadix * nodes[i], nodes[i], level);
+        nodes[num_changed] = nodes[i] / kRadix;
+        num_changed += parent != before;
       }
+      nodes.resize(num_changed);
     }
   }
 }
@@ -388,11 +394,15 @@ static std::vector<uint64_t> LeavesWithin(const int32_t* tree, const std::vector
       const int64_t ahead = static_cast<uint32_t>(nodes[std::min(i + kAhead, nodes.size() - 1)]) ^ mask;
       __builtin_prefetch(numbers + kRadix * ahead);
       const int64_t first = kRadix * static_cast<int64_t>(static_cast<uint32_t>(nodes[i]) ^ mask);
-      const int64_t last = std::min(first + kRadix, sizes[level]);
-      for (int64_t child = first; child < last; ++child) {  // without branches: they could not be predicted
-        const uint32_t key = static_cast<uint32_t>(Distance(numbers[child], now)) ^ 0x80000000;
-        children[count] = static_cast<uint64_t>(key) << 32 | (static_cast<uint32_t>(child) ^ child_mask);
-        count += key <= latest;
+      const int64_t inside = std::clamp<int64_t>(sizes[level] - first, 0, kRadix);
+      uint32_t keys[kRadix], is_within = 0;
+      for (int j = 0; j < kRadix; ++j) {  // on its own, so that it vectorizes
+        keys[j] = static_cast<uint32_t>(Distance(numbers[first + j], now)) ^ 0x80000000;
+        is_within |= static_cast<uint32_t>(keys[j] <= latest) << j;
+      }
+      for (is_within &= (1u << inside) - 1; is_within != 0; is_within &= is_within - 1) {
+        const int j = __builtin_ctz(is_within);
+        children[count++] = static_cast<uint64_t>(keys[j]) << 32 | (static_cast<uint32_t>(first + j) ^ child_mask);
       }
     }
     children.resize(count);

@@ -231,7 +231,7 @@ def test_what_a_killed_compilation_left_is_removed_when_it_is_old(home):
     old, new = (folder / f"{number}.new" for number in (1, 2))
     for path in (old, new):
         path.mkdir()
-        (path / "sampler.so").touch()
+        (path / "kernels.so").touch()
     os.utime(old, (0, 0))
     native._compile(folder)
     assert not old.exists() and new.exists()
