@@ -114,6 +114,8 @@ static std::vector<int64_t> Sizes(int64_t num_leaves) {
 
 // A vector of four numbers, which GCC and Clang support on every processor.
 typedef float Four __attribute__((vector_size(16), aligned(4)));
+typedef int32_t FourInts __attribute__((vector_size(16), aligned(4)));
+typedef uint32_t FourTimes __attribute__((vector_size(16), aligned(4)));
 
 static float Sum(const float* children) {
   const Four* x = reinterpret_cast<const Four*>(children);
@@ -378,37 +380,43 @@ static void KeepSmallest(std::vector<uint64_t>& numbers, int64_t count) {
   numbers.resize(count);
 }
 
-// Returns the leaves whose deadline is at most `within` visits from now, or the B earliest of them and perhaps others,
+// Returns a bit for each of 16 deadlines, set if it is at most `latest` visits from now.
+static uint32_t DueWithin(const int32_t* deadlines, int32_t now, int32_t latest) {
+  const auto* four = reinterpret_cast<const FourTimes*>(deadlines);
+  FourInts due = {};
+  for (int i = 0; i < 4; ++i) {
+    const auto distance = reinterpret_cast<FourInts>(four[i] - static_cast<uint32_t>(now));
+    due |= (distance <= latest) & (FourInts{1, 2, 4, 8} << (4 * i));
+  }
+  return static_cast<uint32_t>(due[0] | due[1] | due[2] | due[3]);
+}
+
+// Returns the leaves whose deadline is at most `latest` visits from now, or the B earliest of them and perhaps others,
 // each as one number in the order of the draw: its distance from now, then the exclusive or of index and salt.
 static std::vector<uint64_t> LeavesWithin(const int32_t* tree, const std::vector<int64_t>& starts,
                                           const std::vector<int64_t>& sizes, int32_t now, uint32_t salt,
-                                          uint32_t within, int64_t batch_size) {
-  uint32_t latest = within ^ 0x80000000, mask = 0;
+                                          int32_t latest, int64_t batch_size) {
+  uint32_t mask = 0;
   std::vector<uint64_t> nodes = {0}, children;
   for (int level = static_cast<int>(sizes.size()) - 2; level >= 0; --level) {
     const int32_t* numbers = tree + starts[level];
     const uint32_t child_mask = salt >> (kBits * level);
-    children.resize(kRadix * nodes.size());
-    size_t count = 0;
+    children.clear();
     for (size_t i = 0; i < nodes.size(); ++i) {
       const int64_t ahead = static_cast<uint32_t>(nodes[std::min(i + kAhead, nodes.size() - 1)]) ^ mask;
       __builtin_prefetch(numbers + kRadix * ahead);
       const int64_t first = kRadix * static_cast<int64_t>(static_cast<uint32_t>(nodes[i]) ^ mask);
-      const int64_t inside = std::clamp<int64_t>(sizes[level] - first, 0, kRadix);
-      uint32_t keys[kRadix], is_within = 0;
-      for (int j = 0; j < kRadix; ++j) {  // on its own, so that it vectorizes
-        keys[j] = static_cast<uint32_t>(Distance(numbers[first + j], now)) ^ 0x80000000;
-        is_within |= static_cast<uint32_t>(keys[j] <= latest) << j;
-      }
-      for (is_within &= (1u << inside) - 1; is_within != 0; is_within &= is_within - 1) {
-        const int j = __builtin_ctz(is_within);
-        children[count++] = static_cast<uint64_t>(keys[j]) << 32 | (static_cast<uint32_t>(first + j) ^ child_mask);
+      uint32_t due = DueWithin(numbers + first, now, latest);
+      for (due &= (uint32_t{1} << std::min(sizes[level] - first, kRadix)) - 1; due != 0; due &= due - 1) {
+        const int64_t child = first + __builtin_ctz(due);
+        const uint32_t key = static_cast<uint32_t>(Distance(numbers[child], now)) ^ 0x80000000;
+        children.push_back(static_cast<uint64_t>(key) << 32 | (static_cast<uint32_t>(child) ^ child_mask));
       }
     }
-    children.resize(count);
-    if (static_cast<int64_t>(count) > 4 * batch_size) {  // those of the earliest minima are above the earliest leaves
+    // Those of the earliest minima are above the earliest leaves.
+    if (static_cast<int64_t>(children.size()) > 4 * batch_size) {
       KeepSmallest(children, batch_size);
-      latest = static_cast<uint32_t>(*std::max_element(children.begin(), children.end()) >> 32);
+      latest = static_cast<int32_t>(*std::max_element(children.begin(), children.end()) >> 32 ^ 0x80000000);
     }
     nodes.swap(children);
     mask = child_mask;
@@ -428,13 +436,13 @@ static ffi::Error DrawEarliest(S32 tree, S32 visited_at, S32 now_, U32 salt_, ff
   const uint32_t salt = *salt_.typed_data() & 0x7fffffff;
   const auto starts = Starts(num_leaves);
   const auto sizes = Sizes(num_leaves);
-  // In balance, as many are due within B visits: twice as many are looked at, or more if need be.
+  // In balance, as many are due within B visits: somewhat more are looked at, and more if need be.
   std::vector<uint64_t> nodes;
   constexpr int64_t kAny = std::numeric_limits<int32_t>::max();
-  for (int64_t within = 2 * batch_size; static_cast<int64_t>(nodes.size()) < batch_size; within *= 16) {
-    const auto limit = static_cast<uint32_t>(std::min(within, kAny));
-    nodes = LeavesWithin(tree.typed_data(), starts, sizes, now, salt, limit, batch_size);
-    if (limit == kAny) break;
+  for (int64_t within = batch_size + batch_size / 4; static_cast<int64_t>(nodes.size()) < batch_size; within *= 16) {
+    const auto latest = static_cast<int32_t>(std::min(within, kAny));
+    nodes = LeavesWithin(tree.typed_data(), starts, sizes, now, salt, latest, batch_size);
+    if (latest == kAny) break;
   }
   if (static_cast<int64_t>(nodes.size()) > batch_size) KeepSmallest(nodes, batch_size);
   std::sort(nodes.begin(), nodes.end());
