@@ -9,6 +9,7 @@ package: `forget` keeps its programs apart.
 import functools
 import json
 
+from issgd_jax.gradnorm import leaves
 from issgd_jax.learning.learner import Learner
 from issgd_jax.run import wiring
 from issgd_jax.task import images
@@ -30,6 +31,7 @@ def share():
 def forget():
     """Lets the next run trace everything anew."""
     _results.clear()
+    leaves._norms_of_pairs.clear_cache()
 
 
 def _shared(function, make_key):

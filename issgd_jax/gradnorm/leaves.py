@@ -1,5 +1,6 @@
 """Norms of one parameter leaf, and its sum over a batch, from its factored gradients."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -109,24 +110,22 @@ def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_exampl
 def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.Array | Unchecked:
     """Returns norms [B] from pairs of uses; where those lose their digits, from formed gradients."""
     size = max(1, ACCELERATOR_BYTES // max(1, cost.cost_of_gram(example).bytes))
+    if gram.can_cancel(example):
+        return _norms_of_pairs(gradient, size, formed_size)
+    return Unchecked(
+        _by_example(gram.factor_squares, size, gradient),
+        lambda scales: _by_example(gram.factor_squares, size, gradient, scales),
+        lambda: _by_example(gram.has_zeros, size, gradient),
+    )
 
-    def by_example(function, *args):
-        return in_microbatches(lambda chunk: (jax.vmap(function)(*chunk), None), args, size, has_sums=False)[0]
 
-    if not gram.can_cancel(example):
-        return Unchecked(
-            by_example(gram.factor_squares, gradient),
-            lambda scales: by_example(gram.factor_squares, gradient, scales),
-            lambda: by_example(gram.has_zeros, gradient),
-        )
-
-    norms, exact = by_example(gram.norm, gradient)
+# Traced once for all leaves of equal shapes, such as those of the blocks of a transformer.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _norms_of_pairs(gradient: Factored, size: int, formed_size: int) -> jax.Array:
+    norms, exact = _by_example(gram.norm, size, gradient)
 
     def formed():
-        def form(chunk):
-            return jax.vmap(lambda x: length(algebra.multiply_out(x)))(chunk), None
-
-        return in_microbatches(form, gradient, formed_size, has_sums=False)[0].astype(norms.dtype)
+        return _by_example(lambda x: length(algebra.multiply_out(x)), formed_size, gradient).astype(norms.dtype)
 
     # Zeros look like underflow, and are looked for only where there is one or the other.
     all_exact = jnp.all(exact)
@@ -134,14 +133,18 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     return lax.cond(all_exact, lambda: norms, formed)
 
 
+def _by_example(function: Callable, size: int, *args):
+    """Returns the results of `function` for each example, of at most `size` at a time."""
+    return in_microbatches(lambda chunk: (jax.vmap(function)(*chunk), None), args, size, has_sums=False)[0]
+
+
 def _window_norms(gradient: Factored, example: Factored, formed_size: int) -> Unchecked:
     """Returns norms [B] of a convolution's gradients, to be checked."""
 
     def formed(gradient):
-        def form(chunk):
-            return jax.vmap(lambda x: squares([part[None] for part in algebra.multiply_out(x)]).sums[0])(chunk), None
-
-        return in_microbatches(form, gradient, formed_size, has_sums=False)[0]
+        return _by_example(
+            lambda x: squares([part[None] for part in algebra.multiply_out(x)]).sums[0], formed_size, gradient
+        )
 
     left = example.terms[0].left
     channels = [*example.axes("k"), *left.image.uses(), left.channel_axis]

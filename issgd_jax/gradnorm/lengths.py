@@ -29,11 +29,22 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
       - It is nan if any number is, otherwise infinite if any number is.
       - The derivative at 0 is 0.
     """
-    parts = [part.astype(accumulator(part.dtype)) for part in parts]
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part), axis, keepdims=True, initial=0) for part in parts))
+    dtype = jnp.result_type(*(accumulator(part.dtype) for part in parts))
+    parts = [lax.convert_element_type(part, dtype) for part in parts]
+    axes = [_axes(part, axis) for part in parts]
+    # Operations of lax: those of jnp take several times as long to trace.
+    maxima = [lax.reduce_max(lax.abs(part), over) for part, over in zip(parts, axes)]
+    largest = functools.reduce(lax.max, maxima, lax.full_like(maxima[0], 0))
     scale = lax.stop_gradient(_power_of_two(largest))
-    squares = sum(jnp.sum(jnp.square(part * (1 / scale)), axis) for part in parts)
-    return root(squares) * scale.reshape(squares.shape)
+    scaled = [part * lax.expand_dims(1 / scale, over) for part, over in zip(parts, axes)]
+    squares = functools.reduce(lax.add, (lax.reduce_sum(lax.square(x), over) for x, over in zip(scaled, axes)))
+    return lax.mul(root(squares), scale)
+
+
+def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns the axes of x that are meant, as in NumPy."""
+    axes = range(x.ndim) if axis is None else np.atleast_1d(axis)
+    return tuple(int(a) % x.ndim for a in axes)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["counts", "dtypes"])
