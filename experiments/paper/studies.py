@@ -201,7 +201,7 @@ _IN_LESS_TIME = {
 
 
 def _architectures() -> dict[str, Arm]:
-    """Returns each network with and without importance sampling; sizes that a CPU can train."""
+    """Returns each network without importance sampling, with it, and with evenly spaced visits; a CPU can train all."""
     networks = {
         "mlp": ("MLP", {}),
         "convnet": ("ConvNet", {"model.convnet.channels": (8, 16, 16, 32), "model.convnet.dense_size": 64}),
@@ -220,6 +220,7 @@ def _architectures() -> dict[str, Arm]:
         common = {"context": True, "baseline": f"{name}_uniform", "learning_rates": rates.get(name)}
         arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **common)
         arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **common)
+        arms[f"{name}_stride"] = Arm(f"{label}, evenly spaced visits", network | _STRIDE, **common)
     return arms
 
 

@@ -119,9 +119,9 @@ def _gram_norms(gradient: Factored, example: Factored, formed_size: int) -> jax.
     )
 
 
-# Traced once for all leaves of equal shapes, such as those of the blocks of a transformer.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _norms_of_pairs(gradient: Factored, size: int, formed_size: int) -> jax.Array:
+    """Returns the norms [B] where inner products can cancel; traced once for leaves of equal shapes, as in blocks."""
     norms, exact = _by_example(gram.norm, size, gradient)
 
     def formed():

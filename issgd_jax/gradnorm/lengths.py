@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -83,8 +84,11 @@ class Squares:
 
 def side_by_side(parts: Sequence[Squares]) -> Squares:
     """Returns the sums of all parts, along K; in the widest of their types."""
-    sums = jnp.concatenate([part.sums for part in parts], axis=-1)
-    return Squares(sums, *(tuple(itertools.chain(*x)) for x in zip(*((part.counts, part.dtypes) for part in parts))))
+    sums = [part.sums for part in parts]
+    if len(sums) > 1:
+        dtype = jnp.result_type(*sums)
+        sums = [lax.concatenate([lax.convert_element_type(x, dtype) for x in sums], sums[0].ndim - 1)]
+    return Squares(sums[0], *(tuple(itertools.chain(*x)) for x in zip(*((part.counts, part.dtypes) for part in parts))))
 
 
 def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squares:
@@ -94,9 +98,10 @@ def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squa
       parts: Arrays of one K.
       scales: f32[K], powers of two that the numbers are multiplied with.
     """
-    parts = [part.astype(accumulator(part.dtype)).reshape(part.shape[0], -1) for part in parts]
+    parts = [lax.convert_element_type(part, accumulator(part.dtype)) for part in parts]
+    parts = [lax.reshape(part, (len(part), math.prod(part.shape[1:]))) for part in parts]
     if scales is not None:
-        parts = [part * scales[:, None] for part in parts]
+        parts = [part * lax.expand_dims(scales, [1]) for part in parts]
     # XLA's CPU backend has faster kernels for products than for reductions, and then does not compute again what is
     # squared.
     products = (((1,), (1,)), ((0,), (0,)))

@@ -26,6 +26,7 @@ def in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bo
     # A chunk size that divides B avoids a copy of the batch and a second compilation of `function`.
     size = next((n for n in range(size, size // 2, -1) if num_examples % n == 0), size)
     whole = num_examples - num_examples % size
+    function = jax.jit(function)  # traced once, for its shapes and for the loop
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
 
     def one_chunk(totals, chunk):
