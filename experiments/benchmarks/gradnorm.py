@@ -6,7 +6,7 @@ For each model of gradnorm_models, or those named, also of gradnorm_frameworks, 
 framework's plain step (forward and backward of the mean loss): medians over pairs in one process (A B B A ...), growth
 of resident memory in fresh processes, and the largest relative error against a loop in float64. For this library also
 the memory of the compiled programs and the time to trace. The other libraries run in a virtual environment that is
-created on first use (a gigabyte). Prints a table and writes results/gradnorm.json.
+created on first use (a gigabyte). Writes results/gradnorm.json after each model, and prints a table.
 
 While times are measured, the C library keeps freed memory, as the allocators of accelerators do: otherwise every
 framework spends up to a third of its step on page faults. Memory is measured without that.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -185,8 +186,8 @@ def names_among(known):
     return names
 
 
-def run(options) -> dict:
-    """Returns {model: {method: result}}, with "programs" among the methods."""
+def run(options) -> Iterator[dict]:
+    """Yields {model: {method: result}} after each model, of all up to it, with "programs" among the methods."""
     methods, results = [*OURS, *options.peers], {}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(options.models) * (len(methods) + 2)) as progress:
         for model in options.models:
@@ -199,23 +200,18 @@ def run(options) -> dict:
                 progress.set_description(f"{model} {method}")
                 results[model][method] = measure(method, model, file, options)
                 progress.update()
-    return results
+            yield results
 
 
 def main():
     options = parse()
     if options.peers:
         make_environment(options.peers_env, REQUIREMENTS)
-    results = run(options)
-    print(table(results))
     command = " ".join(["python -m experiments.benchmarks.gradnorm", *sys.argv[1:]])
-    save_results(
-        options.results,
-        command,
-        results,
-        environment=KEEP_MEMORY,
-        peer_versions=installed_versions(options.peers_env, PEER_PACKAGES) if options.peers else None,
-    )
+    peer_versions = installed_versions(options.peers_env, PEER_PACKAGES) if options.peers else None
+    for results in run(options):
+        save_results(options.results, command, results, environment=KEEP_MEMORY, peer_versions=peer_versions)
+    print(table(results))
 
 
 if __name__ == "__main__":
