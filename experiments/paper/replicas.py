@@ -27,6 +27,7 @@ from issgd_jax.sampling.sampler import is_early
 from issgd_jax.scoring import schedule
 from issgd_jax.task import images
 from issgd_jax.task import problem as problem_lib
+from issgd_jax.vmapped import for_any
 
 
 class Replica(NamedTuple):
@@ -219,11 +220,10 @@ class _Program:
     def _run_steps(self, replica: Replica, round_: jax.Array, examples) -> Replica:
         """Takes the learner's steps of one round; scores may enter between two of them."""
         _, steps_late = self._schedule.delay
-        first = round_ * self._schedule.steps_per_round
         if not (self._has_workers and steps_late):
-            return self._learn(replica, first, self._schedule.steps_per_round, examples)
-        replica = self._ingest(self._learn(replica, first, steps_late, examples), round_)
-        return self._learn(replica, first + steps_late, self._schedule.steps_per_round - steps_late, examples)
+            return self._learn(replica, self._schedule.steps_per_round, examples)
+        replica = self._ingest(self._learn(replica, steps_late, examples), round_)
+        return self._learn(replica, self._schedule.steps_per_round - steps_late, examples)
 
     def _ingest(self, replica: Replica, round_: jax.Array) -> Replica:
         """Ingests the oldest scores of the queue, if there are any."""
@@ -257,11 +257,11 @@ class _Program:
         copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (delay, *x.shape)), (state.params, state.step))
         return state._replace(in_flight=_InFlight(*copies, drawn)), sampler_state
 
-    def _learn(self, replica: Replica, first_step: jax.Array, num_steps: int, examples) -> Replica:
+    def _learn(self, replica: Replica, num_steps: int, examples) -> Replica:
         optimizer = wiring.make_optimizer(self._config, replica.learning_rate)
         learner = wiring.make_learner(self._config, self._problem, optimizer)
 
-        def step(states, step_after):
+        def step(states, _):
             state, sampler_state = states
             sampler_state, drawn = self._sampler.draw(sampler_state)
             begun = _InFlight(state.params, state.step, drawn)
@@ -270,10 +270,9 @@ class _Program:
             state, sampler_state, _ = learner.update(state, sampler_state, self._sampler, gradient)
             if self._sampler.draw_method == STRIDE:  # the early rebuilds of `Rounds`
                 rebuild = self._sampler.rebuild
-                # Of a step that all replicas share: of one that is vmapped, every step would rebuild.
-                sampler_state = jax.lax.cond(is_early(step_after), rebuild, lambda state: state, sampler_state)
+                is_due = for_any(is_early(state.step))
+                sampler_state = jax.lax.cond(is_due, rebuild, lambda state: state, sampler_state)
             return (state._replace(in_flight=in_flight), sampler_state), None
 
-        steps_after = first_step + 1 + jnp.arange(num_steps, dtype=jnp.int32)
-        states, _ = jax.lax.scan(step, (replica.train_state, replica.sampler_state), steps_after)
+        states, _ = jax.lax.scan(step, (replica.train_state, replica.sampler_state), length=num_steps)
         return replica._replace(train_state=states[0], sampler_state=states[1])

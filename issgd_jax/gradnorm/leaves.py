@@ -14,6 +14,7 @@ from issgd_jax.gradnorm import algebra, cost, gram, windows
 from issgd_jax.gradnorm.factors import Factored, Gradient
 from issgd_jax.gradnorm.lengths import Squares, length, root, side_by_side, squares
 from issgd_jax.gradnorm.microbatches import in_microbatches
+from issgd_jax.vmapped import for_all
 
 # Memory for the gradients of one parameter that are formed together: fits a CPU's cache, and keeps an accelerator busy.
 CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
@@ -63,7 +64,7 @@ def checked(norms: Sequence[jax.Array | Unchecked]) -> list[jax.Array]:
         products = [math.prod(next(parts) for _ in x.factors) for x in unchecked]
         return jnp.concatenate([x if x.shape[1] == 1 else length([x], axis=1)[:, None] for x in products], axis=1)
 
-    all_exact = jnp.all(all_squares.are_exact())
+    all_exact = for_all(jnp.all(all_squares.are_exact()))
     rows = iter(
         _columns(
             lax.cond(all_exact, lambda: multiplied(root(all_squares.sums)), lambda: multiplied(scaled())), unchecked
@@ -128,9 +129,9 @@ def _norms_of_pairs(gradient: Factored, size: int, formed_size: int) -> jax.Arra
         return _by_example(lambda x: length(algebra.multiply_out(x)), formed_size, gradient).astype(norms.dtype)
 
     # Zeros look like underflow, and are looked for only where there is one or the other.
-    all_exact = jnp.all(exact)
+    all_exact = for_all(jnp.all(exact))
     all_exact = lax.cond(all_exact, lambda: all_exact, lambda: jnp.all(exact | jax.vmap(gram.is_zero)(gradient)))
-    return lax.cond(all_exact, lambda: norms, formed)
+    return lax.cond(for_all(all_exact), lambda: norms, formed)
 
 
 def _by_example(function: Callable, size: int, *args):

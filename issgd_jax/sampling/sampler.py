@@ -20,6 +20,7 @@ from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
+from issgd_jax.vmapped import for_any
 
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Uniform share of a mixture with draw "stride": not learned, as other draws learn it from the noise of single
@@ -33,7 +34,7 @@ REBUILD_EVERY, EXAMPLES_REBUILT_A_DRAW = 32, 16
 class Sampler:
     """Draws minibatches in proportion to scores, and learns from the scores of what was drawn.
 
-    Its methods work inside `jit` and outside, where each is compiled once.
+    Its methods work inside `jit` and `vmap` (of several seeds), and outside, where each is compiled once.
 
     Args:
       num_examples: N, in [1, 2^30].
@@ -483,7 +484,11 @@ def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, s
     if not sampler.rebuild_every:
         return state
     is_due = is_early(step) | (step % sampler.rebuild_every == 0)
-    return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
+
+    def rebuild(state):  # under `vmap`, of those that are due
+        return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
+
+    return jax.lax.cond(for_any(is_due), rebuild, lambda state: state, state)
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
