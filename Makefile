@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(shell $(PYTHON) -c "import sys; print('lowest' if sys.version_info < (3, 12) else 'newest')").txt
 # Of each kind of run one; all of what reads the programs that JAX traces.
 REPRESENTATIVE := tests/gradnorm tests/sampling tests/scoring tests/lowering_test.py tests/devices_test.py \
-  tests/run/versions_test.py tests/run/resume_test.py::test_a_run_that_goes_on_is_bit_equal
+  tests/vmapped_test.py tests/run/versions_test.py tests/run/resume_test.py::test_a_run_that_goes_on_is_bit_equal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,8 +30,8 @@ test-newest:
 
 # What computes with numbers of the caller, once with 64-bit types and once without the compiled kernels.
 variants: $(VENV)/.installed-test
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning
-	ISSGD_JAX_KERNELS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning tests/vmapped_test.py
+	ISSGD_JAX_KERNELS=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/sampling tests/learning tests/vmapped_test.py
 
 # Every repetition and every case that `make test` has a fixed share of, on the lowest and the newest versions; with a
 # new seed each time, which it prints.
