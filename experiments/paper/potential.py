@@ -2,8 +2,8 @@
 
     python -m experiments.paper.potential [--data=digits,fashion_mnist,svhn] [--data_dir=...]
 
-Measures after an epoch of uniform draws at their own best rate of the study `fair` (of `text`, `language`, once it is
-swept), with the study's network. Prints what was measured of all data, and writes results/potential.json.
+Measures after an epoch of uniform draws at their own best rate of the study `fair` (of `text`, `language`), with the
+study's network. Prints what was measured of all data, and writes results/potential.json.
 """
 
 import argparse
