@@ -1,43 +1,31 @@
 """Conditions that stay conditions under `vmap`, which else computes both sides of each `lax.cond`, always."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 
-def _reduced(reduce: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Returns the identity bool[] -> bool[], but of instances that are vmapped together one value that all share."""
-
-    @jax.custom_batching.custom_vmap
-    def shared(condition):
-        return condition
-
-    @shared.def_vmap
-    def _(axis_size, is_batched, condition):
-        return shared(reduce(condition)), False  # again, for a vmap outside
-
-    return shared
-
-
+@jax.custom_batching.custom_vmap
 def for_all(condition: jax.Array) -> jax.Array:
-    """Returns whether a condition bool[] holds for all instances that are vmapped together.
+    """Returns whether a condition bool[] holds for all instances that are vmapped together; alone, the condition.
 
     Example:
       >>> jax.vmap(for_all, out_axes=None)(jnp.array([True, False])).item(), for_all(jnp.array(True)).item()
       (False, True)
     """
-    return _for_all(condition)
+    return condition
 
 
+@jax.custom_batching.custom_vmap
 def for_any(condition: jax.Array) -> jax.Array:
-    """Returns whether a condition bool[] holds for any instance that is vmapped together with others.
+    """Returns whether a condition bool[] holds for any instance that is vmapped together; alone, the condition.
 
     Example:
       >>> jax.vmap(for_any, out_axes=None)(jnp.array([True, False])).item(), for_any(jnp.array(False)).item()
       (True, False)
     """
-    return _for_any(condition)
+    return condition
 
 
-_for_all, _for_any = _reduced(jnp.all), _reduced(jnp.any)
+# One value that all share, so that a condition on it is not vmapped; again, for a vmap outside.
+for_all.def_vmap(lambda axis_size, is_batched, conditions: (for_all(jnp.all(conditions)), False))
+for_any.def_vmap(lambda axis_size, is_batched, conditions: (for_any(jnp.any(conditions)), False))
