@@ -23,7 +23,7 @@ from issgd_jax import main as main_lib
 from issgd_jax import plots
 from issgd_jax.config import parsers
 from issgd_jax.errors import InputError
-from issgd_jax.history import seconds_per_step, steps_to
+from issgd_jax.history import seconds_per_step, steps_of_seeds
 from issgd_jax.paths import local_path
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
@@ -131,10 +131,9 @@ def table(histories: Histories) -> str:
 
 
 def _column(runs: list[list[dict]], target: float, *, is_uniform: bool) -> dict[str, str]:
-    """Returns {label: text} of one arm; a uniform run that ends above the target has used its steps up."""
+    """Returns {label: text} of one arm."""
     seconds = seconds_per_step(runs)
-    needed = [steps_to(target, [row["step"] for row in rows], [row["train/loss"] for row in rows]) for rows in runs]
-    reached = statistics.median(min(s, rows[-1]["step"]) if is_uniform else s for s, rows in zip(needed, runs))
+    reached = statistics.median(steps_of_seeds(target, runs, ends_there=is_uniform))
     column = {
         "steps to uniform's final training loss": f"{reached:,.0f}" if math.isfinite(reached) else "not reached",
         "seconds to it, without compilation": f"{reached * seconds:.2f}" if math.isfinite(reached) else "–",

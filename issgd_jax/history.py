@@ -27,6 +27,24 @@ def seconds_per_step(histories: list[list[dict]]) -> float:
     return statistics.median(seconds) if seconds else float("nan")
 
 
+def steps_of_seeds(loss: float, histories: list[list[dict]], *, ends_there: bool) -> list[float]:
+    """Returns the steps of each seed until the training loss is first as low as `loss`; inf if never.
+
+    Args:
+      loss: the target.
+      histories: rows of metrics of each seed.
+      ends_there: whether the target is the median of these seeds' own final losses: a seed that ends above it has then
+        used its steps up.
+
+    Example:
+      >>> histories = [[{"step": 0, "train/loss": 1.0}, {"step": 8, "train/loss": last}] for last in (0.25, 0.5, 0.75)]
+      >>> steps_of_seeds(0.5, histories, ends_there=False), steps_of_seeds(0.5, histories, ends_there=True)
+      ([4.0, 8.0, inf], [4.0, 8.0, 8.0])
+    """
+    needed = [steps_to(loss, [r["step"] for r in rows], [r.get("train/loss") for r in rows]) for rows in histories]
+    return [min(steps, float(rows[-1]["step"])) for steps, rows in zip(needed, histories)] if ends_there else needed
+
+
 def steps_to(loss: float, step: Sequence[int], losses: Sequence[float | None]) -> float:
     """Returns the steps until the training loss is first as low as `loss`; inf if never.
 

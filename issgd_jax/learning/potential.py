@@ -65,8 +65,8 @@ class Potential:
     def verdict(self) -> str:
         """Two sentences: whether to try it, and why."""
         known = (
-            f"The least possible variance is 1/{self.gain.value:.1f} of uniform draws', and of the second moment of a "
-            f"minibatch of {self.batch_size}, {self.noise_share.value:.0%} noise, the least noise would remove "
+            f"The least possible variance is {1 / self.gain.value:.0%} of uniform draws', and of the second moment of "
+            f"a minibatch of {self.batch_size}, {self.noise_share.value:.0%} noise, the least noise would remove "
             f"{self.removable_share:.0%}, at {self.refresh_cost.value:.2f} of the time of a gradient."
         )
         if self.gain.low < LEAST_GAIN:

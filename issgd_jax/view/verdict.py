@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from issgd_jax.history import seconds_per_step, steps_to
+from issgd_jax.history import seconds_per_step, steps_of_seeds
 from issgd_jax.view.runs import IMPORTANCE, UNIFORM, Arm, differences
 
 LOSS = "train/loss"
@@ -68,9 +68,8 @@ def _of_arm(arm: Arm, uniform: list[Arm]) -> Verdict:
 def _beside(arm: Arm, uniform: Arm, gain: tuple[str, ...]) -> Verdict:
     """Compares two arms of one task."""
     target = _final_loss(uniform)
-    needed = _steps_to(target, arm)
-    # A seed that ends above the median of all has used its steps up.
-    needed_uniform = [min(s, rows[-1]["step"]) for s, rows in zip(_steps_to(target, uniform), uniform.histories)]
+    needed = steps_of_seeds(target, arm.histories, ends_there=False)
+    needed_uniform = steps_of_seeds(target, uniform.histories, ends_there=True)
     steps, steps_uniform = map(statistics.median, (needed, needed_uniform))
     # A loss that is there from the start takes no step.
     fewer = max(steps_uniform, 1) / max(steps, 1)
@@ -202,10 +201,6 @@ def _final_loss(arm: Arm) -> float:
 
 def _last_step(arm: Arm) -> int:
     return max(rows[-1]["step"] for rows in arm.histories)
-
-
-def _steps_to(loss: float, arm: Arm) -> list[float]:
-    return [steps_to(loss, [r["step"] for r in rows], [r.get(LOSS) for r in rows]) for rows in arm.histories]
 
 
 def _pace(arm: Arm) -> float:
