@@ -151,7 +151,7 @@ def _window_norms(gradient: Factored, example: Factored, formed_size: int) -> Un
     channels = [*example.axes("k"), *left.image.uses(), left.channel_axis]
 
     def factors(scales=(None,)):
-        scaled = gradient if scales[0] is None else jax.vmap(algebra.scale)(gradient, scales[0][:, 0])
+        scaled = gradient if scales[0] is None else jax.vmap(windows.scale)(gradient, scales[0][:, 0])
         sums = windows.squared_norms(scaled, channels, formed)[:, None]
         return (Squares(sums, (math.prod(example.shape),), (str(sums.dtype),)),)
 

@@ -1,5 +1,6 @@
 """Squared norms of gradients of convolutions, without arrays of windows or gradients: by a compiled kernel on CPUs."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -25,6 +26,19 @@ def fits(example: Factored) -> bool:
         and 0 not in (*left.image.array.shape, *right.array.shape)
         and available()
     )
+
+
+def scale(x: Factored, factor: jax.Array) -> Factored:
+    """Returns a gradient that `fits`, times a power of two f32[].
+
+    Half of it for the image and half for the derivatives: where a gradient leaves the range of squares, one of them may
+    be near the other end of the range of numbers.
+    """
+    (term,) = x.terms
+    half = jax.lax.reduce_precision(jnp.sqrt(factor), jnp.finfo(jnp.float32).nexp, 0)
+    image = dataclasses.replace(term.left.image, array=term.left.image.array * half)
+    term = dataclasses.replace(term, left=dataclasses.replace(term.left, image=image))
+    return algebra.scale(dataclasses.replace(x, terms=(term,)), factor / half)
 
 
 def squared_norms(gradients: Factored, channels: list[int], plain: Callable[[Factored], jax.Array]) -> jax.Array:

@@ -45,7 +45,7 @@ def test_norms_from_the_least_to_the_largest_number(name):
     loss_fn, rule = LINEAR[name]
     if rule is not None:
         assert explain(lambda w, x: loss_fn(w, x, 1.0), W, X).rows[0].rule == rule
-    scales = np.float32([1e-30, 1e-25, 1e-15, 1e-8, 1, 1e10, 1e25, 1e35])
+    scales = np.float32([1e-30, 1e-25, 1e-17, 1e-15, 1e-8, 1, 1e10, 1e20, 1e25, 1e35])
 
     def scaled(w, example):
         x, s, up = example
@@ -59,7 +59,7 @@ def test_norms_from_the_least_to_the_largest_number(name):
 
     ordinary = np.sqrt(2) * loop_norms(lambda w, x: loss_fn(w, x, jnp.ones_like(w[0, 0])), W, X[:1])
     compiled = norms.lower(W, X, 1.0).compile(compiler_options=QUICK)
-    for up in (1.0, 1e-20, 1e20) if rule != "formed" and "rows" not in name else (1.0,):
+    for up in (1.0, 1e-20, 1e20, 1e-35, 1e35) if rule != "formed" and "rows" not in name else (1.0,):
         fits = [i for i, s in enumerate(scales.tolist()) if s / up * 0.1 > 1e-36 and s / up < 1e36]
         expected = ordinary * scales.astype(np.float64)
         np.testing.assert_allclose(np.asarray(compiled(W, X, up))[fits], expected[fits], rtol=2e-5, err_msg=str(up))

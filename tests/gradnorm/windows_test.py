@@ -55,6 +55,19 @@ SIDE = st.tuples(
 )
 
 
+@pytest.mark.parametrize(("up", "down"), [(1e35, 1e-15), (1e-33, 1e16), (1e-35, 1e18), (1e33, 1e-13)])
+def test_huge_images_with_tiny_derivatives_and_the_reverse(up, down, calls):
+    """Red if the second pass, whose squares leave no range, scales one of the two alone, which leaves the range then."""
+    kernel, images, slopes = data((3, 3, 4, 8), seed=1), data((2, 12, 12, 4)), data((1, 12, 12, 8), seed=2)
+
+    def loss(kernel, image, up=1.0, down=1.0):
+        return jnp.float32(down) * jnp.vdot(slopes, convolved(kernel, image * jnp.float32(up)))
+
+    norms = per_example_grad_norms(functools.partial(loss, up=up, down=down))(kernel, images)
+    np.testing.assert_allclose(norms / (up * down), exact_norms(loss, kernel, images), rtol=2e-5)
+    assert calls
+
+
 @settings(deadline=None, max_examples=soak(12, 200))
 @given(sides=st.tuples(SIDE, SIDE), channels=st.integers(1, 5), features=st.sampled_from([1, 3, 16, 33]))
 def test_windows_of_every_kind(sides, channels, features):
