@@ -30,11 +30,11 @@ from issgd_jax.run.training import train
 from issgd_jax.task.problem import import_problem
 from issgd_jax.view import page
 from issgd_jax.view.report import FILE, report
+from issgd_jax.view.runs import IMPORTANCE, UNIFORM
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds; the first is the config's.", lower_bound=1)
 _UNIFORM_RATE = parsers.define_optional("uniform_rate", float, "Learning rate of uniform sampling; None: the config's.")
 flags.adopt_module_key_flags(main_lib)  # so that --help lists them
-IMPORTANCE, UNIFORM = "importance sampling", "uniform (SGD)"
 
 Histories = dict[str, list[list[dict]]]
 _ROWS = (

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks import gradnorm_models
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.gradnorm.gram_sums import SWITCH, gram_norm
+from issgd_jax.gradnorm.gram_sums import SWITCH, gram_sums
 from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler
 from issgd_jax.scoring import workers
@@ -69,7 +69,7 @@ def programs(devices):
     for dtype in (jnp.float32, jnp.bfloat16):
         for shape, *sides in SHAPES:
             factors = [jax.ShapeDtypeStruct((*shape, side), dtype) for side in sides]
-            yield f"kernel {shape} {sides} {dtype.__name__}", jax.jit(gram_norm).lower(*on(device, factors)), True
+            yield f"kernel {shape} {sides} {dtype.__name__}", jax.jit(gram_sums).lower(*on(device, factors)), True
     for name, (params, batch, loss_fn), has_kernel in (
         ("norms of the MLP", gradnorm_models.mlp(batch_size=4), False),
         ("norms of the transformer", gradnorm_models.transformer(batch_size=2, length=128, depth=1), True),

@@ -25,24 +25,6 @@ DEFAULT, FORMS = "plain", ("plain", "auto", "tpu", "hopper")
 LEAST_USES, MOST_USES = 128, 2**15
 
 
-def gram_norm(a: jax.Array, d: jax.Array) -> jax.Array:
-    """Returns squared norms of gradients aᵀd from inner products of their uses: Σ_st <a_s, a_t> <d_s, d_t>.
-
-    Args:
-      a: Inputs of a layer, [B, T, I], float32 or bfloat16, or any type in plain JAX.
-      d: Derivatives of its outputs, [B, T, J].
-
-    Returns:
-      f32[B], or wider.
-
-    Example:
-      >>> a, d = jnp.array([[[1.0, 2.0], [3.0, 4.0]]]), jnp.array([[[1.0], [-1.0]]])
-      >>> gram_norm(a, d).tolist(), float(jnp.sum((a[0].T @ d[0]) ** 2))
-      ([8.0], 8.0)
-    """
-    return gram_sums(a, d)[0]
-
-
 def gram_sums(
     left: jax.Array, right: jax.Array, *, precision: lax.PrecisionLike = None, least: float = 0.0
 ) -> jax.Array:

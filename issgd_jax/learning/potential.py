@@ -40,7 +40,8 @@ class Potential:
     Attributes:
       uniform: √Tr Σ of one example's gradient under uniform draws, in units of the gradient.
       ideal: √Tr Σ under draws in proportion to the gradient norms, the least possible (paper, Theorem 1).
-      gain: Tr uniform / Tr ideal, what scores that are never stale would give.
+      gain: Tr uniform / Tr ideal, what scores that are never stale would give; infinite where the ideal has no
+        variance, as of gradients that differ in length alone.
       noise_share: share of noise in the second moment of a uniform minibatch's gradient, Tr Σ / B over that and the
         square of the true gradient.
       norms_cost: time of the norms of a minibatch, in times of its loss and gradient.
@@ -124,7 +125,8 @@ def potential(
       TypeError, ValueError: as `as_source` and `value_grad_and_norms`.
 
     Guarantees:
-      Tr Σ and the square of the true gradient are unbiased; their ratios are not. Eight gradients are held on the host.
+      Tr Σ and the square of the true gradient are unbiased, but that negative ones count as 0; their ratios are not.
+      Eight gradients are held on the host.
 
     Source: √Tr Σ is that of Corollary 1 of the paper; the square of the gradient comes from products of means of
     different examples, as in McCandlish et al. 2018 (arXiv:1812.06162).
@@ -187,7 +189,7 @@ def _bootstrap(norms: np.ndarray, products: np.ndarray, batch_size: int, rng) ->
         return {
             "uniform": float(uniform) ** 0.5,
             "ideal": float(ideal) ** 0.5,
-            "gain": float(uniform / ideal) if ideal else 1.0,
+            "gain": float(uniform / ideal) if ideal else math.inf if uniform else 1.0,
             "noise_share": float(noise / (noise + gradient)) if noise else 0.0,
         }
 
@@ -195,10 +197,14 @@ def _bootstrap(norms: np.ndarray, products: np.ndarray, batch_size: int, rng) ->
         moments(rng.choice(norms, norms.size), np.bincount(rng.integers(0, PARTS, PARTS), minlength=PARTS))
         for _ in range(RESAMPLES)
     ]
-    return {
-        name: Estimate(value, *np.quantile([draw[name] for draw in draws], (0.025, 0.975)).tolist())
-        for name, value in moments(norms, np.ones(PARTS)).items()
-    }
+
+    def interval(name):
+        values = [draw[name] for draw in draws]
+        return np.quantile(
+            values, (0.025, 0.975), method="nearest"
+        ).tolist()  # between infinite gains there is no number
+
+    return {name: Estimate(value, *interval(name)) for name, value in moments(norms, np.ones(PARTS)).items()}
 
 
 def _costs(loss_fn, params, batch: tuple, options: dict, rng) -> dict[str, Estimate]:

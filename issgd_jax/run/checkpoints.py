@@ -168,7 +168,9 @@ class Checkpoints:
 
     def _write(self, snapshot: Readable, test_error: float | None, is_last: bool) -> None:
         path = self._path(snapshot.step)
-        if path.is_dir():
+        if path.is_dir():  # such as one of a run that was stopped before it measured
+            if test_error is not None:
+                self._test_errors[snapshot.step] = test_error
             return
         try:
             self._remove_partial()

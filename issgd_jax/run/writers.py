@@ -15,13 +15,15 @@ from issgd_jax.run.histograms import EDGES
 from issgd_jax.run.workdir import WRITERS_FILE
 
 Write = Callable[[int, dict], None]
+# Rows that are tried while a writer takes none: each may take as long as a network does to give up.
+_TRIES = 2
 
 
 class Writer:
     """Passes rows of metrics to a function, whose errors never stop a run.
 
-    A row at which the function raises is logged, kept, and written again after the next that it takes, or at the end;
-    if it is refused then too, metrics.jsonl alone has it.
+    Rows are written in their order. One at which the function raises waits, and is tried again before the next and at
+    the end; if then a later one is taken, or none at the end, metrics.jsonl alone has it, which is logged.
     """
 
     def __init__(self, name: str, write: Write):
@@ -33,39 +35,39 @@ class Writer:
         """
         self._name, self._write_row = name, write
         self._waiting: list[dict] = []
+        self._num_lost = 0
 
     def add(self, row: dict) -> None:
-        """Writes a row that metrics.jsonl has already, and then those that wait."""
-        try:
-            self._write(row)
-        except Exception as error:  # of the network, of a library, of the caller's own code
-            if not self._waiting:
-                say(
-                    f"{self._name} cannot write the metrics of step {row['step']:,} yet, training continues: "
-                    f"{brief(error)}"
-                )
-            self._waiting.append(row)
-        else:
-            self._write_waiting()
+        """Writes the rows that wait, and one that metrics.jsonl has already."""
+        is_first = not self._waiting
+        self._waiting.append(row)
+        error = self._write_waiting(_TRIES)
+        if error and is_first:
+            say(
+                f"{self._name} cannot write the metrics of step {row['step']:,} yet, training continues: {brief(error)}"
+            )
 
     def close(self) -> None:
-        """Writes the rows that wait, and logs how many cannot be written."""
-        if refused := self._write_waiting():
-            say(f"{self._name} lacks {refused:,} row(s) of metrics, which metrics.jsonl has")
+        """Writes the rows that wait, and logs how many could not be written."""
+        self._write_waiting(len(self._waiting))
+        if num_lost := self._num_lost + len(self._waiting):
+            say(f"{self._name} lacks {num_lost:,} row(s) of metrics, which metrics.jsonl has")
 
-    def _write_waiting(self) -> int:
-        """Writes each row that waits once more; returns the number of those that are refused again, and dropped."""
-        rows, self._waiting = self._waiting, []
-        refused = 0
-        for row in rows:
+    def _write_waiting(self, tries: int) -> Exception | None:
+        """Writes rows until so many after each other are refused, which wait on; returns the error of the last."""
+        rows, self._waiting, error = self._waiting, [], None
+        while rows and len(self._waiting) < tries:
+            row, *rows = rows
             try:
-                self._write(row)
-            except Exception:
-                refused += 1
-        return refused
-
-    def _write(self, row: dict) -> None:
-        self._write_row(row["step"], {name: value for name, value in row.items() if name != "step"})
+                self._write_row(row["step"], {name: value for name, value in row.items() if name != "step"})
+            except Exception as refusal:  # of the network, of a library, of the caller's own code
+                self._waiting.append(row)
+                error = refusal
+            else:  # it works: what it refused before, it would refuse again
+                self._num_lost += len(self._waiting)
+                self._waiting, error = [], None
+        self._waiting += rows
+        return error
 
 
 @dataclasses.dataclass(frozen=True)

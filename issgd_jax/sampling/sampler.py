@@ -338,7 +338,7 @@ class Sampler:
     def _write(self, state: SamplerState, indices, scores, norms, importance_weights, scored_at) -> SamplerState:
         """Lets the proposal learn from gradient norms, if known, while the store has the old scores; then stores."""
         proposal_state, store = state.proposal_state, state.store
-        if norms is not None:
+        if norms is not None and indices.size:
             proposal_state = self.proposal.observe(
                 proposal_state, state.basis, store, indices, norms, scored_at, importance_weights
             )
@@ -467,7 +467,9 @@ def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, 
 def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, scored_at) -> SamplerState:
     step = state.step + 1
     if state.times_drawn is not None:
-        state = state._replace(times_drawn=state.times_drawn.at[drawn.indices].add(1, mode="drop"))
+        state = state._replace(
+            times_drawn=state.times_drawn.at[drawn.indices].add(1, mode="drop", wrap_negative_indices=False)
+        )
     if norms is None:
         if state.visits is not None:
             state = sampler._write_v(state, drawn.indices, step, arrived=True)

@@ -381,6 +381,7 @@ def _list_first(values, limit: int = 5) -> str:
 
 def _check_memory(num_examples: int) -> None:
     device = jax.config.jax_default_device or jax.devices()[0]
+    device = jax.devices(device)[0] if isinstance(device, str) else device  # a platform
     limit = memory_bytes(device)
     needed = BYTES_AN_EXAMPLE * num_examples
     if needed > limit:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.gradnorm import example_keys, per_example_grad_norms
+from issgd_jax.gradnorm import el2n, example_keys, per_example_grad_norms
 from issgd_jax.gradnorm.caching import cached, remember
 from issgd_jax.gradnorm.mapping import map_examples
 
@@ -77,7 +77,8 @@ def last_layer(logits_fn: Callable[..., jax.Array], microbatch_size: int | None 
     2018, arXiv:1803.00942, equation 20).
 
     Args:
-      logits_fn: `(params, *inputs) -> f[C]` of one example; the last batch argument of the score is its label, i32[].
+      logits_fn: `(params, *inputs) -> f[C]` of one example; the last batch argument of the score is its label, i32[],
+        in [0, C); of another the score is nan.
       microbatch_size: examples whose activations are in memory together; None: all.
 
     Example:
@@ -93,9 +94,7 @@ def last_layer(logits_fn: Callable[..., jax.Array], microbatch_size: int | None 
 def _last_layer_bound(logits_fn: Callable) -> Callable:
     def bound(params, *example):
         *inputs, label = example
-        probabilities = jax.nn.softmax(logits_fn(params, *inputs).astype(jnp.float32))
-        difference = probabilities - jax.nn.one_hot(label, probabilities.shape[-1])
-        return jnp.sqrt(jnp.sum(jnp.square(difference)))
+        return el2n(logits_fn(params, *inputs), label)
 
     return bound
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from issgd_jax.gradnorm import gram_sums as gram
 from issgd_jax.gradnorm import per_example_grad_norms
-from issgd_jax.gradnorm.gram_sums import gram_norm, gram_sums
+from issgd_jax.gradnorm.gram_sums import gram_sums
 from issgd_jax.kernels import gram_hopper, gram_tpu, tiles
 from tests.helpers import soak
 
@@ -133,16 +133,16 @@ def test_the_platform_and_the_switch_choose_the_form(monkeypatch, form, platform
     monkeypatch.setenv(gram.SWITCH, form)
     for dtype in (jnp.float32, jnp.bfloat16):
         shapes = [x.update(dtype=dtype) for x in SHAPES]
-        assert custom_calls(gram_norm, *shapes, platform=platform) == expected
+        assert custom_calls(gram_sums, *shapes, platform=platform) == expected
 
 
 @pytest.mark.parametrize(
     ("form", "function", "args"),
     [
-        ("auto", gram_norm, [x.update(shape=(2, gram.LEAST_USES - 1, 8)) for x in SHAPES]),
-        ("tpu", gram_norm, [x.update(dtype=jnp.float16) for x in SHAPES]),
+        ("auto", gram_sums, [x.update(shape=(2, gram.LEAST_USES - 1, 8)) for x in SHAPES]),
+        ("tpu", gram_sums, [x.update(dtype=jnp.float16) for x in SHAPES]),
         ("tpu", functools.partial(gram_sums, precision="high"), [x.update(dtype=jnp.float32) for x in SHAPES]),
-        ("tpu", jax.grad(lambda a, d: jnp.sum(gram_norm(a, d))), SHAPES),
+        ("tpu", jax.grad(lambda a, d: jnp.sum(gram_sums(a, d)[0])), SHAPES),
     ],
     ids=["few uses", "float16", "three passes", "derivative"],
 )
@@ -156,7 +156,7 @@ def test_what_no_kernel_does_is_plain(monkeypatch, form, function, args):
 def test_a_form_that_cannot_be_is_refused(monkeypatch, form):
     monkeypatch.setenv(gram.SWITCH, form)
     with pytest.raises(ValueError, match=form) as error:
-        custom_calls(gram_norm, *SHAPES, platform="cpu")
+        custom_calls(gram_sums, *SHAPES, platform="cpu")
     assert "plain" in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_a_kernel_that_cannot_be_lowered_is_replaced(monkeypatch, caplog):
     monkeypatch.setenv(gram.SWITCH, "auto")
     monkeypatch.setitem(sys.modules, "issgd_jax.kernels.gram_tpu", None)
     with caplog.at_level(logging.WARNING, "issgd_jax"):
-        assert not custom_calls(gram_norm, *SHAPES, platform="tpu")
+        assert not custom_calls(gram_sums, *SHAPES, platform="tpu")
     assert gram.SWITCH in caplog.text
 
 
@@ -175,11 +175,11 @@ def test_devices_that_share_a_program_share_no_kernel(monkeypatch):
     mesh = Mesh(jax.devices()[:2], ("data",))
     spec = PartitionSpec("data")
     sharded = [x.update(sharding=jax.sharding.NamedSharding(mesh, spec)) for x in SHAPES]
-    assert "tpu_custom_call" not in custom_calls(gram_norm, *sharded, platform="tpu")
+    assert "tpu_custom_call" not in custom_calls(gram_sums, *sharded, platform="tpu")
     for check in (True, False):
-        by_hand = jax.shard_map(gram_norm, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check)
+        by_hand = jax.shard_map(gram_sums, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check)
         assert "tpu_custom_call" in custom_calls(by_hand, *sharded, platform="tpu")
-    by_device = jax.pmap(gram_norm, devices=jax.devices()[:2])
+    by_device = jax.pmap(gram_sums, devices=jax.devices()[:2])
     shapes = [x.update(shape=(2, *x.shape)) for x in SHAPES]
     assert "tpu_custom_call" in custom_calls(by_device, *shapes, platform="tpu")
 
@@ -207,7 +207,7 @@ def test_norms_by_a_kernel_are_those_of_the_plain_form(monkeypatch):
 def test_derivatives_are_those_of_the_plain_form(monkeypatch):
     monkeypatch.setenv(gram.SWITCH, "tpu")
     left, right = factors((2, 20, 3, 5), "float32")
-    found = jax.grad(lambda a: jnp.sum(gram_norm(a, right)))(left)
+    found = jax.grad(lambda a: jnp.sum(gram_sums(a, right)[0]))(left)
     gram_of_right = np.einsum("bsj,btj->bst", right, right)
     np.testing.assert_allclose(found, 2 * np.einsum("bst,bti->bsi", gram_of_right, left), rtol=1e-4, atol=1e-4)
 
@@ -218,7 +218,7 @@ def test_no_square_array_is_in_the_memory_of_the_device(monkeypatch, form, platf
     monkeypatch.setenv(gram.SWITCH, form)
     uses = 2048
     shapes = [x.update(shape=(1, uses, 8)) for x in SHAPES]
-    exported = jax.export.export(jax.jit(lambda *args: gram_norm(*args)), platforms=(platform,))(*shapes)
+    exported = jax.export.export(jax.jit(lambda *args: gram_sums(*args)), platforms=(platform,))(*shapes)
     sizes = re.findall(r"tensor<((?:\d+x)+)[fbi]", exported.mlir_module())
     assert max(np.prod([int(n) for n in size[:-1].split("x")], dtype=int) for size in sizes) < uses**2 / 4
 
@@ -228,8 +228,8 @@ def test_pallas_is_not_imported_by_those_who_need_no_kernel():
     import subprocess
 
     code = (
-        "import sys, jax, jax.numpy as jnp; from issgd_jax.gradnorm.gram_sums import gram_norm; "
-        "jax.config.update('jax_platforms', 'cpu'); jax.jit(gram_norm)(jnp.ones((1, 200, 1)), jnp.ones((1, 200, 1))); "
+        "import sys, jax, jax.numpy as jnp; from issgd_jax.gradnorm.gram_sums import gram_sums; "
+        "jax.config.update('jax_platforms', 'cpu'); jax.jit(gram_sums)(jnp.ones((1, 200, 1)), jnp.ones((1, 200, 1))); "
         "assert 'jax.experimental.pallas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

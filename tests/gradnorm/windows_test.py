@@ -57,7 +57,7 @@ SIDE = st.tuples(
 
 @pytest.mark.parametrize(("up", "down"), [(1e35, 1e-15), (1e-33, 1e16), (1e-35, 1e18), (1e33, 1e-13)])
 def test_huge_images_with_tiny_derivatives_and_the_reverse(up, down, calls):
-    """Red if the second pass, whose squares leave no range, scales one of the two alone, which leaves the range then."""
+    """Red if the second pass scales one of the two alone, which then leaves the range of numbers itself."""
     kernel, images, slopes = data((3, 3, 4, 8), seed=1), data((2, 12, 12, 4)), data((1, 12, 12, 8), seed=2)
 
     def loss(kernel, image, up=1.0, down=1.0):

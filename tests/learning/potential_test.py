@@ -62,6 +62,14 @@ def test_verdicts(gain, noise_share, cost, verdict):
     assert found.verdict.count(". ") == 1 and found.verdict in str(found)
 
 
+def test_gradients_that_differ_in_length_alone_gain_without_limit():
+    """Red if an ideal without variance counts as no gain."""
+    one_direction = RNG.lognormal(0, 2, (4096, 1)).astype(np.float32) * np.ones(3, np.float32)
+    found = measured(one_direction, batch_size=2)
+    assert found.gain.value > 100 and found.gain.low > 10 and found.gain.high == np.inf
+    assert "similar length" not in found.verdict and not np.isnan(found.removable_share)
+
+
 def test_gradients_of_one_length_gain_nothing():
     """Red if a verdict does not follow from what was measured."""
     assert "would not help these parameters" in measured(EQUAL).verdict

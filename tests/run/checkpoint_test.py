@@ -146,6 +146,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert Checkpoints(tmp_path, every_steps=1, keep=2).best_error == 0.2  # also for who comes later
 
 
+def test_the_best_is_kept_where_its_error_is_known_after_it_was_written(tmp_path):
+    """Red if a run that is stopped before a measurement, and measures when it resumes, loses its best checkpoint."""
+    with Checkpoints(tmp_path, every_steps=1, keep=1) as checkpoints:
+        for step, error in ((1, None), (1, 0.1), (2, 0.3), (3, 0.2)):
+            checkpoints.save(State(step, lambda step=step: made(step, size=2)), test_error=error)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3] and checkpoints.best_error == 0.1
+
+
 def test_an_error_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):
     def fails():
         raise ValueError("no\nroom\nhere")

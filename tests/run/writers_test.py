@@ -29,7 +29,7 @@ class Unsteady:
 
 
 def test_rows_that_a_writer_refuses_are_written_again_and_one_that_it_never_takes_is_dropped(tmp_path, capsys):
-    """Red if an error reaches the run, is told at every row, or loses or repeats a row that could be written."""
+    """Red if an error reaches the run, is told at every row, or loses, repeats or moves a row that could be written."""
     unsteady, steady = Unsteady(), []
     both = [writers.Writer("mine", unsteady), writers.Writer("other", lambda step, row: steady.append(step))]
     with metrics.MetricsWriter(tmp_path, tensorboard=False, writers=both) as writer:
@@ -37,12 +37,13 @@ def test_rows_that_a_writer_refuses_are_written_again_and_one_that_it_never_take
             unsteady.is_gone = step in (1, 2, 7)
             writer.write({"step": step, "train/loss": 0.5})
         unsteady.is_gone = False
-    assert [step for step, _ in unsteady.taken] == [0, 4, 1, 2, 5, 6, 7] and steady == [*range(8)]
+    assert [step for step, _ in unsteady.taken] == [0, 1, 2, 4, 5, 6, 7] and steady == [*range(8)]
     assert unsteady.taken[0] == (0, {"train/loss": 0.5})
     assert len(metrics.read_metrics(tmp_path / "metrics.jsonl")) == 8
     messages = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in messages] == [
-        f" mine cannot write the metrics of step {step} yet, training continues" for step in (1, 7)
+        *(f" mine cannot write the metrics of step {step} yet, training continues" for step in (1, 7)),
+        " mine lacks 1 row(s) of metrics, which metrics.jsonl has",
     ]
 
 
@@ -52,6 +53,24 @@ def test_rows_that_are_refused_to_the_end_are_told(tmp_path, capsys):
     writer.add({"step": 3})
     writer.close()
     assert "mine lacks 1 row(s) of metrics, which metrics.jsonl has" in capsys.readouterr().err
+
+
+def test_a_writer_that_takes_nothing_is_tried_twice_a_row_and_all_are_tried_at_the_end():
+    """Red if a network that is gone holds up the run once for every row that waits, or one bad row hides the others."""
+    tried, taken = [], []
+
+    def write(step, row):
+        tried.append(step)
+        if step in (2, 3) or len(tried) <= 7:
+            raise ConnectionError("no route")
+        taken.append(step)
+
+    writer = writers.Writer("mine", write)
+    for step in range(5):
+        writer.add({"step": step})
+    assert tried == [0, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3] and taken == [0, 1]
+    writer.close()
+    assert taken == [0, 1, 4]
 
 
 @pytest.mark.parametrize("library", ["wandb", "mlflow"])

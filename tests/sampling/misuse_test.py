@@ -126,9 +126,28 @@ def test_indices_of_any_integer_type_never_wrap_around(dtype):
     np.testing.assert_array_equal(np.flatnonzero(table.v() != 1), [7])
     np.testing.assert_array_equal(table.v(indices), [2, *[0] * len(outside)])
     np.testing.assert_array_equal(uniform_table(300).v(indices), [1, *[0] * len(outside)])
-    sampler = Sampler(300, 4)
+    sampler = Sampler(300, 4, count_draws=True)
     state = sampler.ingest(sampler.init(0), indices, scores, 0)
     np.testing.assert_array_equal(np.flatnonzero(state.score), [7])
+    state = sampler.update(state, Draw(indices, jnp.ones(len(indices))), jnp.asarray(scores))
+    np.testing.assert_array_equal(np.flatnonzero(state.times_drawn), [7])
+
+
+@pytest.mark.parametrize("draw", ["systematic", STRIDE])
+def test_a_round_of_no_scores_changes_nothing(draw):
+    """Red if an empty round divides by its size."""
+    sampler = Sampler(20, 4, draw=draw)
+    state, drawn = sampler.draw(sampler.init(0))
+    state = sampler.update(state, drawn, jnp.arange(4.0))
+    before = jax.tree.map(np.array, state.store)
+    state = sampler.ingest(state, np.array([], np.int32), np.array([], np.float32), 0, rebuild=False)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool(np.all(x == y)), before, state.store))
+    assert int(state.rejected.count) == 0
+
+
+def test_the_default_device_may_be_a_platform():
+    with jax.default_device("cpu"):
+        assert Sampler(20, 4).init(0).score.shape == (20,)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 2), (), (0,)])
