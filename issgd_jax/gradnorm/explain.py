@@ -17,7 +17,7 @@ from issgd_jax.gradnorm.tracing import trace_loss, with_keys
 RULES = {
     "outer": "one use; its norm is the product of the norms of its two factors",
     "gram": "inner products of all pairs of uses; formed at run time where they nearly cancel",
-    "patches": "a convolution, whose left factors are windows of the image; formed unless gram is named too",
+    "patches": "a convolution, whose left factors are windows of the image; formed, unless gram is named too",
     "one-hot": "rows of a table, those of equal index summed before they are squared",
     "formed": "the gradient itself, formed and squared",
     "zero": "the loss does not depend on the leaf",
@@ -104,9 +104,10 @@ def explain(
 ) -> Explanation:
     """Explains how `per_example_grad_norms(loss_fn)(params, *batch)` computes each leaf's norm, and at what cost.
 
-    Traces the loss; nothing is compiled or computed. Two things may change the choice of a rule: leaves that share a
+    Traces the loss; nothing is compiled or computed. Three things may change what a row says: leaves that share a
     factor, such as the gates of a cell, are computed side by side, unless a norm of each leaf is wanted, and cost less
-    than the sum of their rows; and `value_grad_and_norms` forms a gradient sooner, as its sum is needed too.
+    than the sum of their rows; `value_grad_and_norms` forms a gradient sooner, as its sum is needed too; and on a CPU a
+    compiled kernel takes norms alone of a convolution, and forms nothing.
 
     Args:
       loss_fn: The loss of ONE example, see `per_example_grad_norms`.
