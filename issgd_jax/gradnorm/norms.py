@@ -61,8 +61,7 @@ def per_example_grad_norms(
       - A norm that is a normal number of its type (in float32 from 1e-38 to 3e38) keeps its digits, though its square
         is none. A gradient that is not finite has a norm that is not.
       - Where contributions of one parameter's uses nearly cancel, or inner products of its factors overflow or
-        underflow, its gradients are formed at run time. Under `vmap`, where one needs it,
-        for all.
+        underflow, its gradients are formed at run time; under `vmap` over networks, those of all where one needs it.
       - A loss that JAX cannot batch, such as one with `jax.lax.ragged_dot`, is computed one example at a time.
       - The function works under `jit`, `pmap`, `vmap` and `grad`. The derivative of a norm at 0 is defined as 0.
 
