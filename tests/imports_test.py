@@ -21,7 +21,8 @@ ORDER_IN = {
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
         "checks", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",
-        "state", "moments", "fallback", "level", "proposal", "calibrated", "draws", "sampler",
+        "state", "moments", "fallback", "level", "proposal", "calibrated", "draws", "transitions",
+        "sampler",
     ),
     "loading": ("source", "prefetch"),
     "scoring": ("scores", "schedule", "sweep", "workers"),

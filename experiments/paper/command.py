@@ -6,6 +6,7 @@ import sys
 from absl import app, flags, logging
 
 from experiments.paper import results, studies
+from experiments.paper.study import DATA
 from issgd_jax.config import parsers
 from issgd_jax.errors import InputError, StoppedError
 from issgd_jax.interrupts import ending_at_interrupt
@@ -14,7 +15,7 @@ from issgd_jax.paths import local_path, print_any_name
 # Of their own, so that a process may import these commands beside the training program.
 FLAGS = flags.FlagValues()
 _STUDY = flags.DEFINE_string("study", None, f"One of {', '.join(studies.STUDIES)}.", flag_values=FLAGS)
-_DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(studies.DATA)}.", flag_values=FLAGS)
+_DATA = flags.DEFINE_string("data", "fashion_mnist", f"One of {', '.join(DATA)}.", flag_values=FLAGS)
 _WORKDIR = parsers.define_optional(
     "workdir", str, "Folder of all runs; figures and tables: None = the saved results.", FLAGS
 )
@@ -50,8 +51,8 @@ def record() -> dict:
       InputError: an unknown study, data set or arm, no results, or --seeds without --workdir.
     """
     study = studies.get_study(_STUDY.value)
-    arms = studies.with_baselines(study, _ARMS.value)
-    studies.choose_arms(study, _DATA.value, arms)
+    arms = study.with_baselines(_ARMS.value)
+    study.choose_arms(_DATA.value, arms)
     folder = workdir()
     if folder is None:
         if _SEEDS.value is not None:

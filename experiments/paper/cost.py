@@ -85,13 +85,13 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
     from experiments.benchmarks.environment import hardware
 
     the_study = studies.get_study(study)
-    chosen = studies.choose_arms(the_study, data, studies.with_baselines(the_study, arms))
+    chosen = the_study.choose_arms(data, the_study.with_baselines(arms))
     blocks = {}
     for name in chosen:
         rate = min(the_study.rates(name, data))
-        config = studies.make_config(the_study, name, data, overrides=overrides, learning_rate=rate, seed=0)
+        config = the_study.config(name, data, overrides=overrides, learning_rate=rate, seed=0)
         blocks[name] = _Charged(config) if config.learner.asynchronous > 1 else _Block(config)
-    baselines = {name: studies.baseline_of(the_study, name) for name in blocks}
+    baselines = {name: the_study.baseline_of(name) for name in blocks}
     seconds, ratio = _time_pairs(blocks, baselines, num_blocks)
     return {
         "study": study,

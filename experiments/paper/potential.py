@@ -23,8 +23,8 @@ def measured(data: str, data_dir: str | None) -> dict:
     name = "language" if data == "text" else "fair"
     record = results.load(name, data)
     study, arms = studies.get_study(name), record["arms"]
-    config = studies.make_config(
-        study, BASELINE, data, overrides={"data.dir": data_dir}, learning_rate=arms[BASELINE]["learning_rate"], seed=0
+    config = study.config(
+        BASELINE, data, overrides={"data.dir": data_dir}, learning_rate=arms[BASELINE]["learning_rate"], seed=0
     )
     found = measure(config)
     rows = {row["arm"]: row for row in table.make_rows(record, {})}

@@ -23,7 +23,7 @@ from issgd_jax.run import wiring
 from issgd_jax.run.measure import make_measure, to_row
 from issgd_jax.sampling import Draw, SamplerState
 from issgd_jax.sampling.draws import STRIDE
-from issgd_jax.sampling.sampler import is_early
+from issgd_jax.sampling.transitions import is_early
 from issgd_jax.scoring import schedule
 from issgd_jax.task import images
 from issgd_jax.task import problem as problem_lib

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.paper import runs, studies
+from experiments.paper.study import Study
 from issgd_jax.errors import InputError
 from issgd_jax.files import write_text_atomically
 from issgd_jax.run import workdir as workdir_lib
@@ -94,7 +95,7 @@ def summarize(
     """
     the_study = studies.get_study(study)
     summaries, folders = {}, []
-    for name in studies.choose_arms(the_study, data, arms):
+    for name in the_study.choose_arms(data, arms):
         by_rate = runs.finished(workdir, study, data, name)
         _report_unfinished(workdir / study / data / name)
         if not by_rate:
@@ -104,7 +105,7 @@ def summarize(
             continue
         rate = runs.best_rate(workdir, study, data, name)
         chosen = _choose_seeds(name, rate, by_rate[rate], seeds)
-        folders.append(studies.folder(workdir, study, data, name, rate, min(chosen)))
+        folders.append(runs.folder_of(workdir, study, data, name, rate, min(chosen)))
         summaries[name] = _arm_head(the_study, name, rate, by_rate) | _summarize_arm(name, chosen)
     if not summaries:
         raise InputError(f"{workdir} has no finished run of {study} on {data}: sweep first")
@@ -132,18 +133,18 @@ def _choose_seeds(arm: str, rate: float, by_seed: dict[int, list[dict]], seeds: 
     return {seed: by_seed[seed] for seed in seeds}
 
 
-def _arm_head(study: studies.Study, name: str, rate: float, by_rate: dict) -> dict:
+def _arm_head(study: Study, name: str, rate: float, by_rate: dict) -> dict:
     tuning = {f"{r:g}": _round(_median_final(by_seed)) for r, by_seed in sorted(by_rate.items())}
-    baseline = studies.baseline_of(study, name)
+    baseline = study.baseline_of(name)
     return {"label": study.arms[name].label, "baseline": baseline, "learning_rate": rate, "tuning": tuning}
 
 
-def _common_length(study: studies.Study, data: str, summaries: dict) -> int:
+def _common_length(study: Study, data: str, summaries: dict) -> int:
     """Returns the steps of the arms that have no length of their own; those of the study if each has one."""
     lengths = {name: summary["step"][-1] for name, summary in summaries.items()}
     lengths = {name: steps for name, steps in lengths.items() if "steps" not in study.arms[name].overrides}
     if not lengths:
-        return studies.make_config(study, next(iter(study.arms)), data, learning_rate=1.0, seed=0).steps
+        return study.config(next(iter(study.arms)), data, learning_rate=1.0, seed=0).steps
     if len(set(lengths.values())) > 1:
         raise InputError(f"arms have different lengths, {lengths}: sweep them with the same --steps")
     return next(iter(lengths.values()))
@@ -232,7 +233,7 @@ def typical(arm: dict, curve: str) -> float | None:
     return statistics.median_high(known) if known else None
 
 
-def describe_network(study: studies.Study, config: dict) -> str:
+def describe_network(study: Study, config: dict) -> str:
     """Returns the network of a config in words, or the number of networks where arms differ in it."""
     if compared := {arm.overrides["model.name"] for arm in study.arms.values() if "model.name" in arm.overrides}:
         return f"{len(compared)} networks"

@@ -16,6 +16,11 @@ from issgd_jax.run import workdir as workdir_lib
 LEAST_LOSS = 1e-3
 
 
+def folder_of(workdir: pathlib.Path, study: str, data: str, arm: str, learning_rate: float, seed: int) -> pathlib.Path:
+    """Returns the folder of one run, `WORKDIR/STUDY/DATA/ARM/lr=RATE/seed=SEED`."""
+    return workdir / study / data / arm / f"lr={learning_rate:g}" / f"seed={seed}"
+
+
 def read_rows(folder: pathlib.Path) -> list[dict]:
     """Returns the rows of a run, [] if it has not started; skips a last line that is cut off, with a warning."""
     file = folder / workdir_lib.METRICS_FILE

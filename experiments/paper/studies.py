@@ -1,103 +1,9 @@
-"""Studies, their arms, and the config of each run. Imports no jax.
+"""The studies and their arms. Imports no jax."""
 
-A study has a base config and arms; an arm is a set of overrides and the learning rates that it is tuned over. Runs are
-in `WORKDIR/STUDY/DATA/ARM/lr=RATE/seed=SEED`.
-"""
 
-import dataclasses
-import pathlib
-from collections.abc import Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
-
-from experiments.configs import digits, fashion_mnist, svhn_paper_set1
-from issgd_jax.config import default, nearest
+from experiments.paper.study import Arm, Study
+from issgd_jax.config import nearest
 from issgd_jax.errors import InputError
-
-# Seeds on which the learning rate of an arm is chosen.
-TUNING_SEEDS = 2
-# Seeds of an arm that only gives context.
-CONTEXT_SEEDS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One line of a comparison.
-
-    Attributes:
-      label: for figures and tables.
-      overrides: {dotted field of the config: value}.
-      learning_rates: the grid it is tuned over; None: the study's.
-      context: whether CONTEXT_SEEDS are enough, because nothing is claimed of it.
-      baseline: name of the arm it is compared with; None: the study's first.
-      data: names in DATA that it is made for; None: the study's.
-    """
-
-    label: str
-    overrides: Mapping[str, Any]
-    learning_rates: tuple[float, ...] | None = None
-    context: bool = False
-    baseline: str | None = None
-    data: tuple[str, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """One comparison.
-
-    Attributes:
-      base: overrides of the data set's config, for all arms.
-      arms: {name: Arm}.
-      learning_rates: the grid that arms are tuned over.
-      data: names in DATA that it is made for.
-      on_data: {name in DATA: overrides that all arms need there}.
-      rates_on: {name in DATA: the grid there, where it is another}.
-    """
-
-    base: Mapping[str, Any]
-    arms: Mapping[str, Arm]
-    learning_rates: tuple[float, ...]
-    data: tuple[str, ...]
-    on_data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    rates_on: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-
-    def rates(self, arm: str, data: str) -> tuple[float, ...]:
-        """Returns the grid that an arm is tuned over."""
-        return self.arms[arm].learning_rates or self.rates_on.get(data, self.learning_rates)
-
-
-_ONE_DEVICE = {
-    "devices.workers": None,
-    "devices.host_platform_count": 0,
-    "log.progress": False,
-    "log.tensorboard": False,
-}
-
-
-def _on(get_config, **overrides):
-    return get_config, _ONE_DEVICE | {name.replace("__", "."): value for name, value in overrides.items()}
-
-
-# {name: (function that returns the config, overrides)}. A worker (on digits three) scores a chunk in ten steps.
-DATA = {
-    "fashion_mnist": _on(fashion_mnist.get_config),
-    "svhn": _on(
-        fashion_mnist.get_config, data__name="svhn_cropped", data__train_split="train", data__test_split="test"
-    ),
-    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # a multiple of eval_every
-    "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
-    "text": _on(
-        default,
-        problem="experiments.paper.text:make_problem",
-        learner__optimizer="adam",
-        learner__momentum=0.9,
-        learner__batch_size=16,
-        monitor__examples=512,  # a quarter of the usual: norms of 512 cost as much as 32 steps
-        steps=1000,
-        eval_every=500,
-    ),
-}
 
 _UNIFORM = {"proposal.name": "uniform"}
 _REFRESH_ONLY = {"workers.enabled": False}
@@ -301,8 +207,15 @@ STUDIES = {
         base={},
         arms=_uniform_shares(),
         learning_rates=(0.05,),  # where shares differ; at lower rates none does better than SGD
-        data=("digits", "fashion_mnist"),
-        rates_on={"fashion_mnist": (0.01,)},  # the best of evenly spaced visits in `fair`
+        data=("digits", "fashion_mnist", "svhn"),
+        rates_on={"fashion_mnist": (0.01,), "svhn": (0.005,)},  # the best of evenly spaced visits in `fair`
+    ),
+    "uniform_share_decay": Study(
+        base={"learner.lr_schedule": "cosine"},
+        arms=_uniform_shares(),
+        learning_rates=(0.02,),
+        data=("fashion_mnist", "svhn"),
+        rates_on={"svhn": (0.01,)},  # both: the best of evenly spaced visits in `fair_decay`
     ),
     "language": Study(
         base={},
@@ -334,59 +247,3 @@ def get_study(name: str) -> Study:
     if name not in STUDIES:
         raise InputError(f"no study {name!r}: {nearest(name, list(STUDIES))}")
     return STUDIES[name]
-
-
-def choose_arms(study: Study, data: str, names: list[str] | None = None) -> dict[str, Arm]:
-    """Returns the study's arms on a data set, or those of the given names.
-
-    Raises:
-      InputError: there is no such arm, or the study is not made for the data; names the nearest.
-    """
-    if data not in study.data:
-        raise InputError(f"this study has no data {data!r}: {nearest(data, list(study.data))}")
-    arms = {name: arm for name, arm in study.arms.items() if arm.data is None or data in arm.data}
-    for name in names or ():
-        if name not in arms:
-            raise InputError(f"no arm {name!r} on {data}: {nearest(name, list(arms))}")
-    return {name: arm for name, arm in arms.items() if not names or name in names}
-
-
-def baseline_of(study: Study, name: str) -> str:
-    """Returns the name of the arm that an arm is compared with."""
-    return (study.arms[name].baseline if name in study.arms else None) or next(iter(study.arms))
-
-
-def with_baselines(study: Study, names: list[str] | None) -> list[str]:
-    """Returns the names and those of their baselines; [] for none.
-
-    Example:
-      >>> with_baselines(get_study("fair"), ["calibrated"])
-      ['calibrated', 'uniform']
-    """
-    return sorted({*(names or ()), *(baseline_of(study, name) for name in names or ())})
-
-
-def make_config(
-    study: Study, arm: str, data: str, *, overrides: Mapping[str, Any] = {}, learning_rate: float, seed: int
-) -> ConfigDict:
-    """Returns the config of one run."""
-    get_config, data_overrides = DATA[data]
-    config = get_config()
-    run = {"seed": seed, "learner.learning_rate": learning_rate}
-    with config.ignore_type():
-        config.update_from_flattened_dict(
-            {
-                **data_overrides,
-                **study.base,
-                **study.arms[arm].overrides,
-                **study.on_data.get(data, {}),
-                **overrides,
-                **run,
-            }
-        )
-    return config
-
-
-def folder(workdir: pathlib.Path, study: str, data: str, arm: str, learning_rate: float, seed: int) -> pathlib.Path:
-    """Returns the folder of one run."""
-    return workdir / study / data / arm / f"lr={learning_rate:g}" / f"seed={seed}"

@@ -28,6 +28,9 @@ _AT_ONCE = parsers.define_optional(
     "at_once", int, "Replicas in one program; None: as memory allows, on a CPU at most 8.", command.FLAGS
 )
 
+# Seeds on which the learning rate of an arm is chosen, and those of an arm that only gives context.
+TUNING_SEEDS, CONTEXT_SEEDS = 2, 5
+
 Run = tuple[float, int]  # learning rate, seed
 
 
@@ -45,7 +48,7 @@ def sweep(
     """Trains all runs of a study that are not finished.
 
     Args:
-      workdir: of all runs, see `studies.folder`.
+      workdir: of all runs, see `runs.folder_of`.
       study: name of the study.
       data: name of the data set.
       num_seeds: seeds of each arm, fewer for arms that only give context.
@@ -57,7 +60,7 @@ def sweep(
     Raises:
       InputError: an unknown study, data set or arm, fewer than one seed, or a workdir with runs of another experiment.
     """
-    chosen = studies.choose_arms(studies.get_study(study), data, arms)
+    chosen = studies.get_study(study).choose_arms(data, arms)
     if not 1 <= num_seeds <= 2**32 or (at_once is not None and at_once < 1):
         raise InputError(f"seeds must be between 1 and 2^32 and at_once >= 1, got {num_seeds} and {at_once}")
     todo = [_ArmSweep(workdir, study, data, name, num_seeds, overrides or {}) for name in chosen]
@@ -87,11 +90,11 @@ class _ArmSweep:
     @property
     def seeds(self) -> range:
         context = studies.get_study(self.study).arms[self.arm].context
-        return range(min(self.num_seeds, studies.CONTEXT_SEEDS) if context else self.num_seeds)
+        return range(min(self.num_seeds, CONTEXT_SEEDS) if context else self.num_seeds)
 
     @property
     def tuning_seeds(self) -> range:
-        return self.seeds[: studies.TUNING_SEEDS] if len(self.rates) > 1 else self.seeds
+        return self.seeds[:TUNING_SEEDS] if len(self.rates) > 1 else self.seeds
 
     @property
     def num_runs(self) -> int:
@@ -99,12 +102,10 @@ class _ArmSweep:
 
     def config(self, learning_rate: float, seed: int) -> ConfigDict:
         study = studies.get_study(self.study)
-        return studies.make_config(
-            study, self.arm, self.data, overrides=self.overrides, learning_rate=learning_rate, seed=seed
-        )
+        return study.config(self.arm, self.data, overrides=self.overrides, learning_rate=learning_rate, seed=seed)
 
     def folder(self, learning_rate: float, seed: int) -> pathlib.Path:
-        return studies.folder(self.workdir, self.study, self.data, self.arm, learning_rate, seed)
+        return runs.folder_of(self.workdir, self.study, self.data, self.arm, learning_rate, seed)
 
     def check(self) -> None:
         """Raises InputError if the config is not valid, or a finished run is of another experiment."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from issgd_jax.gradnorm import example_keys, positional_key, value_grad_and_norms
 from issgd_jax.learning import variance
 from issgd_jax.sampling import Draw, Sampler, SamplerState
-from issgd_jax.sampling.sampler import order_after
+from issgd_jax.sampling.transitions import order_after
 
 # Of the keys of losses, see `example_keys`.
 _LOSS_STREAM = 2**32 - 1

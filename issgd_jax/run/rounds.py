@@ -11,7 +11,7 @@ from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
 from issgd_jax.sampling.draws import STRIDE
-from issgd_jax.sampling.sampler import is_early
+from issgd_jax.sampling.transitions import is_early
 from issgd_jax.scoring.schedule import Round
 
 # Rounds lost in a row, after which training continues without workers.

@@ -1,26 +1,22 @@
 """The sampler: everything between a score and a draw, as a frozen value."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
+from issgd_jax.sampling import transitions
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
-from issgd_jax.sampling.checks import NO_EXAMPLE, as_indices, as_numbers, as_step, as_whole
-from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_earliest, draw_number
+from issgd_jax.sampling.checks import as_indices, as_numbers, as_step, as_whole
+from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_number
 from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform, check_proposal
 from issgd_jax.sampling.state import SamplerState
-from issgd_jax.sampling.store import Rejected, ScoreStore
-from issgd_jax.sampling.sum_tree import LARGEST
 from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
-from issgd_jax.vmapped import for_any
 
 _DEFAULT_PROPOSAL = Mixture(Calibrated())
 # Uniform share of a mixture with draw "stride": not learned, as other draws learn it from the noise of single
@@ -132,7 +128,13 @@ class Sampler:
         """
         if not isinstance(seed, jax.Array) and not -(2**31) <= as_whole("seed", seed) < 2**32:
             raise ValueError(f"seed must be in [-2^31, 2^32), got {seed}: JAX drops the other bits")
-        return _init(self, jax.random.key_data(jax.random.key(seed)))
+        return transitions.init(
+            self.proposal,
+            jax.random.key_data(jax.random.key(seed)),
+            num_examples=self.num_examples,
+            is_strided=self.draw_method == STRIDE,
+            count_draws=self.count_draws,
+        )
 
     def draw(self, state: SamplerState, *, uniform_draw: bool = False) -> tuple[SamplerState, Draw]:
         """Draws the next minibatch; O(B log N).
@@ -151,7 +153,7 @@ class Sampler:
         if self.draw_method == STRIDE:
             self._refuse_other_draws(uniform_draw)
             self.check_state(state)
-            return _draw_earliest(state, self.batch_size)
+            return transitions.visit_earliest(state, batch_size=self.batch_size)
         num_draws, drawn = self._draw(state, None, uniform_draw)
         return state._replace(num_draws=num_draws), drawn
 
@@ -195,7 +197,9 @@ class Sampler:
         self.check_state(state)
         drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples)
         scored_at = None if scored_at is None else _step_beside(state, scored_at)
-        return _update(self, state, drawn, norms, scores, scored_at)
+        return transitions.update(
+            self.proposal, state, drawn, norms, scores, scored_at, rebuild_every=self.rebuild_every
+        )
 
     def ingest(
         self,
@@ -226,12 +230,15 @@ class Sampler:
         self.check_state(state)
         indices = as_indices(indices, self.num_examples)
         scores = as_numbers("a score", scores, indices.shape)
-        return _ingest(self, state, indices, scores, _step_beside(state, scored_at), are_norms, rebuild)
+        scored_at = _step_beside(state, scored_at)
+        return transitions.ingest(
+            self.proposal, state, indices, scores, scored_at, are_norms=are_norms, whole_table=rebuild
+        )
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
         self.check_state(state)
-        return _rebuild(self, state)
+        return transitions.rebuild(self.proposal, state)
 
     def append(self, state: SamplerState, num_examples: int) -> tuple["Sampler", SamplerState]:
         """Returns sampler and state with more examples, never scored, after the present ones; the state is donated.
@@ -258,7 +265,7 @@ class Sampler:
         if state.times_drawn is not None:
             state = state._replace(times_drawn=jnp.pad(state.times_drawn, (0, num_examples)))
         sampler = self._resized(self.num_examples + num_examples)
-        return sampler, _rebuild(sampler, state)
+        return sampler, sampler.rebuild(state)
 
     def remove(self, state: SamplerState, indices) -> tuple["Sampler", SamplerState, np.ndarray]:
         """Returns sampler and state without some examples; on the host, O(N). The state is donated.
@@ -289,7 +296,7 @@ class Sampler:
             state = state._replace(visits=visits_lib.select(state.visits, jnp.asarray(kept, jnp.int32)))
         if state.times_drawn is not None:
             state = state._replace(times_drawn=state.times_drawn[kept])
-        return sampler, _rebuild(sampler, state), kept
+        return sampler, sampler.rebuild(state), kept
 
     def _resized(self, num_examples: int) -> "Sampler":
         options = self.batch_size, self.proposal, self.draw_method
@@ -317,7 +324,7 @@ class Sampler:
           4.0
         """
         self.check_state(state)
-        measured = _metrics(self, state)
+        measured = transitions.metrics(state, batch_size=self.batch_size)
         if any(isinstance(value, jax.core.Tracer) for value in measured.values()):
             return measured
         return {name: value.item() for name, value in jax.device_get(measured).items()}
@@ -334,34 +341,6 @@ class Sampler:
         number = state.num_draws if number is None else as_step("number", number)
         table = table_lib.uniform_table(self.num_examples) if uniform_draw else state.table
         return draw_number(state.key, number, table, self.batch_size, self.draw_method)
-
-    def _write(self, state: SamplerState, indices, scores, norms, importance_weights, scored_at) -> SamplerState:
-        """Lets the proposal learn from gradient norms, if known, while the store has the old scores; then stores."""
-        proposal_state, store = state.proposal_state, state.store
-        if norms is not None and indices.size:
-            proposal_state = self.proposal.observe(
-                proposal_state, state.basis, store, indices, norms, scored_at, importance_weights
-            )
-            proposal_state = _with_types(proposal_state, state.proposal_state)
-            indices = order_after(indices, proposal_state)
-        store, rejected = store.write(indices, scores, scored_at)
-        state = state.with_store(store)
-        return state._replace(proposal_state=proposal_state, rejected=state.rejected.merge(rejected))
-
-    def _rebuilt(self, state: SamplerState) -> SamplerState:
-        basis = self.proposal.basis(state.proposal_state, state.store, state.step)
-        state = state._replace(basis=_with_types(basis, state.basis))
-        if state.visits is None:
-            return state.with_table(self.proposal.table(basis, state.store, state.step))
-        v = self.proposal.v(state.basis, state.score, state.scored_at, state.step)
-        return state._replace(visits=visits_lib.rebuild(state.visits, v))
-
-    def _write_v(self, state: SamplerState, indices: jax.Array, step: jax.Array, *, arrived: bool) -> SamplerState:
-        """Draws some examples by their new scores from now on; those that arrived are in flight no longer."""
-        v = self.proposal.v(state.basis, *state.store.at(indices), step)
-        if state.visits is None:
-            return state.with_table(state.table.write(indices, v))
-        return state._replace(visits=visits_lib.write(state.visits, indices, v, arrived=arrived))
 
     @property
     def is_uniform(self) -> bool:
@@ -397,11 +376,6 @@ def _step_beside(state: SamplerState, scored_at: int | jax.Array) -> jax.Array:
     return jnp.copy(state.step) if scored_at is state.step else as_step("scored_at", scored_at)
 
 
-def _with_types(new: Any, old: Any) -> Any:
-    """Returns a pytree with the dtypes of another: a state keeps its own, also where a proposal computes in f64."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.asarray(y).dtype), new, old)
-
-
 # Not `register_dataclass`: the argument `draw` cannot also be a field, as the method has that name.
 jax.tree_util.register_pytree_node(
     Sampler,
@@ -417,109 +391,3 @@ def _set(sampler: Sampler, *values) -> Sampler:
     for field, value in zip(dataclasses.fields(Sampler), values):
         object.__setattr__(sampler, field.name, value)
     return sampler
-
-
-def is_early(step: int | jax.Array) -> bool | jax.Array:
-    """Returns whether a rebuild is due after update `step`, >= 1, of the first ones: 1, 2, 4, 8, ...
-
-    Until the first, never-scored examples have v = 1, whatever the unit of the norms.
-    """
-    return step & (step - 1) == 0
-
-
-def order_after(indices: jax.Array, read: Any) -> jax.Array:
-    """Returns the indices of a write such that it needs, as data, what was read from the same arrays before.
-
-    Without that, XLA does not know the order, and copies the arrays, O(N), instead of writing in place.
-    """
-    first = [x.reshape(-1)[0] for x in jax.tree.leaves(read) if x.size]  # each depends on the whole read
-    num_nan = sum(jnp.isnan(x).astype(jnp.int32) for x in first)
-    return jnp.where(num_nan > len(first), NO_EXAMPLE, indices)  # never more than all
-
-
-# Inlined, these are part of the caller's program, as if they had not been compiled on their own.
-@functools.partial(jax.jit, inline=True)
-def _init(sampler: Sampler, key: jax.Array) -> SamplerState:
-    store, proposal_state, step = ScoreStore.init(sampler.num_examples), sampler.proposal.init(), jnp.int32(0)
-    basis = sampler.proposal.basis(proposal_state, store, step)
-    visits, table = None, table_lib.uniform_table(sampler.num_examples)
-    if sampler.draw_method == STRIDE:
-        visits = visits_lib.init(jax.random.wrap_key_data(key), sampler.num_examples)
-        visits = visits_lib.rebuild(visits, sampler.proposal.v(basis, store.score, store.scored_at, step))
-    else:
-        table = sampler.proposal.table(basis, store, step)
-    times_drawn = jnp.zeros(sampler.num_examples, jnp.int32) if sampler.count_draws else None
-    return SamplerState(
-        store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits, times_drawn,
-        rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
-    )  # fmt: skip
-
-
-@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="batch_size")
-def _draw_earliest(state: SamplerState, batch_size: int) -> tuple[SamplerState, Draw]:
-    """Returns the state after the next draw of evenly spaced visits, and that draw."""
-    drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
-    visits = visits_lib.visit(state.visits, order_after(drawn.indices, drawn.importance_weights))
-    return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
-
-
-@functools.partial(jax.jit, donate_argnames="state", inline=True)
-def _update(sampler: Sampler, state: SamplerState, drawn: Draw, norms, scores, scored_at) -> SamplerState:
-    step = state.step + 1
-    if state.times_drawn is not None:
-        state = state._replace(
-            times_drawn=state.times_drawn.at[drawn.indices].add(1, mode="drop", wrap_negative_indices=False)
-        )
-    if norms is None:
-        if state.visits is not None:
-            state = sampler._write_v(state, drawn.indices, step, arrived=True)
-        return state._replace(step=step)
-    scored_at = state.step if scored_at is None else scored_at
-    indices = order_after(drawn.indices, drawn.importance_weights)
-    scores = norms if scores is None else scores
-    # A draw of the caller's own may have any importance weights: nothing is learned from impossible ones.
-    known = (drawn.importance_weights >= 0) & (drawn.importance_weights < LARGEST)
-    norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, drawn.importance_weights, 0)
-    state = sampler._write(state, indices, scores, norms, importance_weights, scored_at)
-    moments = moments_lib.update(state.moments, norms, importance_weights)
-    state = sampler._write_v(state, indices, step, arrived=True)._replace(step=step, moments=moments)
-    if not sampler.rebuild_every:
-        return state
-    is_due = is_early(step) | (step % sampler.rebuild_every == 0)
-
-    def rebuild(state):  # under `vmap`, of those that are due
-        return jax.lax.cond(is_due, sampler._rebuilt, lambda state: state, state)
-
-    return jax.lax.cond(for_any(is_due), rebuild, lambda state: state, state)
-
-
-# The old table is not read, but stays an argument: the new one takes over its memory.
-@functools.partial(jax.jit, donate_argnames="state", keep_unused=True, static_argnames=("are_norms", "rebuild"))
-def _ingest(sampler: Sampler, state: SamplerState, indices, scores, scored_at, are_norms: bool, rebuild: bool):
-    indices, scores = indices.reshape(-1), scores.reshape(-1)
-    state = sampler._write(state, indices, scores, scores if are_norms else None, 1.0, scored_at)
-    if rebuild:
-        return sampler._rebuilt(state)
-    return sampler._write_v(state, indices, state.step, arrived=False)
-
-
-@functools.partial(jax.jit, donate_argnames="state", keep_unused=True)
-def _rebuild(sampler: Sampler, state: SamplerState) -> SamplerState:
-    return sampler._rebuilt(state)
-
-
-@functools.partial(jax.jit, inline=True)
-def _metrics(sampler: Sampler, state: SamplerState) -> dict[str, jax.Array]:
-    store, gain = state.store, moments_lib.gain(state.moments)
-    effective_sample_size = (table_lib if state.visits is None else visits_lib).effective_sample_size
-    staleness = jnp.where(store.scored, store.staleness(state.step), 0)
-    num_scored = jnp.sum(store.scored)
-    return {
-        "gain": gain,
-        "equivalent_batch": gain * sampler.batch_size,
-        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
-        "staleness_max": jnp.max(staleness),
-        "scored_fraction": num_scored / len(store),
-        "effective_sample_size": effective_sample_size(state.table, sampler.batch_size),
-        "rejected": state.rejected.count,
-    }

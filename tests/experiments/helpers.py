@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from experiments.paper import results, studies
+from experiments.paper import results, runs
 from experiments.paper.sweep import sweep
 from issgd_jax.run import workdir as workdir_lib
 from tests.helpers import soak
@@ -45,7 +45,7 @@ def write_run(
       cut: whether the last line of the metrics is cut off.
       **metrics: further columns, the same in all rows.
     """
-    folder = studies.folder(workdir, study, data, arm, rate, seed)
+    folder = runs.folder_of(workdir, study, data, arm, rate, seed)
     folder.mkdir(parents=True, exist_ok=True)
     steps = steps or [10 * i for i in range(len(losses))]
     model = {"name": "mlp", "mlp": {"hidden_sizes": [4]}}

@@ -75,7 +75,7 @@ def test_an_arm_with_fewer_steps_of_its_own_is_accepted(tmp_path):
     write_run(tmp_path, "uniform", 0.1, 0, [1.0, 0.5, 0.1], **study)
     write_run(tmp_path, "calibrated_refresh_3600", 0.1, 0, [1.0, 0.01], **study)
     for arms in (None, ["calibrated_refresh_3600"]):
-        chosen = studies.with_baselines(studies.get_study("fair_decay"), arms)
+        chosen = studies.get_study("fair_decay").with_baselines(arms)
         record = results.summarize(tmp_path, **study, arms=chosen)
         assert record["steps"] == 20
     _, row = table.make_rows(record, {"uniform": 1.0, "calibrated_refresh_3600": 1.5})

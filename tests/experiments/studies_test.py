@@ -10,9 +10,9 @@ from issgd_jax import config as config_lib
 @pytest.mark.parametrize("study", studies.STUDIES.values(), ids=studies.STUDIES)
 def test_every_arm_of_every_study_is_a_valid_experiment(study):
     for data in study.data:
-        for name in studies.choose_arms(study, data):
+        for name in study.choose_arms(data):
             for rate in study.rates(name, data):
-                config = studies.make_config(study, name, data, learning_rate=rate, seed=1)
+                config = study.config(name, data, learning_rate=rate, seed=1)
                 config_lib.validate(config)
                 if config.problem is None:  # others are trained one at a time
                     replicas.check(config)
@@ -29,6 +29,6 @@ def test_both_arms_of_the_papers_pairs_have_one_rate():
 
 def test_a_study_of_several_networks_is_not_named_after_one_of_them():
     study = studies.get_study("architectures")
-    config = studies.make_config(study, "gru_uniform", "digits", learning_rate=0.1, seed=0)
+    config = study.config("gru_uniform", "digits", learning_rate=0.1, seed=0)
     assert results.describe_network(study, config.to_dict()) == "4 networks"
     assert config.model.transformer.patch_size == 2  # patches of seven are for larger images

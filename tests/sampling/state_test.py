@@ -10,8 +10,19 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from issgd_jax.sampling import Calibrated, Draw, Mixture, Proportional, Sampler, ScoreStore, Uniform, build_table, draw
-from issgd_jax.sampling import sampler as sampler_lib
+from issgd_jax.sampling import (
+    Calibrated,
+    Draw,
+    Mixture,
+    Proportional,
+    Sampler,
+    ScoreStore,
+    Uniform,
+    build_table,
+    draw,
+    transitions,
+)
+from issgd_jax.sampling.draws import draw_number
 from tests.sampling.helpers import lognormal
 
 NUM_EXAMPLES, BATCH_SIZE = 200, 8
@@ -43,10 +54,10 @@ def test_called_by_themselves_draw_and_update_compile_once():
     """Red if an eager loop compiles at every step."""
     sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE)
     state, _ = run(sampler, sampler.init(0), 2)
-    sizes = [f._cache_size() for f in (sampler_lib.draw_number, sampler_lib._update, sampler_lib._init)]
+    sizes = [f._cache_size() for f in (draw_number, transitions.update, transitions.init)]
     run(Sampler(NUM_EXAMPLES, BATCH_SIZE), state, 3)
     sampler.init(7)
-    assert sizes == [f._cache_size() for f in (sampler_lib.draw_number, sampler_lib._update, sampler_lib._init)]
+    assert sizes == [f._cache_size() for f in (draw_number, transitions.update, transitions.init)]
 
 
 def test_compiled_in_the_callers_step_it_draws_the_same():
@@ -82,7 +93,7 @@ def test_the_table_is_rebuilt_when_it_is_due():
     sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, rebuild_every=5)
     state, _ = run(sampler, sampler.init(0), 9)
     due, _ = step(sampler, jax.tree.map(jnp.copy, state))
-    again = sampler._rebuilt(due).basis  # another program, which may round otherwise
+    again = transitions._rebuild(sampler.proposal, due).basis  # another program, which may round otherwise
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), due.basis, again)
     never = Sampler(NUM_EXAMPLES, BATCH_SIZE, rebuild_every=0)
     other, _ = step(never, jax.tree.map(jnp.copy, state))
