@@ -106,12 +106,12 @@ def _plot() -> None:
 
 
 def _save(figure, path: pathlib.Path, flag: str) -> None:
-    """Writes a figure; raises InputError, naming the flag, if it cannot."""
+    """Writes a figure; raises InputError if it cannot, naming the flag where its value is no picture's name."""
     from issgd_jax import plots
 
     try:
         plots.save(figure, path)
-    except (OSError, ValueError) as error:  # of the disk; of an ending that is no format
+    except ValueError as error:  # of an ending that is no format
         raise InputError(f"{flag}={path} cannot be written: {error}") from error
 
 

@@ -71,11 +71,14 @@ def compare(
     workdir = local_path(workdir, "workdir")
     page.check()  # before the runs have spent their time
     if not config_lib.samples_by_importance(config):
-        raise InputError("proposal.name is uniform: nothing to compare; choose proportional or calibrated")
+        raise InputError(
+            f"proposal.name is {config.proposal.name} and proposal.when {config.proposal.when}, which draws uniformly: "
+            "nothing to compare; choose proportional or calibrated, and on or auto"
+        )
     if workdir_lib.holds_run(workdir):
         raise InputError(f"{workdir} holds a run: name a folder for the runs of both arms")
     uniform = config.copy_and_resolve_references()
-    uniform.proposal.name = "uniform"
+    uniform.proposal.name, uniform.learner.rate_by_gain = "uniform", False  # a gain of 1 changes no rate
     if uniform_rate is not None:
         if not 0 < uniform_rate < math.inf:
             raise InputError(f"uniform_rate must be above 0 and finite, got {uniform_rate}")
@@ -107,14 +110,16 @@ def compare(
 @contextlib.contextmanager
 def _shared_compilation() -> Iterator[None]:
     """Lets runs that differ in their seed alone compile once."""
-    option, previous = "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    previous = {name: getattr(jax.config, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        jax.config.update(option, previous or folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for name, value in zip(names, (previous[names[0]] or folder, 0.0)):
+            jax.config.update(name, value)
         try:
             yield
         finally:
-            jax.config.update(option, previous)
+            for name, value in previous.items():
+                jax.config.update(name, value)
             compilation_cache.reset_cache()  # else what is compiled later is written into the folder that is gone
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def seconds_per_step(histories: list[list[dict]]) -> float:
-    """Returns the seconds of a step, without compilation and measurements; NaN with fewer than two rows.
+    """Returns the seconds of a step, without compilation and measurements; NaN with fewer than three rows.
 
     Args:
-      histories: rows of metrics of each seed; the median over all intervals between rows leaves out those in which
-        something is compiled.
+      histories: rows of metrics of each seed. The first interval between rows, in which the step is compiled, is left
+        out; the median over the others leaves out those after a resumption.
 
     Example:
       >>> rows = [{"step": 0, "step_seconds": 0.0}, {"step": 10, "step_seconds": 9.0}]
@@ -22,7 +22,7 @@ def seconds_per_step(histories: list[list[dict]]) -> float:
     seconds = [
         ((after.get("step_seconds") or 0) - (before.get("step_seconds") or 0)) / (after["step"] - before["step"])
         for rows in histories
-        for before, after in itertools.pairwise(rows)
+        for before, after in itertools.pairwise(rows[1:])
     ]
     return statistics.median(seconds) if seconds else float("nan")
 

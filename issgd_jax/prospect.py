@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from issgd_jax import main as main_lib
 from issgd_jax.config import parsers
+from issgd_jax.errors import InputError
 from issgd_jax.learning.potential import Potential, potential
 from issgd_jax.run import wiring
 from issgd_jax.task.problem import minibatch_size
@@ -28,6 +29,7 @@ _PLAIN = {
     "proposal.name": "uniform",
     "proposal.when": "on",
     "learner.draw": "systematic",
+    "learner.rate_by_gain": False,
     "learner.asynchronous": 1,
     "devices.learners": 1,
     "cluster.address": None,
@@ -45,8 +47,7 @@ def measure(config: ConfigDict, *, after: int | None = None, sample: int = 2048)
       sample: training examples that are measured.
 
     Raises:
-      InputError: the config cannot work.
-      ValueError: a gradient is not finite.
+      InputError: the config cannot work, or a gradient is not finite.
     """
     plain = config.copy_and_resolve_references()
     with plain.ignore_type():
@@ -59,9 +60,11 @@ def measure(config: ConfigDict, *, after: int | None = None, sample: int = 2048)
     for _ in range(steps):
         state, sampler_state, _ = parts.train_step(state, sampler_state, parts.sampler, parts.train_examples)
     params = jax.device_put(state.params, parts.learner_device)
-    return potential(
-        problem.loss_fn, params, problem.source("train"), batch_size=batch_size, sample=sample, keyed=problem.keyed
-    )
+    source = problem.source("train")
+    try:
+        return potential(problem.loss_fn, params, source, batch_size=batch_size, sample=sample, keyed=problem.keyed)
+    except ValueError as error:  # of the data, or of a rate with which training diverges
+        raise InputError(str(error)) from error
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ from issgd_jax import compare
 from issgd_jax import config as config_lib
 from issgd_jax import main as main_lib
 from issgd_jax.config import digits as digits_config
-from tests.helpers import SVHN, soak
+from tests.helpers import SVHN, smoke, soak
 
 ROOT = pathlib.Path(__file__).parents[1]
 # ml_collections reads the config file so.
@@ -298,8 +298,10 @@ def test_what_is_compiled_after_a_comparison_warns_of_nothing():
     """Red if JAX still writes compiled programs into the folder of the comparison, which is gone."""
     code = (
         "import jax; from issgd_jax import compare; one = jax.numpy.ones\n"
+        "before = dict(jax.config.values)\n"
         "with compare._shared_compilation(): jax.jit(lambda x: x + 1)(one(3))\n"
-        "jax.jit(lambda x: 3 * x)(one(5))"
+        "jax.jit(lambda x: 3 * x)(one(5))\n"
+        "assert before == dict(jax.config.values)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, check=True)
@@ -350,11 +352,19 @@ def test_a_config_file_that_is_none(text, options, message, tmp_path, run):
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_nothing_to_compare(tmp_path, run):
-    done = run(
-        config("digits", ":smoke"), f"--workdir={tmp_path}", "--config.proposal.name=uniform", program=compare.main
-    )
+@pytest.mark.parametrize("field", ["name=uniform", "when=off"])
+def test_nothing_to_compare(field, tmp_path, run):
+    done = run(config("digits", ":smoke"), f"--workdir={tmp_path}", f"--config.proposal.{field}", program=compare.main)
     assert done.returncode != 0 and "nothing to compare" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_rate_that_follows_the_gain_is_compared_with_one_that_does_not(tmp_path):
+    """Red if the uniform arm is refused, as it has no gain to follow."""
+    rated = smoke(learner__rate_by_gain=True, steps=8, eval_every=4)
+    histories = compare.compare(rated, tmp_path, seeds=1, uniform_rate=None, overwrite=False)
+    assert [runs[0][-1]["step"] for runs in histories.values()] == [8, 8]
+    uniform = json.loads((tmp_path / "uniform-0" / "config.json").read_text())["config"]
+    assert not uniform["learner"]["rate_by_gain"]
 
 
 def test_a_folder_of_another_experiment_is_an_error_before_the_first_arm_runs(tmp_path, run):

@@ -20,7 +20,11 @@ def test_the_config_is_trained_as_plain_sgd():
     """Red if workers, draws by importance or several learners change what is measured."""
     plain = smoke(proposal__name="uniform", workers__enabled=False)
     other = smoke(
-        learner__draw="stride", devices__learners=2, devices__workers=1, learner__batch_size=plain.learner.batch_size
+        learner__draw="stride",
+        learner__rate_by_gain=True,
+        devices__learners=2,
+        devices__workers=1,
+        learner__batch_size=plain.learner.batch_size,
     )
     found = [prospect.measure(config, after=20, sample=256) for config in (plain, other)]
     assert dataclasses.replace(found[0], **TIMES) == dataclasses.replace(found[1], **TIMES)
@@ -50,6 +54,12 @@ def test_a_loss_with_keys(monkeypatch):
 def test_the_command_prints_estimates_and_a_verdict(run_command):
     code, text = run_command("potential", "--config=experiments/configs/digits.py:smoke", "--after=5", "--sample=64")
     assert code == 0 and "gain of scores never stale" in text and "Importance sampling" in text
+
+
+def test_training_that_diverges_is_one_readable_line(run_command):
+    rate = "--config.learner.learning_rate=1e30"
+    code, text = run_command("potential", "--config=experiments/configs/digits.py:smoke", "--after=9", rate)
+    assert code == 1 and "finite" in text and "Traceback" not in text
 
 
 def test_wrong_arguments_of_the_command_are_told(run_command):

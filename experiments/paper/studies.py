@@ -1,6 +1,5 @@
 """The studies and their arms. Imports no jax."""
 
-
 from experiments.paper.study import Arm, Study
 from issgd_jax.config import nearest
 from issgd_jax.errors import InputError

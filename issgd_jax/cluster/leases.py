@@ -107,7 +107,7 @@ class _Running:
     """A lease that workers are scoring.
 
     Attributes:
-      since: when it was last acquired, or found to be late, in seconds.
+      since: when it was first acquired, or last found to be late, in seconds.
       workers: those that are scoring it.
     """
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -62,7 +63,6 @@ class Link:
         self._is_joined, self._closing = threading.Event(), threading.Event()
         self._connection: Connection | None = None
         self._outlet: channel.Outlet | None = None
-        self._process: subprocess.Popen | None = None
         self._status: dict[str, Any] = {}
         self._num_broadcasts = self._num_results = self._num_restarts = 0
         self._broadcasts: dict[int, Broadcast] = {}  # the latest that was sent, by its number
@@ -130,7 +130,10 @@ class Link:
         num_lost, delay = 0, BACKOFF_SECONDS
         while not self._closing.is_set():
             num_results = self._num_results
-            reason = self._run_driver()
+            try:
+                reason = self._run_driver()
+            except OSError as error:  # no memory, processes or files, as where Ray has just failed for lack of them
+                reason = f"the process that speaks with Ray cannot be started: {brief(error)}"
             if self._closing.is_set() or self.error:
                 return
             if not self._started.done():
@@ -175,7 +178,7 @@ class Link:
     def _driver(self, log):
         """Starts a driver, and hands its connection to the sending thread."""
         self._connection, there = channel.pair()
-        with there:
+        with there, _closing_at_error(self._connection):
             arguments = [json.dumps([str(folder) for folder in sys.path]), str(there.fileno())]
             process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, *arguments],
@@ -273,6 +276,15 @@ class Link:
             leases = [lease for round_ in members for lease in round_.missing]
             outlet.connection.send(("submit", leases, members[0].broadcast is not None))
         return sent
+
+
+@contextlib.contextmanager
+def _closing_at_error(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        channel.end(connection)
+        raise
 
 
 def _end(process: subprocess.Popen) -> None:

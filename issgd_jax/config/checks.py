@@ -128,7 +128,7 @@ def _check_asynchronous(config: ConfigDict) -> None:
 
 
 def _check_scoring(config: ConfigDict) -> None:
-    if config.learner.draw in UNIFORM_DRAWS and config.proposal.when != "off":
+    if config.learner.draw in UNIFORM_DRAWS:
         raise InputError(
             f"learner.draw is {config.learner.draw}, which draws uniformly, but proposal.name is "
             f"{config.proposal.name}: use systematic, or --config.proposal.name=uniform"

@@ -139,7 +139,7 @@ FIELDS = (
         "Multiply the learning rate by the measured gain of the draws, at most 4; its schedule then runs in effective "
         "steps.",
     ),
-    Field("learner.nesterov", True, _ANY, "Use Nesterov momentum where the optimiser has it."),
+    Field("learner.nesterov", True, _ANY, "Use Nesterov momentum where the optimiser has `momentum`; not Adam's kind."),
     Field(
         "learner.draw", "systematic",
         _one_of("systematic", "independent", "without_replacement", "stride", "shuffled", "random_subset"),
@@ -273,7 +273,7 @@ def samples_by_importance(config: ConfigDict) -> bool:
       >>> samples_by_importance(default())
       True
     """
-    return config.proposal.name != "uniform"
+    return config.proposal.name != "uniform" and config.proposal.when != "off"
 
 
 def with_options(config: ConfigDict, options: str) -> ConfigDict:

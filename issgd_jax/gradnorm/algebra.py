@@ -208,7 +208,7 @@ def lay_out(x: Gradient, products: Sequence[jax.Array]) -> jax.Array:
     if not isinstance(x, Factored):
         return products[0]
     if not x.terms:
-        return jnp.zeros(x.shape)
+        return jnp.zeros(x.shape, accumulator(x.dtype))
     left = x.terms[0].left
     left_axes = [*left.offset_axes, left.channel_axis] if isinstance(left, Patches) else x.axes("l")
     axes = [*x.axes("k"), *left_axes, *x.axes("r")]

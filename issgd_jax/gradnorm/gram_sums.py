@@ -40,7 +40,8 @@ def gram_sums(
       f32[2, B], or wider.
 
     Raises:
-      ValueError: The environment variable ISSGD_JAX_GRAM names no form, or one of another platform.
+      ValueError: The environment variable ISSGD_JAX_GRAM names no form, or, for factors of a type that the kernels
+        know, one of another platform. Of other types, and of a precision that a kernel does not give, sums are plain.
 
     Guarantees:
       - No array of T × T is in the device's memory if T is larger than two blocks of `pairs.BLOCK`.

@@ -12,7 +12,7 @@ from jax import lax
 
 from issgd_jax.gradnorm import algebra, cost, gram, windows
 from issgd_jax.gradnorm.factors import Factored, Gradient
-from issgd_jax.gradnorm.lengths import Squares, length, root, side_by_side, squares
+from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, side_by_side, squares
 from issgd_jax.gradnorm.microbatches import in_microbatches
 from issgd_jax.vmapped import for_all
 
@@ -92,7 +92,8 @@ def _zeros_of_other_factor(x: Unchecked) -> list[jax.Array]:
 def norms_and_sum(gradient: Gradient, coefficients: jax.Array | None, num_examples: int):
     """Returns the norms [B] of one leaf's gradients, to be checked, and their sum with the coefficients, if given."""
     if isinstance(gradient, Factored) and not gradient.terms:
-        return jnp.zeros(num_examples), jnp.zeros(gradient.shape)
+        zeros = functools.partial(jnp.zeros, dtype=accumulator(gradient.dtype))
+        return zeros(num_examples), zeros(gradient.shape)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), gradient)
     if not isinstance(gradient, Factored):
         is_small = sum(x.nbytes for x in jax.tree.leaves(gradient)) <= SMALL_BYTES
@@ -163,7 +164,10 @@ def _form_all(gradient: Gradient, coefficients: jax.Array | None) -> tuple[Unche
     products = jax.vmap(algebra.multiply_out)(gradient)
     total = None
     if coefficients is not None:
-        sums = [jnp.tensordot(coefficients.astype(product.dtype), product, 1) for product in products]
+        sums = [
+            jnp.tensordot(coefficients.astype(product.dtype), product, 1, precision=lax.Precision.HIGHEST)
+            for product in products
+        ]
         total = algebra.lay_out(gradient, sums)
 
     def factors(scales=(None,)):

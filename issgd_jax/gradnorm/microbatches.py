@@ -27,7 +27,7 @@ def in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bo
     size = next((n for n in range(size, size // 2, -1) if num_examples % n == 0), size)
     whole = num_examples - num_examples % size
     function = jax.jit(function)  # traced once, for its shapes and for the loop
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), batch)
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), batch)
 
     def one_chunk(totals, chunk):
         outputs, sums = function(chunk)
@@ -36,7 +36,7 @@ def in_microbatches(function: Callable, batch, size: int | None, *, has_sums: bo
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))[1] if has_sums else None
     zeros = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), shapes)
     sums, outputs = lax.scan(one_chunk, zeros, chunks)
-    outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+    outputs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outputs)
     if whole == num_examples:
         return outputs, sums
     last_outputs, last_sums = function(jax.tree.map(lambda x: x[whole:], batch))

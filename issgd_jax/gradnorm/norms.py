@@ -59,7 +59,9 @@ def per_example_grad_norms(
       - The norms equal those of a loop over `jax.grad` up to rounding (about 1e-5 relative in float32), for every loss
         that JAX can differentiate. Sums are kept in float32 or wider.
       - A norm that is a normal number of its type (in float32 from 1e-38 to 3e38) keeps its digits, though its square
-        is none. A gradient that is not finite has a norm that is not.
+        is none; but where a factor that is known only at run time, such as a scale of the parameters, underflows with
+        the derivatives alone. A gradient that is not finite has a norm that is not; but one of float16, whose range
+        ends at 65,504, where that of its norm does not.
       - Where contributions of one parameter's uses nearly cancel, or inner products of its factors overflow or
         underflow, its gradients are formed at run time; under `vmap` over networks, those of all where one needs it.
       - A loss that JAX cannot batch, such as one with `jax.lax.ragged_dot`, is computed one example at a time.
@@ -194,7 +196,7 @@ def _combine(norms, loss: TracedLoss, squared: bool, per_leaf: bool):
     """Returns the norms of all leaves as a pytree, or as those of the whole gradients, f32[B]."""
     if per_leaf:
         return jax.tree.unflatten(loss.params_tree, [jnp.square(x) if squared else x for x in norms])
-    norm = length([jnp.stack([jnp.zeros(loss.batch_size), *norms])], axis=0)
+    norm = length([jnp.stack(norms or [jnp.zeros(loss.batch_size, jnp.float32)])], axis=0)
     return jnp.square(norm) if squared else norm
 
 

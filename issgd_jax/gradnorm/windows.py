@@ -35,6 +35,7 @@ def scale(x: Factored, factor: jax.Array) -> Factored:
     be near the other end of the range of numbers.
     """
     (term,) = x.terms
+    factor = factor.astype(jnp.float32)  # wider, where other leaves are
     half = jax.lax.reduce_precision(jnp.sqrt(factor), jnp.finfo(jnp.float32).nexp, 0)
     image = dataclasses.replace(term.left.image, array=term.left.image.array * half)
     term = dataclasses.replace(term, left=dataclasses.replace(term.left, image=image))

@@ -28,7 +28,7 @@ def create_optimizer(
       lr_schedule: `constant`; `cosine` or `linear` decay to 0 at `steps`.
       steps: updates of the run.
       momentum: the optimiser's `momentum`, or its `b1` where it has that instead.
-      nesterov: the optimiser's `nesterov`; ignored where it has none.
+      nesterov: the optimiser's `nesterov`, beside `momentum`; ignored where it has none, and by those with `b1`.
       rate_by_gain: whether the rate is multiplied by the measured gain of the draws, see `rate_by_gain`.
 
     Raises:

@@ -8,6 +8,7 @@ renamed when all of it is on the disk.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,10 +20,20 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from issgd_jax.errors import InputError, brief
-from issgd_jax.files import list_folder, make_folder, reading, sync_to_disk, sync_tree_to_disk, writing
+from issgd_jax.files import (
+    list_folder,
+    make_folder,
+    reading,
+    sync_to_disk,
+    sync_tree_to_disk,
+    write_text_atomically,
+    writing,
+)
 from issgd_jax.run import orbax
 
 _ARRAYS, _STATE, _RECORD, _FILES = "arrays", "state.json", "config.json", "files.json"
+# Of a test error that was measured after the checkpoint was complete; beside what is verified.
+_LATE_ERROR = "test_error.json"
 _NAME = re.compile(r"step_([0-9]{10})")
 # Also of what is being written or removed, and of what was found damaged.
 _MAKING, _REMOVING, DAMAGED = "making_", "removing_", "damaged_"
@@ -134,11 +145,18 @@ def test_error_of(folder: pathlib.Path) -> float | None:
     Raises:
       InputError: it cannot be read now, which may pass.
     """
-    path = folder / _STATE
-    with reading(path), contextlib.suppress(DamagedError), _noticing_missing(path):
-        error = _parsed(path).get("test_error")
-        return error if isinstance(error, float) else None
+    for name in (_STATE, _LATE_ERROR):
+        path = folder / name
+        with reading(path), contextlib.suppress(DamagedError), _noticing_missing(path):
+            error = _parsed(path).get("test_error")
+            if isinstance(error, float) and math.isfinite(error):
+                return error
     return None
+
+
+def note_test_error(folder: pathlib.Path, error: float) -> None:
+    """Adds a test error to a checkpoint that was written before it was known; raises OSError if it cannot be."""
+    write_text_atomically(folder / _LATE_ERROR, json.dumps({"test_error": error}))
 
 
 def record_in(folder: pathlib.Path) -> dict | None:

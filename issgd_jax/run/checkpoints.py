@@ -95,6 +95,8 @@ class Checkpoints:
           FolderLostError: the folder is no longer that of this run.
         """
         self.wait()
+        if test_error is not None and math.isnan(test_error):  # compared with it, no other would be less
+            test_error = None
         if test_error is not None:
             self.best_error = min(self.best_error, test_error)
         self._writing = self._thread.submit(self._write, snapshot, test_error, is_last)
@@ -118,7 +120,8 @@ class Checkpoints:
     def newest(self, obstacle: Callable[[dict], str | None] = lambda state: None) -> Checkpoint | None:
         """Returns the newest checkpoint that is intact, or one of the `keep` newest without an obstacle; None if none.
 
-        Damaged ones are logged and renamed. What cannot be read is not damaged: it ends the run and changes nothing.
+        Damaged ones are logged and renamed, and so are those after the one that is returned: the run that goes on from
+        there writes them again. What cannot be read is not damaged: it ends the run and changes nothing.
 
         Args:
           obstacle: returns why one before had better be used, if one has no obstacle; else None. May raise InputError.
@@ -132,7 +135,7 @@ class Checkpoints:
             try:
                 state = checkpoint.verify(path)
             except DamagedError as error:
-                self._put_aside(step)
+                self._put_aside(path)
                 say(f"the checkpoint of step {step:,} cannot be used ({error}): it is renamed, and the one before used")
                 continue
             why = obstacle(state)
@@ -146,7 +149,10 @@ class Checkpoints:
                 if len(hindered) == self._keep:  # from one still older too many steps would be done again
                     break
             else:
-                return checkpoint.restore(path, state)
+                found = checkpoint.restore(path, state)
+                for newer, _ in hindered:
+                    self._put_aside(newer)
+                return found
         if hindered:
             path, state = hindered[0]
             say(f"nor can those before it: the newest is used all the same, of step {state['step']:,}")
@@ -159,18 +165,16 @@ class Checkpoints:
             )
         return None
 
-    def _put_aside(self, step: int) -> None:
-        path = self._path(step)
+    def _put_aside(self, path: pathlib.Path) -> None:
         with writing(path):
             self._check_lock()
             checkpoint.put_aside(path)
-        self._test_errors.pop(step, None)
+        self._test_errors = {step: error for step, error in self._test_errors.items() if self._path(step) != path}
 
     def _write(self, snapshot: Readable, test_error: float | None, is_last: bool) -> None:
         path = self._path(snapshot.step)
         if path.is_dir():  # such as one of a run that was stopped before it measured
-            if test_error is not None:
-                self._test_errors[snapshot.step] = test_error
+            self._note_late(path, snapshot.step, test_error)
             return
         try:
             self._remove_partial()
@@ -195,6 +199,17 @@ class Checkpoints:
             raise
         except (InputError, OSError) as error:
             say(f"old checkpoints cannot be removed, training continues: {error}")
+
+    def _note_late(self, path: pathlib.Path, step: int, test_error: float | None) -> None:
+        """Keeps a test error that was measured after the checkpoint was written."""
+        if test_error is None or step in self._test_errors:
+            return
+        self._test_errors[step] = test_error
+        try:
+            self._check_lock()
+            checkpoint.note_test_error(path, test_error)
+        except OSError as error:
+            say(f"the test error of the checkpoint of step {step:,} cannot be noted, training continues: {error}")
 
     def _loss(self, step: int, error: Exception) -> str:
         """Returns what is lost where the last checkpoint cannot be written."""

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -210,9 +211,10 @@ class MetricsWriter:
         if why := missing_rows(self.path, position):
             content = _content(self.path)[:position]
             kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1] if parse_row(line))
-            if content:
-                self.path.replace(self.path.with_name(DAMAGED_METRICS_FILE))
-                why += f"; it is renamed to {DAMAGED_METRICS_FILE}"
+            if content:  # a copy first: of a program that is killed here the rows are still where they were
+                with replace_atomically(self.path.with_name(DAMAGED_METRICS_FILE)) as copy:
+                    shutil.copyfile(self.path, copy)
+                why += f"; it is copied to {DAMAGED_METRICS_FILE}"
             say(f"rows of metrics are lost, the run goes on without them: {why}")
             with replace_atomically(self.path) as new:
                 new.write_bytes(kept)

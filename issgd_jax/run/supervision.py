@@ -40,6 +40,7 @@ class Supervision:
         workdir: pathlib.Path,
         *,
         watchdog_seconds: float,
+        first_step: int = 0,
         cluster_status: Callable[[], dict] | None = None,
         is_starting: bool = False,
         check_lock: Callable[[], None] = lambda: None,
@@ -49,6 +50,7 @@ class Supervision:
         Args:
           workdir: folder of the run.
           watchdog_seconds: > 0.
+          first_step: steps that were done before.
           cluster_status: see `cluster.pool.ClusterPool.status`; None: there is no cluster.
           is_starting: whether a SIGINT interrupts at once until a step is done, and does not wait for compilations.
           check_lock: called before anything is written; raises FolderLostError if the folder is no longer the run's.
@@ -57,7 +59,7 @@ class Supervision:
         self._cluster_status, self._check_lock = cluster_status, check_lock
         self._lost: FolderLostError | None = None
         self._workdir, self._watchdog_seconds = workdir, watchdog_seconds
-        self._step, self._finished_at = 0, time.monotonic()
+        self._step, self._finished_at = first_step, time.monotonic()
         self._is_starting, self._first_step = is_starting, None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)

@@ -58,7 +58,8 @@ def train(
 
     Guarantees:
       With the exact and the relaxed schedule and on the same hardware, a run that was stopped and resumed equals, bit
-      by bit, one that never stopped.
+      by bit, one that never stopped; but where `proposal.when` is auto, and decides by the cost of a step that it
+      measures, not by `proposal.cost`.
 
     Raises:
       InputError: before anything is compiled or written, if a value cannot work, or workdir holds another experiment
@@ -99,13 +100,14 @@ def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
     """
     if config.distributed.coordinator or workdir_lib.last_step(workdir) != config.steps:
         return None
-    workdir_lib.check(workdir, config.to_dict(), overwrite=False)
+    record = workdir_lib.check(workdir, config.to_dict(), overwrite=False, is_done=True)
+    has_checkpoints = record is None or flatten(record["config"]).get("checkpoint.every_steps") != 0
     folder = workdir / workdir_lib.CHECKPOINTS
     with (
         workdir_lib.locked(workdir) as lock,
         Checkpoints(folder, check_lock=lock.check, **config.checkpoint) as checkpoints,
     ):
-        if not checkpoints.is_intact(config.steps):
+        if has_checkpoints and not checkpoints.is_intact(config.steps):
             return None
         if config_lib.samples_by_importance(config) and not (workdir / workdir_lib.SCORES_FILE).is_file():
             return None
@@ -113,7 +115,8 @@ def _finished(config: ConfigDict, workdir: pathlib.Path) -> list[dict] | None:
         if metrics.missing_rows(path, path.stat().st_size):
             return None
         rows = metrics.read_metrics(path)
-    raised = "raise --config.steps to continue, or " if config.learner.lr_schedule == "constant" else ""
+    can_go_on = config.learner.lr_schedule == "constant" and has_checkpoints
+    raised = "raise --config.steps to continue, or " if can_go_on else ""
     say(f"the run in {workdir} has done its {config.steps:,} steps: {raised}start again with --overwrite")
     return rows
 
@@ -182,18 +185,21 @@ def _train(
         checkpoint = _from_first(_newest(checkpoints, workdir, config, about) if record else None, config)
         resumed = record if checkpoint else None
         checkpoints.record = workdir_lib.write_record(workdir, config.to_dict(), about["devices"], resumed)
+        scores_file = workdir / workdir_lib.SCORES_FILE
+        with writing(scores_file):
+            scores_file.unlink(missing_ok=True)  # of an earlier end, which is none any more
         status = prepared.pool.status if isinstance(prepared.pool, ClusterPool) else None
+        first_step = checkpoint.state["step"] if checkpoint else 0
         watch = stack.enter_context(
             Supervision(
                 workdir,
+                first_step=first_step,
                 watchdog_seconds=config.watchdog_seconds,
                 cluster_status=status,
                 check_lock=check_lock,
                 is_starting=config.distributed.coordinator is None,  # the others would wait for this process
             )
         )
-
-        first_step = checkpoint.state["step"] if checkpoint else 0
         progress = Progress(
             config.steps, shown=config.log.progress, description=workdir.resolve().name, start=first_step
         )
@@ -234,10 +240,9 @@ def _train(
                 diagnosis.write_minibatch(error, workdir / workdir_lib.NONFINITE_FILE, check_lock)
                 raise
         if config_lib.samples_by_importance(config):
-            path = workdir / workdir_lib.SCORES_FILE
-            with writing(path):
+            with writing(scores_file):
                 check_lock()
-                sampler_state.store.save(path, times_drawn=sampler_state.times_drawn)
+                sampler_state.store.save(scores_file, times_drawn=sampler_state.times_drawn)
         return metrics.read_metrics(workdir / workdir_lib.METRICS_FILE)
 
 

@@ -10,6 +10,7 @@ import pathlib
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
@@ -46,9 +47,9 @@ _RUN_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))}|events\.out\.tfeve
 _LEFTOVER_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))})\.[0-9a-f]+{re.escape(LEFTOVER)}")
 
 # Fields that do not change what a run computes.
-HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds", "on_nonfinite")
-# Fields that change it by rounding, or the order in which examples are scored.
-_NEARLY_HARMLESS = ("devices.workers", "devices.host_platform_count", "distributed.", "cluster.")
+HARMLESS = ("log.", "checkpoint.", "data.dir", "watchdog_seconds")
+# Those that change it by rounding, or the order in which examples are scored, or where a run would have ended.
+_NEARLY_HARMLESS = ("on_nonfinite", "devices.workers", "devices.host_platform_count", "distributed.", "cluster.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def locked(workdir: str | pathlib.Path) -> Iterator[Lock]:
         raise InputError(f"workdir {workdir} cannot be written ({reason(error)}): choose another --workdir") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             program = file.read().strip() or "another program"
@@ -119,6 +120,15 @@ def locked(workdir: str | pathlib.Path) -> Iterator[Lock]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield lock
+
+
+def _lock(file: TextIO) -> None:
+    """Locks a file; waits for programs that only look who has locked it. Raises BlockingIOError if one keeps it."""
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.01)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def owner(workdir: pathlib.Path) -> str | None:
@@ -169,7 +179,7 @@ def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file.parent for file in folder.glob(f"*/{METRICS_FILE}"))
 
 
-def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict | None:
+def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool, is_done: bool = False) -> dict | None:
     """Returns the record (config.json) of the run to resume; None if a new one starts. Writes nothing.
 
     Where config.json is damaged or missing, the record is that of the newest checkpoint.
@@ -178,6 +188,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
       workdir: folder of the run.
       config: as nested dicts.
       overwrite: whether a run that is there is to be replaced.
+      is_done: whether the run that is there has nothing left to do, and needs no checkpoint.
 
     Raises:
       InputError: the folder is not that of a run, or cannot be read; the run there is of another experiment, naming the
@@ -202,7 +213,7 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool) -> dict
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
-    if not _ever_saved(workdir) and not _was_before_checkpoints(workdir, _flat(saved)):
+    if not is_done and not _ever_saved(workdir) and not _was_before_checkpoints(workdir, _flat(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record
 

@@ -58,7 +58,9 @@ def check_whole(indices: Any) -> None:
 
 
 def as_numbers(name: str, values: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns one number for each index, f32 of this shape; a scalar stands for all. Finite numbers stay finite.
+    """Returns one number for each index, f32 of this shape; a scalar stands for all.
+
+    Finite numbers stay finite, and those that are not 0 stay so.
 
     Raises:
       TypeError: they are no real numbers.
@@ -75,29 +77,31 @@ def as_numbers(name: str, values: Any, shape: tuple[int, ...]) -> jax.Array:
         raise ValueError(f"need {name} for each index, or one for all, got shapes {shape} and {values.shape}")
     if values.dtype.itemsize > 4:
         xp = jnp if isinstance(values, jax.Array) else np
-        largest = float(np.finfo(np.float32).max)
+        least, largest = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
         values = xp.where(xp.isfinite(values), xp.clip(values, -largest, largest), values)
+        if jnp.issubdtype(values.dtype, np.floating):
+            values = xp.where(xp.abs(values) < least, xp.sign(values) * least, values)
     return jnp.broadcast_to(jnp.asarray(values, jnp.float32), shape)
 
 
 def as_step(name: str, step: Any) -> jax.Array:
-    """Returns a learner step as i32[]; a traced one that i32 cannot hold becomes -1, as it is no step.
+    """Returns a learner step as i32[]; an array of JAX is not waited for: one outside [0, 2^30) becomes no step.
 
     Raises:
       TypeError: it is no whole number.
-      ValueError: it is not one number, or outside [0, 2^30).
+      ValueError: it is not one number, or no array of JAX and outside [0, 2^30).
 
     Example:
       >>> int(as_step("step", 7))
       7
     """
-    is_traced = isinstance(step, jax.Array)
-    step = step if is_traced else np.asarray(step)
+    is_array = isinstance(step, jax.Array)
+    step = step if is_array else np.asarray(step)
     if not jnp.issubdtype(step.dtype, jnp.integer):
         raise TypeError(f"{name} must be a whole number, got {step.dtype}")
     if step.shape:
         raise ValueError(f"{name} must be one number, got shape {step.shape}: call once for each step")
-    if not is_traced and not 0 <= step < MAX_STEP:
+    if not is_array and not 0 <= step < MAX_STEP:
         raise ValueError(f"{name} must be in [0, {MAX_STEP}), got {step}")
     return as_indices(step, MAX_STEP)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
 from issgd_jax.sampling import visits as visits_lib
-from issgd_jax.sampling.checks import as_indices, as_numbers
+from issgd_jax.sampling.checks import MAX_EXAMPLES, as_indices, as_numbers
 from issgd_jax.sampling.table import Draw, Table
 from issgd_jax.sampling.visits import Visits
 
@@ -17,7 +17,7 @@ DRAWS = (*table_lib.METHODS, *uniform.EPOCHS, STRIDE)
 
 
 def largest_minibatch(num_examples: int, draw: str) -> int:
-    """Returns the largest minibatch that this kind of draw has from N examples; 2^31 - 1 with replacement.
+    """Returns the largest minibatch that this kind of draw has from N examples; 2^30 with replacement.
 
     Example:
       >>> largest_minibatch(100, "shuffled"), largest_minibatch(100, "random_subset")
@@ -25,7 +25,7 @@ def largest_minibatch(num_examples: int, draw: str) -> int:
     """
     if draw == "random_subset":
         return num_examples // uniform.SUBSET
-    return num_examples if draw in ("shuffled", "without_replacement", STRIDE) else 2**31 - 1
+    return num_examples if draw in ("shuffled", "without_replacement", STRIDE) else MAX_EXAMPLES
 
 
 def check_draw(draw: str, num_examples: int, batch_size: int) -> None:

@@ -262,7 +262,8 @@ class Mixture:
 
     Args:
       proposal: the other proposal.
-      uniform_fraction: fraction of uniform draws, in [0, 1). None: learned; the one of FRACTIONS with which the norms
+      uniform_fraction: fraction of uniform draws, in [0, 1), and above 0 where the other proposal excludes examples.
+        None: learned; the one of FRACTIONS with which the norms
         of the last sweep over the data would have had the least second moment of the gradient,
         `mean(v) * mean(norm^2 / v)`, where each v is the one before its norm was known.
 
@@ -285,6 +286,10 @@ class Mixture:
     def __post_init__(self):
         check_proposal(self.proposal)
         check_number("uniform_fraction", self.uniform_fraction, lambda x: 0 <= x < 1, "in [0, 1), or None: learned")
+        if getattr(self.proposal, "max_staleness", None) is not None:
+            check_number(
+                "uniform_fraction", self.uniform_fraction, lambda x: x > 0, "above 0 with max_staleness, which excludes"
+            )
 
     def init(self) -> MixtureState:
         return MixtureState(self.proposal.init(), jnp.zeros(len(FRACTIONS), jnp.float32), jnp.float32(0))

@@ -13,7 +13,7 @@ from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
 from issgd_jax.sampling.checks import as_indices, as_numbers, as_step, as_whole
 from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_number
-from issgd_jax.sampling.proposal import Mixture, Proportional, Uniform, check_proposal
+from issgd_jax.sampling.proposal import Mixture, Uniform, check_proposal
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
@@ -97,8 +97,6 @@ class Sampler:
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
             raise ValueError(f"num_examples must be between 1 and {table_lib.MAX_EXAMPLES}, got {num_examples}")
         check_draw(draw, num_examples, batch_size)
-        if draw in EPOCHS and isinstance(proposal, Mixture | Calibrated | Proportional):
-            raise ValueError(f"draw {draw!r} is uniform, but the proposal is {proposal}: use Uniform(), or systematic")
         if rebuild_every is None:
             rebuild_every = max(REBUILD_EVERY, num_examples // (EXAMPLES_REBUILT_A_DRAW * batch_size))
         rebuild_every = as_whole("rebuild_every", rebuild_every)
@@ -107,6 +105,8 @@ class Sampler:
         if not isinstance(count_draws, bool):
             raise TypeError(f"count_draws must be True or False, got {count_draws!r}")
         check_proposal(proposal)
+        if draw in EPOCHS and not isinstance(proposal, Uniform):
+            raise ValueError(f"draw {draw!r} is uniform, but the proposal is {proposal}: use Uniform(), or systematic")
         if draw == STRIDE and getattr(proposal, "max_staleness", None) is not None:
             raise ValueError(
                 f"draw {draw!r} visits every example, but max_staleness = {proposal.max_staleness} excludes some: use "
@@ -224,8 +224,8 @@ class Sampler:
         Raises:
           TypeError: state is not the state of a sampler, indices or scored_at are not whole numbers, or scores not
             real ones.
-          ValueError: indices and scores differ in shape, scored_at is not one step below 2^30, or state is of another
-            number of examples.
+          ValueError: indices and scores differ in shape, scored_at is not one step, or no array of JAX and not below
+            2^30, or state is of another number of examples.
         """
         self.check_state(state)
         indices = as_indices(indices, self.num_examples)

@@ -117,11 +117,12 @@ class ScoreStore:
 
         Raises:
           TypeError: indices or step are not whole numbers, or scores not real numbers.
-          ValueError: indices and scores differ in shape, or step is not one number below 2^30.
+          ValueError: indices and scores differ in shape, or step is not one number, or no array of JAX and not below
+            2^30.
 
         Guarantees:
-          - A score that is NaN, infinite or negative leaves the store as it was; so does, inside `jit`, an impossible
-            step.
+          - A score that is NaN, infinite or negative leaves the store as it was; so do all of an impossible step in an
+            array of JAX, for whose value no call waits, and all count as rejected.
           - A score of older parameters never replaces one of newer parameters, in whatever order they arrive.
           - Of an index that occurs twice, the last valid score is stored.
         """

@@ -3,7 +3,8 @@
 Stride scheduling (Waldspurger and Weihl 1995), with probabilities that change, and the weighted counterpart of shuffled
 epochs. Time is counted in visits: place b of minibatch k is the time `k B + b`. The stride of an example, `N mean(v) /
 v_n`, is the time from one of its visits to its next deadline. Times are i32 that wrap around: only their differences
-are used, which never reach 2^31, so that nothing is rounded however long a run is.
+are used, so that nothing is rounded however long a run is: a deadline is less than 2^31 from the present, and what an
+example has waited, its stride and the visits after its deadline, is counted to 2^32.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from issgd_jax.sampling import min_tree, uniform
 from issgd_jax.sampling.checks import as_indices
 from issgd_jax.sampling.sum_tree import is_valid, repair
 
-# Longest stride, in epochs, and in visits: that, and N visits of waiting, are less than 2^31.
+# Longest stride, in epochs, and in visits: that, and N + B visits of waiting, are less than 2^32.
 MAX_EPOCHS, MAX_STRIDE = 64, 7 * 2**28
 
 

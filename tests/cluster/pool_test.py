@@ -211,6 +211,17 @@ def test_scores_of_machines_with_two_devices_each_equal_those_of_this_process(cl
             again = {int(i): score for round_ in rounds for i, score in zip(round_.indices, round_.scores)}
             assert pool.status()["drivers_lost"] > 0 and reason in capsys.readouterr().err
             np.testing.assert_array_equal([again[i] for i in range(num_examples)], found)
+        # Red if what cannot be started for a moment, as where Ray has taken all memory, ends the run.
+        lost = pool.status()["drivers_lost"]
+        with monkeypatch.context() as without_python:
+            without_python.setattr(sys, "executable", "/no/python")
+            (driver,) = children() - others
+            driver.kill()
+            wait_for_status(pool, lambda status: status["drivers_lost"] >= lost + 2)
+        rounds = pool.score_next(params, 9, num_rounds=pool.rounds_per_sweep)
+        again = {int(i): score for round_ in rounds for i, score in zip(round_.indices, round_.scores)}
+        np.testing.assert_array_equal([again[i] for i in range(num_examples)], found)
+        assert "cannot be started: FileNotFoundError" in capsys.readouterr().err
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert times.min() >= 1
     assert status["leases_done"] == 2 * pool.rounds_per_sweep and status["results_discarded"] == 0

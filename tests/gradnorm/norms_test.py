@@ -37,6 +37,32 @@ def test_any_batch_and_microbatch_size(size, microbatch, width, seed):
     np.testing.assert_allclose(norms, loop_norms(loss_fn, params, x), rtol=1e-5, atol=1e-7)
 
 
+def test_leaves_of_the_batch_and_results_without_elements(monkeypatch):
+    """Red if microbatches, asked for or not, divide by their size."""
+
+    def loss_fn(w, x, empty):
+        return jnp.sum(jnp.sin(w) * x) ** 2 + jnp.sum(empty), empty
+
+    batch = jnp.arange(10.0).reshape(5, 2), jnp.zeros((5, 0))
+    expected = loop_norms(lambda *args: loss_fn(*args)[0], jnp.ones(2), *batch)
+    for size in (None, 2, 5):
+        norms, aux = per_example_grad_norms(loss_fn, has_aux=True, microbatch_size=size)(jnp.ones(2), *batch)
+        np.testing.assert_allclose(norms, expected, rtol=1e-5)
+        assert aux.shape == (5, 0)
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_norms_of_float32_stay_float32_beside_64_bit_types(per_leaf):
+    """Red if a leaf that is not used, or the sum over leaves, makes them wider."""
+    with jax.enable_x64(True):
+        x = jnp.ones((3, 2), jnp.float32)
+        params = {"w": jnp.ones(2, jnp.float32), "unused": jnp.ones(2, jnp.float32)}
+        losses, gradient, norms = value_grad_and_norms(lambda p, x: jnp.sum(p["w"] * x), per_leaf=per_leaf)(
+            params, jnp.ones(3, jnp.float32), x
+        )
+        assert {leaf.dtype for leaf in jax.tree.leaves((losses, gradient, norms))} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("name", ["convnet", "transformer"])
 def test_memory_bounds_below_one_gradient_leave_the_numbers_alone(name, monkeypatch):
     monkeypatch.setattr("issgd_jax.gradnorm.leaves.CPU_BYTES", 16)

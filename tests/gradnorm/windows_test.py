@@ -68,6 +68,23 @@ def test_huge_images_with_tiny_derivatives_and_the_reverse(up, down, calls):
     assert calls
 
 
+def test_a_kernel_in_float32_beside_a_leaf_in_float64(calls):
+    """Red if the second pass, here of an image of zeros, scales the image in the wider type, which no kernel has."""
+    with jax.enable_x64(True):
+        params = {"kernel": data((3, 3, 4, 8), seed=1).astype(jnp.float32), "bias": jnp.ones(8, jnp.float64)}
+        images = data((3, 6, 6, 4)).astype(jnp.float32) * jnp.array([1, 0, 1e-30], jnp.float32)[:, None, None, None]
+
+        def loss(params, image):
+            return jnp.sum(jnp.sin(convolved(params["kernel"], image) + params["bias"]))
+
+        norms = per_example_grad_norms(loss, per_leaf=True)(params, images)
+        gradients = [jax.grad(loss)(params, image) for image in images]
+    for name in params:
+        exact = [np.linalg.norm(np.ravel(np.asarray(gradient[name], np.float64))) for gradient in gradients]
+        np.testing.assert_allclose(norms[name], exact, rtol=1e-5)
+    assert calls
+
+
 @settings(deadline=None, max_examples=soak(12, 200))
 @given(sides=st.tuples(SIDE, SIDE), channels=st.integers(1, 5), features=st.sampled_from([1, 3, 16, 33]))
 def test_windows_of_every_kind(sides, channels, features):

@@ -153,6 +153,21 @@ def test_the_best_is_kept_where_its_error_is_known_after_it_was_written(tmp_path
             checkpoints.save(State(step, lambda step=step: made(step, size=2)), test_error=error)
         checkpoints.wait()
         assert checkpoints.steps == [1, 3] and checkpoints.best_error == 0.1
+    with Checkpoints(tmp_path, every_steps=1, keep=1) as checkpoints:  # in another process too
+        assert checkpoints.best_error == 0.1
+        checkpoints.save(State(4, lambda: made(4, size=2)), test_error=0.3)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 4] and checkpoints.is_intact(1)
+
+
+def test_an_error_that_is_not_a_number_is_not_the_best(tmp_path):
+    """Red if it stays the least of all, as no number is less, and the best checkpoint is removed."""
+    with Checkpoints(tmp_path, every_steps=1, keep=1) as checkpoints:
+        for step, error in enumerate((float("nan"), 0.2, 0.3, float("nan")), 1):
+            checkpoints.save(State(step, lambda step=step: made(step, size=2)), test_error=error)
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 4]
+    assert Checkpoints(tmp_path, every_steps=1, keep=1).best_error == 0.2
 
 
 def test_an_error_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Real processes, killed at random moments, stopped by signals, stalled, or two where one belongs."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -13,8 +14,9 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.run import checkpoint, metrics
+from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.supervision import Supervision
-from issgd_jax.run.workdir import locked
+from issgd_jax.run.workdir import locked, owner
 from tests import victims
 from tests.helpers import arrays_of, check_same, read_events, scores, soak, soak_seed, steps_of, without_time
 
@@ -111,6 +113,17 @@ def test_a_signal_stops_between_two_steps_and_the_same_command_goes_on(number, t
     again, log = program(workdir, *arguments[1:], f"--config.steps={step + 10}")
     assert wait_for_end(again) == 0, log.read_text()
     assert f"resumes from the checkpoint of step {step:,} of {step + 10:,}" in log.read_text()
+
+
+def test_a_program_that_looks_who_runs_keeps_none_from_starting(tmp_path, monkeypatch):
+    """Red if a run is refused, in the name of one that has ended, as `status` has the lock for a moment."""
+    with locked(tmp_path):
+        pass
+    with open(tmp_path / "lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(workdir_lib.time, "sleep", lambda seconds: looking.close())
+        with locked(tmp_path):
+            assert owner(tmp_path)
 
 
 def test_two_programs_on_one_folder(tmp_path):

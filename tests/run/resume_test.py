@@ -12,7 +12,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError, NonFiniteLossError
 from issgd_jax.learning.learner import Learner
-from issgd_jax.run import checkpoint, status, wiring, workdir
+from issgd_jax.run import checkpoint, status, supervision, wiring, workdir
 from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small, soak, steps_of, without_time
 
 RESUMED = {
@@ -64,7 +64,30 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path):
         issgd_jax.train(small(steps=20, schedule__score_delay=9), tmp_path / "longer")
 
 
-@pytest.mark.parametrize("overrides", [{}, {"proposal__when": "off"}, {"learner__lr_schedule": "cosine"}])
+def test_scores_of_an_earlier_end_are_gone_when_the_run_goes_on(tmp_path):
+    """Red if they are shown as those of a later step, or the run is taken for finished where it was killed before."""
+    issgd_jax.train(small(steps=8), tmp_path)
+    is_there = []
+    writers = [lambda step, row: is_there.append((tmp_path / "scores.npz").exists())]
+    issgd_jax.train(small(steps=20), tmp_path, writers=writers)
+    assert is_there and not any(is_there) and (tmp_path / "scores.npz").exists()
+
+
+def test_a_resumed_run_beats_at_the_step_that_it_resumes_from(tmp_path, monkeypatch):
+    """Red if a run that compiles for long, or is killed then, seems to have lost its steps."""
+    issgd_jax.train(small(steps=8), tmp_path)
+    beats, write = [], supervision.Supervision._write_heartbeat
+    monkeypatch.setattr(
+        supervision.Supervision, "_write_heartbeat", lambda self, step, at: beats.append(step) or write(self, step, at)
+    )
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.01)
+    issgd_jax.train(small(steps=9), tmp_path)
+    assert beats and min(beats) == 8
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"proposal__when": "off"}, {"learner__lr_schedule": "cosine"}, {"checkpoint__every_steps": 0}]
+)
 def test_a_finished_run_says_so_and_changes_nothing(overrides, tmp_path, capsys, compilations):
     """Red if it compiles, writes, or names a remedy that would be refused."""
     config = small(steps=8, **overrides)
@@ -76,8 +99,8 @@ def test_a_finished_run_says_so_and_changes_nothing(overrides, tmp_path, capsys,
     assert issgd_jax.train(config, tmp_path) == rows and not compilations
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     out, err = capsys.readouterr()
-    constant = config.learner.lr_schedule == "constant"
-    remedy = "raise --config.steps to continue, or start again" if constant else "start again"
+    can_go_on = config.learner.lr_schedule == "constant" and config.checkpoint.every_steps
+    remedy = "raise --config.steps to continue, or start again" if can_go_on else "start again"
     assert not out and err.count("\n") == 1
     assert err.endswith(f"the run in {tmp_path} has done its 8 steps: {remedy} with --overwrite\n")
     with pytest.raises(InputError, match="holds a run of another experiment"):
@@ -183,10 +206,14 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_words(tmp_path):
 
 
 def test_a_run_without_checkpoints_is_never_overwritten_by_chance(tmp_path):
-    issgd_jax.train(small(steps=8, checkpoint__every_steps=0), tmp_path)
-    for again in (small(steps=8, checkpoint__every_steps=0), small(steps=8), small(steps=9)):
-        with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
-            issgd_jax.train(again, tmp_path)
+    rows = issgd_jax.train(small(steps=8, checkpoint__every_steps=0), tmp_path)
+    for again in (small(steps=8, checkpoint__every_steps=0), small(steps=8)):
+        assert issgd_jax.train(again, tmp_path) == rows
+    with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
+        issgd_jax.train(small(steps=9), tmp_path)
+    (tmp_path / "scores.npz").unlink()
+    with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
+        issgd_jax.train(small(steps=8), tmp_path)
     issgd_jax.train(small(steps=8, proposal__name="uniform"), tmp_path, overwrite=True)
     assert not (tmp_path / "scores.npz").exists()
 

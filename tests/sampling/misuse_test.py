@@ -181,6 +181,17 @@ def test_a_subnormal_v_is_not_zero():
         np.testing.assert_array_equal(table.v(), [1, 2.0**-64, 0])
 
 
+def test_a_v_that_f32_cannot_hold_is_not_zero():
+    """Red if it is rounded to 0: the example would never be drawn, and a negative one would be no error."""
+    tiny = np.array([1.0, 1e-60, 0.0])
+    for table in (build_table(tiny), build_table(np.ones(3)).write(np.arange(3), tiny)):
+        np.testing.assert_array_equal(table.v(), [1, 2.0**-64, 0])
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(jax.jit(build_table)(jnp.asarray(tiny)).v(), [1, 2.0**-64, 0])
+    with pytest.raises(ValueError, match="v must be finite and >= 0"):
+        build_table(-tiny)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_v_inside_jit_counts_as_the_mean_of_the_others(bad):
     """Red if a negative v biases the draw, which no error can prevent there."""

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 
 from issgd_jax.sampling import Calibrated, Draw, Mixture, Proportional, Sampler, Uniform, draw
-from issgd_jax.sampling.table import METHODS
+from issgd_jax.sampling.proposal import Stateless
+from issgd_jax.sampling.table import METHODS, build_table
+
+
+class OwnProposal(Stateless):
+    """One that this library does not know."""
+
+    def basis(self, state, store, step):
+        return ()
+
+    def v(self, basis, score, scored_at, step):
+        return score + 1
+
+    def table(self, basis, store, step):
+        return build_table(store.score + 1)
 
 
 def test_scores_of_a_round_enter_whatever_its_shape_and_are_drawn_from():
@@ -116,8 +130,18 @@ def test_a_sampler_is_a_pytree_whose_numbers_change_without_compiling():
         ((10, 11, Uniform(), "without_replacement"), "batch_size must be between 1 and 10"),
         ((10, 2, Uniform(), "random"), "draw must be one of systematic, independent, without_replacement, shuffled"),
         ((10, 2, Mixture(Calibrated()), "shuffled"), "draw 'shuffled' is uniform, but the proposal is"),
+        ((10, 2, OwnProposal(), "random_subset"), "draw 'random_subset' is uniform, but the proposal is"),
+        ((10, 2**30 + 1), "batch_size must be between 1 and 1,073,741,824 with draw 'systematic', got 1073741825"),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sampler(*arguments)
+
+
+def test_a_mixture_that_would_never_draw_what_is_excluded_is_refused():
+    """Red if the gradient is silently that of the share of the examples that have a young score, times that share."""
+    excluding = Proportional(0.0, max_staleness=3)
+    with pytest.raises(ValueError, match="uniform_fraction must be above 0 with max_staleness, which excludes, got 0"):
+        Mixture(excluding, uniform_fraction=0.0)
+    Mixture(excluding, uniform_fraction=0.1), Mixture(excluding), Mixture(Proportional(0.0), uniform_fraction=0.0)

@@ -198,6 +198,8 @@ def test_seeds_are_one_arm_and_names_tell_arms_apart(folders, tmp_path):
         "uniform (SGD)",
         "lost",
     ]
+    skipped = write(tmp_path / "skipped", on_nonfinite="skip")  # biased, and so no seed of the others
+    assert len(runs.arms(runs.read([*folders, skipped]))) == 3
 
 
 def test_lines_are_medians_and_bands_quartiles(folders):
