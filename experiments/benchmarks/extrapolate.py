@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.extrapolate
 
-Reads results/{sampler,cluster,gradnorm}.json; measures nothing.
+Reads results/{sampler,cluster,gradnorm,learner_step}.json; measures nothing.
 """
 
 import json
@@ -13,8 +13,9 @@ from experiments.benchmarks.environment import RESULTS
 EXAMPLES = tuple(10**k for k in range(6, 11))
 WORKERS = tuple(10**k for k in range(1, 5))
 BATCH_SIZE = 256  # of the paper's network in gradnorm.json
-PARAMETER_BYTES = 4 * 18_894_858  # of the paper's network
+PARAMETER_BYTES = 4 * 18_903_050  # of the paper's network
 GIGABIT = 1e9 / 8
+SVHN = "svhn 3072-2048x4-10, N = 573,000, B = 128"  # in learner_step.json
 _UNITS = {
     "cycle at 10^6": "s",
     "cycle, more a decade": "s",
@@ -30,8 +31,9 @@ _UNITS = {
 
 def constants() -> dict[str, float]:
     """Returns the constants of the tables, in seconds and bytes."""
-    sampler, cluster, gradnorm = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("sampler", "cluster", "gradnorm")
+    sampler, cluster, gradnorm, learner_step = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("sampler", "cluster", "gradnorm", "learner_step")
     )
     cycles = {int(name[4:].replace(",", "")): row for name, row in sampler["results"].items()}
     sizes = [n for n in cycles if n >= 10**6]
@@ -39,12 +41,12 @@ def constants() -> dict[str, float]:
     xs, ys = [math.log10(n) for n in sizes], [1e-6 * cycles[n]["microseconds"]["ours"] for n in sizes]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
-    database = cluster["database"]
+    database, ingest = cluster["database"], learner_step["results"][SVHN]
     return {
         "cycle at 10^6": mean_y + slope * (6 - mean_x),
         "cycle, more a decade": slope,
         "bytes an example": cycles[10**8]["store_and_table_bytes_an_example"],
-        "bytes an example while the table is rebuilt": cycles[10**8]["store_bytes_an_example"],
+        "bytes an example while the table is rebuilt": ingest["beside_in_ingest_bytes_an_example"],
         "seconds an example of the table": database["seconds to rebuild the table"] / database["examples"],
         "scores in a second": database["scores a second into store and table"],
         "bytes out a second": 1e9 * database["gigabytes a second to all workers"],

@@ -6,7 +6,8 @@ Prints, for two sizes of network and data, medians over pairs of blocks (A B A B
 
 - `step`: draw, gather, weight, update, against the same with uniform draws and importance weights of one;
 - `step + refresh`: the same with the norms of the minibatch computed and ingested;
-- `step + refresh + ingest`: the same with a round of scores ingested every 32 steps, whose scoring is not timed;
+- `step + refresh + ingest`: the same with a round of scores ingested every 32 steps, and at the start of each block,
+  whose scoring is not timed;
 - memory on the learner's device that the uniform program does not need, in bytes an example.
 
 Images are random bytes: times do not depend on their values. Writes results/learner_step.json.

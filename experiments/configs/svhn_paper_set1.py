@@ -8,12 +8,12 @@ the authors' code) unless its comment says otherwise.
 Data: `svhn_cropped` of TFDS with its `extra` split, 574,168 training images. Without `extra`:
 --config.data.train_split=train.
 
-Cost: not run at full size so far. On two CPU cores a learner step takes 0.1 s, and 256 gradient norms 0.09 s
+Cost: not run at full size so far. On two CPU cores a learner step takes 0.1 s, and 256 gradient norms 0.11 s
 (experiments.benchmarks); it wants GPUs. What was run here is `:smoke`, and 12 steps of the full network on the 73,257
 training images.
 
-Expected: the paper's figures 2 to 4. The whole 2 x 2 of rates and smoothings with all seeds: `experiments.paper.sweep
---study=svhn`.
+Expected: the paper's figures 2 to 4. The whole 2 x 2 of rates and smoothings with all seeds:
+`python -m experiments.paper.sweep --study=svhn --data=svhn_extra --workdir=runs/paper`.
 """
 
 from issgd_jax import config as config_lib

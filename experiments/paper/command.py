@@ -27,6 +27,8 @@ _DATA_DIR = parsers.define_optional("data_dir", str, "TFDS folder of the data; N
 _WIDTH = parsers.define_optional("width", int, "Width of the MLP's four hidden layers; None: the study's.", FLAGS)
 _STEPS = parsers.define_optional("steps", int, "Learner steps; None: the study's.", FLAGS)
 flags.mark_flag_as_required("study", flag_values=FLAGS)
+# Flags that only train, or time.
+OF_RUNS = ("data_dir", "width", "steps")
 
 
 def overrides() -> dict:
@@ -46,6 +48,8 @@ def workdir() -> pathlib.Path | None:
 
 def record() -> dict:
     """Returns the results that the flags select: those saved, or a summary of a workdir, which is saved if complete.
+
+    A summary of another experiment than the saved results, such as a trial of fewer steps, does not replace them.
 
     Raises:
       InputError: an unknown study, data set or arm, no results, or --seeds without --workdir.
@@ -68,7 +72,9 @@ def record() -> dict:
         arms=arms,
         seeds=None if _SEEDS.value is None else range(_SEEDS.value),
     )
-    if not arms and _SEEDS.value is None:
+    if not results.is_as_saved(summary):
+        print("not saved: the saved results are of another network, or of more or fewer steps", file=sys.stderr)
+    elif not arms and _SEEDS.value is None:
         print(f"saved in {results.save(summary)}", file=sys.stderr)
         return results.load(_STUDY.value, _DATA.value)
     return summary
@@ -87,12 +93,19 @@ def _parse(argv: list[str]) -> list[str]:
     return remaining
 
 
-def run(program) -> None:
-    """Runs `program()` as a command; an InputError is printed as one line, and so is a signal that ends it."""
+def run(program, *, without: tuple[str, ...] = ()) -> None:
+    """Runs `program()` as a command; an InputError is printed as one line, and so is a signal that ends it.
+
+    Args:
+      program: function without arguments.
+      without: names of flags that have no effect there, and are refused.
+    """
 
     def main(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments {argv[1:]}; options begin with --")
+        if useless := [name for name in without if FLAGS[name].present]:
+            raise InputError(f"--{useless[0]} has no effect on this command: leave it out")
         logging.set_verbosity(logging.WARNING)  # JAX logs missing backends at INFO
         program()
 

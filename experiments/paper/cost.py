@@ -35,12 +35,13 @@ def cost_path(study: str, data: str) -> pathlib.Path:
     return results.FOLDER / f"cost-{study}-{data}.json"
 
 
-def load(study: str, data: str) -> dict[str, float]:
-    """Returns {arm: cost of a step in steps of its baseline}; {} if it was not measured."""
+def load(study: str, data: str, network: str | None = None) -> dict[str, float]:
+    """Returns {arm: cost of a step in steps of its baseline}; {} if it was not measured, or of another network."""
     try:
-        return json.loads(cost_path(study, data).read_text())["ratio"]
+        saved = json.loads(cost_path(study, data).read_text())
     except FileNotFoundError:
         return {}
+    return saved["ratio"] if network in (None, saved["network"]) else {}
 
 
 def save(measured: dict) -> None:
@@ -197,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, without=("workdir", "seeds"))

@@ -80,8 +80,10 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
 
 
 def asgd_figure(record: dict, costs: dict[str, float]) -> Figure:
-    """Draws loss over updates and, with costs, over charged time; noise of the gradient. One colour for each k."""
+    """Draws loss over updates, with costs of all arms also over charged time, and noise. One colour for each k."""
     arms = {tuple(name.split("_")): arm for name, arm in record["arms"].items()}
+    if not record["arms"].keys() <= costs.keys():
+        costs = {}
     colours = dict(zip(sorted({number for _, number in arms}, key=int), _COLOURS))
     num_panels = 3 if costs else 2
     figure = Figure(figsize=(5.5 * num_panels, 4.8), layout="constrained")
@@ -249,11 +251,11 @@ def _title(record: dict) -> str:
 def main():
     record = command.record()
     FOLDER.mkdir(exist_ok=True)
-    for name, figure in make_figures(record, cost.load(record["study"], record["data"])).items():
+    for name, figure in make_figures(record, cost.load(record["study"], record["data"], record["network"])).items():
         path = FOLDER / f"{record['study']}-{record['data']}-{name}.png"
         plots.save(figure, path)
         print(path)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, without=command.OF_RUNS)

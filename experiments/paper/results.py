@@ -67,6 +67,12 @@ def save(results: dict) -> pathlib.Path:
     return path
 
 
+def is_as_saved(results: dict) -> bool:
+    """Returns whether results are of the same experiment as the saved ones, or there are none."""
+    saved = _read(results_path(results["study"], results["data"]))
+    return saved is None or all(saved[name] == results[name] for name in _EXPERIMENT)
+
+
 def merged(saved: dict | None, results: dict) -> dict:
     """Returns the results and the arms of `saved` that they lack, if of the same experiment; in the study's order."""
     if saved is None or any(saved[name] != results[name] for name in _EXPERIMENT):

@@ -35,7 +35,7 @@ def make_rows(record: dict, costs: dict[str, float], baseline: str | None = None
     Args:
       record: of `results.summarize`.
       costs: {arm: cost of a step}; columns of time are missing for arms without it.
-      baseline: the arm that all are compared with; None: each with its own.
+      baseline: the arm that all are compared with; None: each with its own, if the record has that.
 
     Raises:
       InputError: there is no such baseline; names the nearest.
@@ -47,22 +47,18 @@ def make_rows(record: dict, costs: dict[str, float], baseline: str | None = None
     for name, arm in arms.items():
         base = baseline or arm["baseline"]
         step_cost = costs[name] / costs[base] if name in costs and base in costs else None
-        rows.append(_row(arm, arms.get(base, arm), step_cost, record["steps"]))
+        rows.append(_row(arm, arms.get(base), step_cost, record["steps"]))
     return rows
 
 
-def _row(arm: dict, baseline: dict, step_cost: float | None, steps: int) -> dict[str, str]:
-    target = _median(baseline["final"]["train/loss"])
+def _row(arm: dict, baseline: dict | None, step_cost: float | None, steps: int) -> dict[str, str]:
     losses = [math.inf if x is None else x for x in arm["final"]["train/loss"]]
-    needed = statistics.median(steps_to(target, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"])
     row = {
         "arm": arm["label"],
         "n": str(arm["n"]),
         "rate": f"{arm['learning_rate']:g}",
         "final training loss": f"{_median(losses):.3g} ({min(losses):.2g} to {max(losses):.2g})",
-        "ratio": f"{_median(losses) / target:.3g}",
         "test error": f"{_median(arm['final']['test/error']):.2%}",
-        "steps": "never" if needed == math.inf else f"{needed / steps:.2f}",
         "√Tr actual/ideal": f"{arm['actual_over_ideal_median']:.2f}",
         "max actual/uniform": f"{arm['actual_over_uniform_max']:.2f}",
         "spikes": f"{arm['with_spikes']} of {arm['n']}",
@@ -74,6 +70,14 @@ def _row(arm: dict, baseline: dict, step_cost: float | None, steps: int) -> dict
     window, uniform = (results.typical(arm, f"variance/{kind}") for kind in ("window", "uniform"))
     if window is not None and uniform:
         row["√Tr window/uniform"] = f"{window / uniform:.2f}"
+    if baseline is None:
+        return row
+    target = _median(baseline["final"]["train/loss"])
+    needed = statistics.median(steps_to(target, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"])
+    row |= {
+        "ratio": f"{_median(losses) / target:.3g}",
+        "steps": "never" if needed == math.inf else f"{needed / steps:.2f}",
+    }
     if step_cost is not None:
         at_equal_time = [
             results.loss_at(steps / step_cost, arm["step"], losses_by_step) for losses_by_step in arm["loss_by_seed"]
@@ -107,8 +111,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def main():
     record = command.record()
     print(f"{record['study']} on {record['data']}, {record['network']}, {record['steps']:,} steps\n")
-    print(markdown(make_rows(record, cost.load(record["study"], record["data"]), _BASELINE.value)))
+    print(markdown(make_rows(record, cost.load(record["study"], record["data"], record["network"]), _BASELINE.value)))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, without=command.OF_RUNS)

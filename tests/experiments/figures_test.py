@@ -62,7 +62,8 @@ def test_the_figure_of_asynchronous_learners_charges_each_its_own_time():
     arm = {"label": "some", "learning_rate": 0.1, "step": steps, "curves": curves, "baseline": "uniform_1", "n": 2}
     names = ["uniform_1", "calibrated_8"]
     record = {"study": "asgd", "data": "digits", "network": "MLP", "steps": 20, "arms": dict.fromkeys(names, arm)}
-    assert len(figures.make_figures(record, {})["asgd"].axes) == 2
+    for costs in ({}, {"uniform_1": 1.0}):
+        assert len(figures.make_figures(record, costs)["asgd"].axes) == 2
     made = figures.make_figures(record, {"uniform_1": 1.0, "calibrated_8": 0.5})
     assert "cost" not in made
     drawn = [line.get_xdata().tolist() for line in made["asgd"].axes[1].lines]
@@ -72,3 +73,17 @@ def test_the_figure_of_asynchronous_learners_charges_each_its_own_time():
 def test_figures_and_table_need_no_jax():
     code = "import sys; sys.modules['jax'] = None; import experiments.paper.figures, experiments.paper.table"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_arm_without_its_baseline_is_compared_with_nothing(tmp_path):
+    """Red if it is compared with itself: every ratio would be 1."""
+    write_run(tmp_path, "calibrated", 0.1, 0, [1.0, 0.1, 0.001])
+    (row,) = table.make_rows(summarize(tmp_path), {"uniform": 1.0, "calibrated": 2.0})
+    assert row["final training loss"] == "0.001 (0.001 to 0.001)" and not {"ratio", "steps", "time"} & row.keys()
+
+
+def test_a_flag_without_effect_is_refused():
+    """Red if someone believes that a table is of another width than the saved results."""
+    command = [sys.executable, "-m", "experiments.paper.table", "--study=fair", "--data=digits", "--width=3"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and "--width has no effect on this command: leave it out" in done.stderr

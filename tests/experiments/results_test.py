@@ -106,7 +106,7 @@ def test_an_empty_workdir_is_refused(tmp_path):
         summarize(tmp_path)
 
 
-def test_arms_swept_on_another_machine_are_merged(tmp_path):
+def test_arms_swept_on_another_machine_are_merged(tmp_path, monkeypatch):
     """Arms of the same experiment; those of another must not be shown as if they were comparable."""
     for machine, losses in (("a", [2.0, 1.0, 0.5]), ("b", [2.0, 1.0, 0.1]), ("longer", [2.0, 1.0, 0.5, 0.2])):
         write_run(tmp_path / machine, "calibrated" if machine == "a" else "uniform", 0.1, 0, losses)
@@ -114,6 +114,10 @@ def test_arms_swept_on_another_machine_are_merged(tmp_path):
     assert list(results.merged(first, second)["arms"]) == ["uniform", "calibrated"]
     assert results.merged(second, first)["arms"] == results.merged(first, second)["arms"]
     assert results.merged(first, other) == other and results.merged(None, first) == first
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    assert results.is_as_saved(first)  # as nothing is saved
+    results.save(first)
+    assert results.is_as_saved(second) and not results.is_as_saved(other)
     again = second | {"arms": {"uniform": {"n": 7}}}
     assert results.merged(second, again)["arms"]["uniform"] == {"n": 7}
 
