@@ -187,6 +187,7 @@ def _train(
         checkpoints.record = workdir_lib.write_record(workdir, config.to_dict(), about["devices"], resumed)
         scores_file = workdir / workdir_lib.SCORES_FILE
         with writing(scores_file):
+            check_lock()
             scores_file.unlink(missing_ok=True)  # of an earlier end, which is none any more
         status = prepared.pool.status if isinstance(prepared.pool, ClusterPool) else None
         first_step = checkpoint.state["step"] if checkpoint else 0
