@@ -1,6 +1,7 @@
 """Figures from rows of metrics; imports no jax."""
 
 import itertools
+import math
 import pathlib
 import statistics
 import warnings
@@ -148,7 +149,7 @@ def _plot(axis, histories: list[Rows], name: str, *, scale: float = 1.0, **style
     for row in itertools.chain.from_iterable(histories):
         if row.get(name) is not None:
             values.setdefault(row["step"], []).append(row[name])
-    if not values:
+    if not values or not math.isfinite(scale):  # the time of a step is not known yet
         return
     steps = sorted(values)
     xs = [scale * step for step in steps]
