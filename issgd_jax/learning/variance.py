@@ -22,7 +22,8 @@ class Variance(NamedTuple):
       ideal: of `v = norm`, the least possible (paper, Theorem 1).
       window: of the proposal, of the mean of WINDOW successive minibatches instead of one: less than `actual` where
         minibatches balance each other.
-      gain: Tr uniform / Tr actual; above 1, importance sampling lowers the variance.
+      gain: Tr uniform / Tr actual; above 1, importance sampling lowers the variance. Infinite where the estimate of
+        Tr actual is not above 0, and 1 where neither is.
     """
 
     uniform: jax.Array

@@ -150,7 +150,8 @@ class Checkpoints:
                     break
             else:
                 found = checkpoint.restore(path, state)
-                for newer, _ in hindered:
+                for newer, newer_state in hindered:
+                    say(f"the checkpoint of step {newer_state['step']:,} is renamed: the run writes it again")
                     self._put_aside(newer)
                 return found
         if hindered:
