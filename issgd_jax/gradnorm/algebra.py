@@ -47,14 +47,24 @@ def swap(x: Factored) -> Factored:
     return dataclasses.replace(x, terms=terms, sides=x.sides.translate(str.maketrans("lr", "rl")))
 
 
-def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply) -> Gradient:
-    """Returns x · factor, or x / factor, for a scalar factor."""
+def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply, *, keeps_left: bool = True) -> Gradient:
+    """Returns x · factor, or x / factor, for a scalar factor.
+
+    Args:
+      x: The gradient.
+      factor: The scalar.
+      operation: jnp.multiply or jnp.divide.
+      keeps_left: Whether left factors stay the arrays that leaves may share; if not, the smaller factor changes.
+    """
     if not isinstance(x, Factored):
         return operation(x, factor)
 
     def scaled(term):
-        array = term.right.array.astype(jnp.promote_types(term.right.array.dtype, x.dtype))
-        return dataclasses.replace(term, right=Dense(operation(array, factor).astype(array.dtype), term.right.labels))
+        can_choose = not keeps_left and isinstance(term.left, Dense)
+        side = "left" if can_choose and term.left.array.size < term.right.array.size else "right"
+        dense = getattr(term, side)
+        array = dense.array.astype(jnp.promote_types(dense.array.dtype, x.dtype))
+        return dataclasses.replace(term, **{side: Dense(operation(array, factor).astype(array.dtype), dense.labels)})
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
 

@@ -187,7 +187,8 @@ def weighted_sum(gradient: Factored, coefficients: jax.Array | None) -> jax.Arra
     """Returns the sum with the coefficients: the examples become uses of one gradient."""
     if coefficients is None:
         return None
-    total = algebra.sum_leading(jax.vmap(algebra.scale)(gradient, coefficients))
+    scaled = jax.vmap(functools.partial(algebra.scale, keeps_left=False))(gradient, coefficients)
+    total = algebra.sum_leading(scaled)
     return algebra.lay_out(total, algebra.multiply_out(total))
 
 

@@ -170,7 +170,8 @@ def _expected_norms(basis: CalibratedBasis, score, staleness) -> jax.Array:
     column = _staleness_bin(staleness)
     low, high = basis.log_rms[row, column], basis.log_rms[row + 1, column]
     # A score of the present step is the norm itself.
-    return jnp.where(staleness > 0, 2.0 ** (low + (position - row.astype(jnp.float32)) * (high - low)), relative_score)
+    log_expected = low + (position - row.astype(jnp.float32)) * (high - low)
+    return jnp.where(staleness > 0, jnp.exp2(log_expected), relative_score)
 
 
 def _shrunk_mean(total, count, prior):

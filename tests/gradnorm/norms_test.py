@@ -10,6 +10,8 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from issgd_jax.gradnorm import explain, per_example_grad_norms, value_grad_and_norms
+from issgd_jax.gradnorm.factors import Dense, Factored, Term
+from issgd_jax.gradnorm.leaves import weighted_sum
 from issgd_jax.task import models
 from tests.gradnorm.helpers import loop_norms, model_problem
 from tests.helpers import soak, soak_seed
@@ -107,13 +109,18 @@ def test_each_rule_is_exact_wherever_the_cheaper_one_would_be_taken(name, gram, 
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5), gradient, expected)
 
 
-def arrays_made(jaxpr):
-    """Shapes of all arrays that a jaxpr and the jaxprs within it make."""
+def equations(jaxpr):
+    """Equations of a jaxpr and of the jaxprs within it."""
     for eqn in jaxpr.eqns:
-        yield from (v.aval.shape for v in eqn.outvars)
+        yield eqn
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
-                yield from arrays_made(getattr(inner, "jaxpr", inner))
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def arrays_made(jaxpr):
+    """Shapes of all arrays that a jaxpr and the jaxprs within it make."""
+    return (v.aval.shape for eqn in equations(jaxpr) for v in eqn.outvars)
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied"])
@@ -202,6 +209,18 @@ def test_a_convolution_without_spatial_axes_and_one_whose_parameter_is_the_image
             per_example_grad_norms(loss_fn)(params, batch), loop_norms(loss_fn, params, batch), rtol=1e-5
         )
     assert explain(prompted, prompt, x).rows[0].rule == "formed"
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (3, 50)])
+def test_the_sum_over_a_batch_multiplies_the_smaller_factor(shape):
+    """Red if the coefficients meet the larger one: with an MLP on images, 1/40 of a step more."""
+    rng = np.random.default_rng(0)
+    left, right, coefficients = (rng.normal(size=size).astype(np.float32) for size in ((4, shape[0]), (4, shape[1]), 4))
+    gradient = Factored((Term(Dense(left, (0,)), Dense(right, (1,))),), shape, "lr", jnp.float32)
+    program = jax.make_jaxpr(weighted_sum)(gradient, coefficients)
+    assert [eqn.outvars[0].aval.size for eqn in equations(program.jaxpr) if eqn.primitive.name == "mul"] == [4 * 3]
+    expected = np.einsum("b,bi,bj->ij", *(x.astype(np.float64) for x in (coefficients, left, right)))
+    np.testing.assert_allclose(weighted_sum(gradient, coefficients), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_used_many_times_is_one_term():
