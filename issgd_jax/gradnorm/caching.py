@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from issgd_jax.gradnorm.arguments import check_arrays
 
@@ -38,7 +39,7 @@ def cached(transform: Callable[..., Callable]) -> Callable[..., Callable]:
         transformed, line = transform(function, *options), _line(function)
 
         def traced(*args, **kwargs):
-            shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (args, kwargs))
+            shapes = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), (args, kwargs))
             _warn_if_remade((transform, line, options, str(shapes)), result)
             return transformed(*args, **kwargs)
 

@@ -71,6 +71,7 @@ class Squares:
         """Returns powers of two f32[..., K] to multiply the numbers with, for sums that are all exact."""
         exponents = np.array([5 * int(jnp.finfo(dtype).minexp) // 8 for dtype in self.dtypes])
         small, large = (lax.convert_element_type(2.0**x, self.sums.dtype) for x in (-exponents, exponents))
+        small, large = (x.reshape(self._least.shape) for x in (small, large))
         ones = lax.full_like(self.sums, 1)
         scales = lax.select(self.sums < jnp.inf, ones, large * ones)
         return lax.stop_gradient(lax.select(self.sums < self._least, small * ones, scales))
@@ -78,8 +79,8 @@ class Squares:
     @property
     def _least(self) -> np.ndarray:
         """The least sum in which no square that underflowed matters."""
-        least = [count * underflow(dtype) for count, dtype in zip(self.counts, self.dtypes)]
-        return np.asarray(least).astype(self.sums.dtype)
+        least = np.array([count * underflow(dtype) for count, dtype in zip(self.counts, self.dtypes)])
+        return least.astype(self.sums.dtype).reshape((1,) * (self.sums.ndim - 1) + (-1,))
 
 
 def side_by_side(parts: Sequence[Squares]) -> Squares:
@@ -101,7 +102,8 @@ def squares(parts: Sequence[jax.Array], scales: jax.Array | None = None) -> Squa
     parts = [lax.convert_element_type(part, accumulator(part.dtype)) for part in parts]
     parts = [lax.reshape(part, (len(part), math.prod(part.shape[1:]))) for part in parts]
     if scales is not None:
-        parts = [part * lax.expand_dims(scales, [1]) for part in parts]
+        # Where a part is a constant, XLA would square part and scale each by itself: 0 · ∞.
+        parts = [lax.optimization_barrier(part * lax.expand_dims(scales, [1])) for part in parts]
     # XLA's CPU backend has faster kernels for products than for reductions, and then does not compute again what is
     # squared.
     products = (((1,), (1,)), ((0,), (0,)))

@@ -17,7 +17,7 @@ class NoiseScale(NamedTuple):
       squared_norm: |G|², the squared norm of the mean gradient over all examples.
 
     Example:
-      >>> NoiseScale(trace=6.0, squared_norm=2.0).simple
+      >>> float(NoiseScale(trace=6.0, squared_norm=2.0).simple)
       3.0
     """
 
@@ -25,9 +25,9 @@ class NoiseScale(NamedTuple):
     squared_norm: jax.Array | float = 0.0
 
     @property
-    def simple(self) -> jax.Array | float:
-        """B_simple = tr Σ / |G|², a number of examples; a ratio of estimates is not unbiased."""
-        return self.trace / self.squared_norm
+    def simple(self) -> jax.Array:
+        """B_simple = tr Σ / |G|², a number of examples; a ratio of estimates is not unbiased. NaN before the first."""
+        return jnp.divide(self.trace, self.squared_norm)
 
 
 def noise_scale(norms: jax.Array, gradient, importance_weights: jax.Array | None = None) -> NoiseScale:
@@ -85,7 +85,7 @@ def average_noise_scale(average: NoiseScale, estimate: NoiseScale, decay: float 
 
     Args:
       average: The averages so far.
-      estimate: Those of one minibatch, see `noise_scale`.
+      estimate: Those of one minibatch, see `noise_scale`; if one of them is not finite, the averages stay as they are.
       decay: Share of the old averages that is kept, in [0, 1).
 
     Raises:
@@ -97,9 +97,12 @@ def average_noise_scale(average: NoiseScale, estimate: NoiseScale, decay: float 
       >>> average = NoiseScale()
       >>> for estimate in (NoiseScale(6.0, 2.0), NoiseScale(8.0, 5.0)):
       ...     average = average_noise_scale(average, estimate, decay=0.5)
-      >>> round(average.simple, 3)  # (6/4 + 8/2) / (2/4 + 5/2) of the averages
+      >>> round(float(average.simple), 3)  # (6/4 + 8/2) / (2/4 + 5/2) of the averages
       1.833
     """
     if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
-    return NoiseScale(*(decay * old + (1 - decay) * new for old, new in zip(average, estimate)))
+    is_known = jnp.isfinite(estimate.trace) & jnp.isfinite(estimate.squared_norm)
+    return NoiseScale(
+        *(jnp.where(is_known, decay * old + (1 - decay) * new, old) for old, new in zip(average, estimate))
+    )

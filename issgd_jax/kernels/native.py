@@ -14,6 +14,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ FUNCTIONS = (
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 # A compiler that takes longer is stopped; usual are a few seconds.
 COMPILE_SECONDS = 120.0
+_first_use = threading.Lock()
 
 
 def on_cpu(function: str, plain: Callable, results: Any, *args, aliases: dict[int, int] | None = None, **attributes):
@@ -66,12 +68,17 @@ def supports_key(key: jax.Array) -> bool:
     return jax.random.key_impl(key) == "threefry2x32" and jax.config.jax_threefry_partitionable
 
 
-@functools.cache
 def available() -> bool:
     """Returns whether kernels can be used; compiles them on first use, which takes some seconds.
 
     Logs a warning with the reason if they cannot be compiled, or kept where no other user could replace them.
     """
+    with _first_use:  # two libraries of one function cannot be registered
+        return _available()
+
+
+@functools.cache
+def _available() -> bool:
     if os.environ.get("ISSGD_JAX_KERNELS") == "0":
         return False
     try:

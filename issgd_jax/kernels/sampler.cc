@@ -271,7 +271,9 @@ struct Rank {
       }
       for (int j = 0; j < kAbreast; ++j) {
         const float is_mirrored = static_cast<float>(static_cast<int32_t>((mirrored[j] >> bit) & 1));
-        const double place = std::fabs(static_cast<double>(is_mirrored * sum[j]) - position[j]);
+        double place = std::fabs(static_cast<double>(is_mirrored * sum[j]) - position[j]);
+        // The sum is rounded: else positions beyond the halves would fall to a small leaf, or some would be missing.
+        place *= (static_cast<double>(left[j]) + static_cast<double>(right[j])) / static_cast<double>(sum[j]);
         // Positions are counted from the end of the smaller half.
         const float smaller = left[j] < right[j] ? left[j] : right[j];
         const int32_t in_smaller = (place < static_cast<double>(smaller)) & (smaller > 0);

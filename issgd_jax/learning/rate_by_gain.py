@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from issgd_jax.learning import variance
+from issgd_jax.sampling import double_float
+from issgd_jax.sampling.double_float import Double
 
 # Updates after which a minibatch counts for a third.
 WINDOW = 100
@@ -22,6 +24,7 @@ class RateByGainState(NamedTuple):
       filled: f32[], sum of the minibatches' shares in the running means, from 0 to 1.
       gain: f32[], by which the last rate was multiplied.
       effective_steps: f32[], sum of the gains: the place in the schedule.
+      remainder: f32[], what rounding has left out of that sum, which else stands still after 2^24 steps.
       inner: the optimiser's.
     """
 
@@ -29,6 +32,7 @@ class RateByGainState(NamedTuple):
     filled: jax.Array
     gain: jax.Array
     effective_steps: jax.Array
+    remainder: jax.Array
     inner: Any
 
 
@@ -56,6 +60,7 @@ def rate_by_gain(
       moments are not finite teach nothing. Its state is a pytree of arrays.
 
     Raises:
+      TypeError: make_optimizer is no function.
       ValueError: max_gain < 1; in `update`, norms and importance weights are missing or differ in shape.
 
     Example:
@@ -68,6 +73,11 @@ def rate_by_gain(
       >>> round(float(state.gain), 2)  # towards 1 + (4.75 - 3.125) / (2 * 3)
       1.26
     """
+    if not callable(make_optimizer):
+        raise TypeError(
+            f"make_optimizer must take a learning rate, got {type(make_optimizer).__name__}: pass a function such as "
+            "lambda rate: optax.sgd(rate)"
+        )
     if not max_gain >= 1:
         raise ValueError(f"max_gain must be >= 1, got {max_gain}")
     rate_at = learning_rate if callable(learning_rate) else lambda steps: learning_rate
@@ -76,8 +86,8 @@ def rate_by_gain(
 
     def init(params) -> RateByGainState:
         moments = variance.Moments(*(jnp.zeros((), jnp.float32) for _ in variance.Moments._fields))
-        filled, gain, steps = (jnp.full((), value, jnp.float32) for value in (0, 1, 0))
-        return RateByGainState(moments, filled, gain, steps, optimizer.init(params))
+        filled, gain, steps, remainder = (jnp.full((), value, jnp.float32) for value in (0, 1, 0, 0))
+        return RateByGainState(moments, filled, gain, steps, remainder, optimizer.init(params))
 
     def update(gradient, state, params=None, *, norms=None, importance_weights=None, **extra):
         if norms is None or importance_weights is None or jnp.shape(norms) != jnp.shape(importance_weights):
@@ -90,7 +100,9 @@ def rate_by_gain(
         state = _observe(state, jax.tree.map(lambda x: x.astype(jnp.float32), new), norms.size, max_gain)
         inner_optimizer = optax.with_extra_args_support(make_optimizer(state.gain * rate_at(state.effective_steps)))
         updates, inner = inner_optimizer.update(gradient, state.inner, params, **extra)
-        return updates, state._replace(inner=inner, effective_steps=state.effective_steps + state.gain)
+        steps = Double(state.effective_steps, state.remainder)
+        steps = double_float.add(steps, Double(state.gain, jnp.zeros_like(state.gain)))
+        return updates, state._replace(inner=inner, effective_steps=steps.high, remainder=steps.low)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

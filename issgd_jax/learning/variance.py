@@ -120,7 +120,7 @@ def measure(
     window_of = actual
     if strides is not None:
         rest = (window / strides) % 1
-        visited = jnp.mean(strides**2 / (num_examples * window) * rest * (1 - rest) * norms**2)
+        visited = jnp.mean(strides**2 / float(num_examples * window) * rest * (1 - rest) * norms**2)
         window_of = visited - max(0, 1 - window / num_examples) * true_gradient_square
     roots = [jnp.sqrt(jnp.maximum(trace, 0)) for trace in (uniform, actual, ideal, window_of)]
     return Variance(*roots, gain=jnp.where(actual > 0, uniform / actual, jnp.where(uniform > 0, jnp.inf, 1)))

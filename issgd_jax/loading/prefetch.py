@@ -117,17 +117,17 @@ class Prefetch:
         if isinstance(state.num_draws, jax.core.Tracer):
             raise TypeError("Prefetch.draw cannot be compiled: call it outside jit, and pass the batch to the function")
         batch_size, method = self._sampler.batch_size, self._sampler.draw_method
-        for ahead in self._ahead[len(self._queue) :]:
-            args = state.key, state.num_draws, ahead, state.table
-            if method == STRIDE:
-                args = *args, [drawn.indices for drawn, _ in self._queue]
-            num_draws, drawn, for_host = _draw_ahead(*args, batch_size=batch_size, method=method)
-            for_host.copy_to_host_async()
-            reply = queue.SimpleQueue()
-            self._requests.put((for_host, batch_size, reply))
-            self._queue.append((drawn, reply))
-        drawn, reply = self._queue.popleft()
         try:
+            for ahead in self._ahead[len(self._queue) :]:
+                args = state.key, state.num_draws, ahead, state.table
+                if method == STRIDE:
+                    args = *args, [drawn.indices for drawn, _ in self._queue]
+                num_draws, drawn, for_host = _draw_ahead(*args, batch_size=batch_size, method=method)
+                for_host.copy_to_host_async()
+                reply = queue.SimpleQueue()
+                self._requests.put((for_host, batch_size, reply))
+                self._queue.append((drawn, reply))
+            drawn, reply = self._queue.popleft()
             number, key, batch = _answer(reply)
             if self._next is not None and (number, key) != self._next:
                 raise RuntimeError(

@@ -148,7 +148,7 @@ def _sum_by_bin(row: jax.Array, column: jax.Array, values: jax.Array) -> jax.Arr
     """Returns what `_scatter` does, by a product of one-hot matrices: the same bits on every run also on a GPU."""
     rows = jax.nn.one_hot(row, SCORE_BINS, dtype=jnp.float32)
     # Not values times rows, for which JAX 0.10's compiler for GPUs finds no tiles.
-    columns = values[:, :, None] * jax.nn.one_hot(column, STALENESS_BINS, dtype=jnp.float32)
+    columns = values[:, :, None] * jax.nn.one_hot(column, STALENESS_BINS, dtype=jnp.float32)[None]
     return jnp.einsum("mr,kmc->krc", rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 

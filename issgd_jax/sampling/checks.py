@@ -107,6 +107,8 @@ def as_step(name: str, step: Any) -> jax.Array:
 
 
 def check_number(name: str, value: Any, is_allowed: Callable[[Any], bool], allowed: str) -> None:
-    """Raises ValueError unless the value is allowed; arrays may be traced, and pass."""
+    """Raises TypeError if the value is no number, ValueError if it is not allowed; arrays may be traced, and pass."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}: pass a number")
     if isinstance(value, int | float | np.number) and not is_allowed(value):
         raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -75,6 +75,8 @@ def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw
             "ingest(state, indices, norms, scored_at=state.step)"
         )
     indices = as_indices(drawn.indices, num_examples)
+    if indices.ndim != 1:
+        raise ValueError(f"a draw must have indices of shape [B], got {indices.shape}: reshape the batch, not the draw")
     arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
     for name, array in arrays.items():
         if array is not None and jnp.shape(array) != indices.shape:

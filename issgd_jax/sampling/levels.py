@@ -77,6 +77,6 @@ def write(tree: jax.Array, indices: jax.Array, leaves: jax.Array, *, num_leaves:
         if end - start <= DENSE * indices.size:
             return jax.lax.dynamic_update_slice(tree, build(tree[start : start + size], combine), (jnp.int32(start),))
         node = node // RADIX
-        child = RADIX * node[:, None] + jnp.arange(RADIX, dtype=jnp.int32)
+        child = RADIX * node[:, None] + jnp.arange(RADIX, dtype=jnp.int32)[None]
         values = combine(children(tree, start + RADIX * node), child < size)
     return tree

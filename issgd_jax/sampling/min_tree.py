@@ -50,7 +50,7 @@ def earliest(tree: jax.Array, now: jax.Array, salt: jax.Array, *, num_leaves: in
     sizes, starts = levels.sizes(num_leaves), levels.starts(num_leaves)
     node = jnp.zeros(1, jnp.int32)
     for level in reversed(range(len(sizes) - 1)):
-        child = (RADIX * node[:, None] + jnp.arange(RADIX, dtype=jnp.int32)).reshape(-1)
+        child = (RADIX * node[:, None] + jnp.arange(RADIX, dtype=jnp.int32)[None]).reshape(-1)
         inside = child < sizes[level]  # neither are the children of a node that is not
         start = starts[level] + RADIX * jnp.minimum(node, sizes[level + 1] - 1)
         distance = jnp.where(inside, levels.children(tree, start).reshape(-1) - now, _LATEST)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 # Updates after which a minibatch counts for a third: in the moments, and in the level, their unit.
 MOMENTS_WINDOW, LEVEL_WINDOW = 100, 10
-LARGEST = 1e36  # of a weighted square: a minibatch of them has a finite sum
+LARGEST_SUM = 1e36  # of the weighted squares of a minibatch
 
 
 def init() -> jax.Array:
@@ -21,11 +21,12 @@ def update(moments: jax.Array, norms: jax.Array, importance_weights: jax.Array) 
     Args:
       moments: f32[3], as returned by `init` or `update`.
       norms: f32[B], gradient norms of a minibatch; those that are NaN, infinite or negative, or whose weighted squares
-        are not finite, do not count.
+        could have an infinite sum, do not count.
       importance_weights: f32[B].
     """
     squares = importance_weights * norms**2
-    valid = (norms >= 0) & (importance_weights >= 0) & (squares < LARGEST) & (importance_weights * squares < LARGEST)
+    largest = LARGEST_SUM / max(1, norms.size)
+    valid = (norms >= 0) & (importance_weights >= 0) & (squares < largest) & (importance_weights * squares < largest)
     squares, importance_weights = jnp.where(valid, squares, 0), jnp.where(valid, importance_weights, 0)
     new = jnp.stack([jnp.mean(squares), jnp.mean(importance_weights * squares)])
     means, level = moments[:2], moments[2]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.sampling.checks import check_number
+from issgd_jax.sampling.checks import MAX_STEP, check_number
 from issgd_jax.sampling.fallback import Fallback, apply_fallback, make_fallback
 from issgd_jax.sampling.level import normalize, subsample, update_level
 from issgd_jax.sampling.store import NEVER, ScoreStore
@@ -193,7 +193,9 @@ class Proportional(Stateless):
 
     def __post_init__(self):
         check_number("smoothing", self.smoothing, lambda x: 0 <= x < math.inf, "finite and >= 0")
-        check_number("max_staleness", self.max_staleness, lambda x: x >= 0, ">= 0, or None")
+        check_number(
+            "max_staleness", self.max_staleness, lambda x: 0 <= x <= MAX_STEP, f">= 0 and <= {MAX_STEP}, or None"
+        )
 
     def basis(self, state, store: ScoreStore, step: jax.Array) -> ProportionalBasis:
         del state
@@ -203,7 +205,7 @@ class Proportional(Stateless):
             scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
             smoothing = smoothing * jnp.sum(scores) / num_scored
         num_usable = jnp.sum(self._usable(store.scored_at, step))
-        enough = 10 * num_usable >= len(store)
+        enough = num_usable >= -(-len(store) // 10)
         return ProportionalBasis(
             smoothing,
             make_fallback(store.score + smoothing, store.scored_at),
@@ -319,8 +321,8 @@ class Mixture:
         level = update_level(state.level, norms, importance_weights, num_examples)
         v = self.proposal.v(basis.inner, score, scored_at, step)
         fractions = jnp.asarray(FRACTIONS, jnp.float32)[:, None]
-        ratios = _ratio(_mix(basis.mean, basis.mean, fractions), _mix(v, basis.mean, fractions))
-        new = jnp.sum(importance_weights * normalize(norms, level) ** 2 * ratios, axis=1)
+        ratios = _ratio(_mix(basis.mean, basis.mean, fractions), _mix(v[None], basis.mean, fractions))
+        new = jnp.sum((importance_weights * normalize(norms, level) ** 2)[None] * ratios, axis=1)
         decay = 0.5 ** (jnp.sum(importance_weights) / num_examples)
         return MixtureState(inner, decay * state.second_moments + new, level)
 

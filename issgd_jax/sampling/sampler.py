@@ -11,7 +11,7 @@ from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import transitions
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
-from issgd_jax.sampling.checks import as_indices, as_numbers, as_step, as_whole
+from issgd_jax.sampling.checks import MAX_STEP, as_indices, as_numbers, as_step, as_whole
 from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_number
 from issgd_jax.sampling.proposal import Mixture, Uniform, check_proposal
 from issgd_jax.sampling.state import SamplerState
@@ -55,7 +55,8 @@ class Sampler:
         exactly the time since its first visit, in epochs, whatever the scores are; so that at fixed parameters the mean
         over t steps converges to that over all examples as 1 / t, where independent draws need 1 / sqrt(t). No example
         waits longer than its stride, one epoch and one minibatch, and no stride is longer than 64 epochs. What is drawn
-        is in flight until its `update`; it is drawn again before only where nothing else is left, or after 64 epochs.
+        is in flight until its `update`; it is drawn again before only where nothing else is left, or after the longest
+        stride.
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
@@ -82,6 +83,7 @@ class Sampler:
     draw_method: str
     rebuild_every: int
     count_draws: bool
+    _proposal_state: Any = dataclasses.field(repr=False)  # its structure
 
     def __init__(
         self,
@@ -100,8 +102,10 @@ class Sampler:
         if rebuild_every is None:
             rebuild_every = max(REBUILD_EVERY, num_examples // (EXAMPLES_REBUILT_A_DRAW * batch_size))
         rebuild_every = as_whole("rebuild_every", rebuild_every)
-        if rebuild_every < 0:
-            raise ValueError(f"rebuild_every must be >= 0, got {rebuild_every}: 0 leaves it to the caller")
+        if not 0 <= rebuild_every <= MAX_STEP:
+            raise ValueError(
+                f"rebuild_every must be >= 0 and <= {MAX_STEP}, got {rebuild_every}: 0 leaves it to the caller"
+            )
         if not isinstance(count_draws, bool):
             raise TypeError(f"count_draws must be True or False, got {count_draws!r}")
         check_proposal(proposal)
@@ -114,7 +118,8 @@ class Sampler:
             )
         if draw == STRIDE and isinstance(proposal, Mixture) and proposal.uniform_fraction is None:
             proposal = Mixture(proposal.proposal, STRIDE_FRACTION)
-        _set(self, num_examples, batch_size, proposal, draw, rebuild_every, count_draws)
+        structure = jax.tree.structure(jax.eval_shape(proposal.init))
+        _set(self, num_examples, batch_size, proposal, draw, rebuild_every, count_draws, structure)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
         """Returns the state before the first draw: nothing scored, every example equally likely.
@@ -187,7 +192,7 @@ class Sampler:
           norms: f[B], the gradient norms of its examples, without importance weights; None: nothing was measured, and
             only the step is counted; with draw "stride", its examples are in flight no longer.
           scores: f[B], where scores are not gradient norms; None: the norms.
-          scored_at: i32[], step of the parameters of the norms; None: the present one.
+          scored_at: i32[], step of the parameters of the norms, see `ingest`; None: the present one.
 
         Raises:
           TypeError: state or drawn is something else.
@@ -217,7 +222,7 @@ class Sampler:
           state: donated.
           indices: i[...], of examples; those outside [0, N) are padding.
           scores: f[...], of the same shape, or one for all.
-          scored_at: i[], step of the parameters that gave them.
+          scored_at: i[], step of the parameters that gave them, as `state.step` counts; a later one counts as that.
           are_norms: whether scores are gradient norms; the proposal learns from no others.
           rebuild: whether the whole table is rebuilt, O(N); else only these examples change, O(m log N).
 
@@ -354,6 +359,11 @@ class Sampler:
                 f"state must be a SamplerState, got {type(state).__name__}: it comes from `init`, which is also the "
                 "template to restore one by"
             )
+        if jnp.ndim(state.step):
+            raise ValueError(
+                f"the state is of {' x '.join(map(str, jnp.shape(state.step)))} samplers: call this inside the `vmap` "
+                "that made it"
+            )
         if len(state.store) != self.num_examples:
             raise ValueError(
                 f"the state is of {len(state.store):,} examples, the sampler of {self.num_examples:,}: use the sampler "
@@ -362,6 +372,11 @@ class Sampler:
         if (state.visits is None) == (self.draw_method == STRIDE):
             raise ValueError(
                 f"the state is that of another draw than {self.draw_method!r}: use the sampler that made it, or begin "
+                "with init"
+            )
+        if jax.tree.structure(state.proposal_state) != self._proposal_state:
+            raise ValueError(
+                f"the state is that of another proposal than {self.proposal}: use the sampler that made it, or begin "
                 "with init"
             )
         if (state.times_drawn is None) == self.count_draws:
@@ -381,7 +396,14 @@ jax.tree_util.register_pytree_node(
     Sampler,
     lambda sampler: (
         (sampler.proposal,),
-        (sampler.num_examples, sampler.batch_size, sampler.draw_method, sampler.rebuild_every, sampler.count_draws),
+        (
+            sampler.num_examples,
+            sampler.batch_size,
+            sampler.draw_method,
+            sampler.rebuild_every,
+            sampler.count_draws,
+            sampler._proposal_state,
+        ),
     ),
     lambda static, values: _set(object.__new__(Sampler), *static[:2], *values, *static[2:]),
 )

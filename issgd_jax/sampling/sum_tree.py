@@ -194,6 +194,10 @@ def _choose_half(left, right, position: Double, sum_, mirrored) -> tuple[jax.Arr
     """
     from_end = double_float.subtract(Double(sum_, jnp.zeros_like(sum_)), position)
     position = jax.tree.map(lambda x, y: jnp.where(mirrored, x, y), from_end, position)
+    # The sum is rounded: else positions beyond the halves would fall to a small leaf, or some would be missing.
+    exact = double_float.two_sum(left, right)
+    excess = ((exact.high - sum_) + exact.low) / jnp.where(sum_ > 0, sum_, 1)
+    position = double_float.add(position, Double(position.high * excess, jnp.zeros_like(sum_)))
     smaller = Double(jnp.minimum(left, right), jnp.zeros_like(left))
     in_smaller = ~double_float.less_equal(smaller, position) & (smaller.high > 0)
     beyond = double_float.subtract(position, smaller)

@@ -78,7 +78,7 @@ def update(
         if state.visits is not None:
             state = _write_v(proposal, state, drawn.indices, step, arrived=True)
         return state._replace(step=step)
-    scored_at = state.step if scored_at is None else scored_at
+    scored_at = state.step if scored_at is None else jnp.minimum(scored_at, state.step)
     indices = order_after(drawn.indices, drawn.importance_weights)
     scores = norms if scores is None else scores
     # A draw of the caller's own may have any importance weights: nothing is learned from impossible ones.
@@ -103,7 +103,7 @@ def ingest(
     proposal: Proposal, state: SamplerState, indices, scores, scored_at, *, are_norms: bool, whole_table: bool
 ) -> SamplerState:
     """Returns the state with scores that were computed elsewhere; see `Sampler.ingest`."""
-    indices, scores = indices.reshape(-1), scores.reshape(-1)
+    indices, scores, scored_at = indices.reshape(-1), scores.reshape(-1), jnp.minimum(scored_at, state.step)
     state = _write(proposal, state, indices, scores, scores if are_norms else None, 1.0, scored_at)
     if whole_table:
         return _rebuild(proposal, state)
@@ -126,7 +126,7 @@ def metrics(state: SamplerState, *, batch_size: int) -> dict[str, jax.Array]:
     return {
         "gain": gain,
         "equivalent_batch": gain * batch_size,
-        "staleness_mean": jnp.sum(staleness) / jnp.maximum(num_scored, 1),
+        "staleness_mean": jnp.sum(staleness.astype(jnp.float32)) / jnp.maximum(num_scored, 1).astype(jnp.float32),
         "staleness_max": jnp.max(staleness),
         "scored_fraction": num_scored / len(store),
         "effective_sample_size": effective_sample_size(state.table, batch_size),

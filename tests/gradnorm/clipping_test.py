@@ -306,7 +306,7 @@ def test_options_out_of_range_are_refused(options, message):
         (TypeError, "noise_key= is given, but noise_multiplier is None", {}, {"noise_key": jax.random.key(0)}),
         (
             ValueError,
-            r"noise_key must be one random key, got \(2,\)",
+            r"noise_key must be one random key, got PRNGKeyArray of shape \(2,\): pass one such as",
             {"noise_multiplier": 1.0},
             {"noise_key": jax.random.split(jax.random.key(0))},
         ),
@@ -318,6 +318,15 @@ def test_options_out_of_range_are_refused(options, message):
 def test_wrong_arguments_of_a_call_are_named(error, message, options, arguments):
     with pytest.raises(error, match=message):
         clipped_grad(loss_fn, 1.0, **options)(PARAMS, X, **arguments)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1, np.float32(0.1)])
+def test_without_jit_the_same_is_clipped(max_norm):
+    """Red if numbers need to be traced: without jit is how people look for an error."""
+    expected = clipped_grad(loss_fn, max_norm)(PARAMS, X)
+    with jax.disable_jit():
+        result = clipped_grad(loss_fn, max_norm)(PARAMS, X)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), result, expected)
 
 
 def test_what_the_other_functions_refuse_is_refused():

@@ -92,6 +92,14 @@ def test_wrong_arguments_are_named(message, norms, gradient, importance_weights)
         noise_scale(norms, gradient, importance_weights)
 
 
+def test_a_minibatch_that_diverges_leaves_the_averages_as_they_are():
+    """Red if one NaN stays in them for good, or the ratio before the first raises."""
+    average = average_noise_scale(NoiseScale(), NoiseScale(6.0, 2.0))
+    for bad in (NoiseScale(jnp.nan, 1.0), NoiseScale(1.0, jnp.inf)):
+        assert average_noise_scale(average, bad) == average
+    assert float(average.simple) == pytest.approx(3) and np.isnan(NoiseScale().simple)
+
+
 def test_norms_per_leaf_are_refused():
     """Red if a pytree of norms reaches NumPy, or is taken for a batch."""
     with pytest.raises(ValueError, match=r"not be per leaf, got \{'a': \(4,\)"):

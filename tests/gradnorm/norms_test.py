@@ -370,6 +370,27 @@ def test_a_zero_gradient_has_norm_zero():
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_sequences_of_no_steps_have_norm_zero(size):
+    """Red if XLA squares a constant 0 and its scale each by itself, 0 · ∞."""
+
+    def loss_fn(params, x):
+        last, _ = jax.lax.scan(lambda h, row: (jnp.tanh(h @ params["w"] + row), None), jnp.ones(5), x)
+        return jnp.sum(x @ params["w"]) + jnp.sum(last) + jnp.sum(params["a"])
+
+    params, x = {"w": jnp.ones((5, 5)), "a": jnp.ones(4)}, jnp.zeros((size, 0, 5))
+    np.testing.assert_allclose(per_example_grad_norms(loss_fn)(params, x), np.full(size, 2.0))
+    norms = per_example_grad_norms(loss_fn, per_leaf=True)(params, x)
+    assert norms["w"].tolist() == [0] * size and norms["a"].tolist() == [2] * size
+
+
+def test_callers_may_forbid_the_promotion_of_ranks():
+    """Red if ranks meet inside, so that what works alone fails in a program that forbids it."""
+    loss_fn, params, *batch = model_problem("mlp", 3)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(value_grad_and_norms(lambda *args: loss_fn(*args)), params, jnp.ones(3), *batch)
+
+
 def test_a_dictionary_batch_and_any_pytree_of_parameters():
     params = {"a": [jnp.ones(3), jnp.ones(())]}
     batch = {"x": jnp.arange(6.0).reshape(2, 3)}

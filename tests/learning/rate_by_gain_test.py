@@ -75,6 +75,23 @@ def test_the_schedule_runs_in_effective_steps():
     np.testing.assert_allclose(rates, gains * np.maximum(1 - done / 100, 0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("done", [0, 2**22, 2**24, 2**29])
+def test_the_schedule_goes_on_however_long_the_run_is(done):
+    """Red if a gain is rounded away beside the sum of the others."""
+    optimizer = rate_by_gain(optax.sgd, lambda steps: steps)
+    state = optimizer.init(jnp.ones(2))._replace(effective_steps=jnp.float32(done))
+    update = jax.jit(optimizer.update)
+    for _ in range(40):
+        _, state = update(jnp.ones(2), state, norms=jnp.zeros(2), importance_weights=jnp.ones(2))
+    total = float(state.effective_steps) - done + float(state.remainder)
+    assert total == 40
+
+
+def test_an_optimiser_in_place_of_its_maker_is_told():
+    with pytest.raises(TypeError, match="make_optimizer must take a learning rate, got GradientTransf.*: pass a func"):
+        rate_by_gain(optax.sgd(0.1), 0.1)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_moments_that_are_not_finite_teach_nothing(bad):
     """Red if one overflow makes the rate NaN for good."""

@@ -127,6 +127,17 @@ def test_gain_is_the_ratio_of_traces_and_one_without_noise():
     assert still.uniform == still.actual == 0 and still.gain == 1
 
 
+def test_the_noise_of_a_window_of_large_data():
+    """Red if N times the window has to fit 32 bits: a run on ImageNet would end at its first measurement."""
+    norms, num_examples, window = jnp.array([1.0, 3.0]), 1_281_167, 2560
+    measured = variance.measure(
+        norms, norms, mean_v=jnp.float32(2), mean_gradient_norm=jnp.float32(0), num_examples=num_examples,
+        strides=jnp.full(2, float(num_examples)), window=window,
+    )  # fmt: skip
+    share = window / num_examples
+    assert float(measured.window) ** 2 == pytest.approx(10 * (1 - share), rel=1e-3)
+
+
 @pytest.mark.parametrize(("size", "num_examples"), [(1, 5), (6, 5)])
 def test_sample_size_must_fit(size, num_examples):
     with pytest.raises(ValueError, match=f"2 <= M <= {num_examples}"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from issgd_jax.loading import prefetch as prefetch_lib
 from issgd_jax.loading.prefetch import Prefetch
 from issgd_jax.sampling import Proportional, Sampler, Uniform
 from tests.sampling.helpers import lognormal
@@ -131,6 +132,26 @@ def test_errors_of_the_source_raise_in_their_draw_and_the_next_tries_again(depth
         with pytest.raises(OSError, match="disk is gone"):
             prefetch.draw(state)
         assert_same(prefetch.draw(state), draw(SAMPLER, state))
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_interrupted_draw_leaves_nothing_behind(failing, monkeypatch):
+    """Red if a draw that was dispatched before an interrupt is handed to a run that begins again from another state."""
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return draw_ahead(*args, **kwargs)
+
+    draw_ahead = prefetch_lib._draw_ahead
+    monkeypatch.setattr(prefetch_lib, "_draw_ahead", interrupted)
+    with Prefetch(SAMPLER, X, 2) as prefetch:
+        with pytest.raises(KeyboardInterrupt):
+            prefetch.draw(scored())
+        other = scored(seed=1)
+        assert_same(prefetch.draw(other), draw(SAMPLER, other))
 
 
 def test_ragged_rows_raise_where_they_are_drawn():

@@ -1,11 +1,13 @@
 """The cache of compiled kernels: what another user, a full disk or a broken compiler leaves there is not run."""
 
+import functools
 import logging
 import os
 import pathlib
 import shutil
 import stat
 import subprocess
+import threading
 import time
 
 import pytest
@@ -53,11 +55,29 @@ def build(home):
     return native._cached(folder), folder
 
 
+def test_threads_that_begin_together_load_one_library(home, monkeypatch):
+    """Red if both register their own, which XLA refuses."""
+    began = threading.Barrier(2)
+    loaded = []
+    monkeypatch.setattr(native, "_available", functools.cache(lambda: loaded.append(1) or not time.sleep(0.2)))
+
+    def begin():
+        began.wait()
+        assert native.available()
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 1
+
+
 def check_plain(caplog, *reasons):
     """Plain JAX replaces the kernels, with one warning of one line."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "issgd_jax"):
-        assert native.available.__wrapped__() is False
+        assert native._available.__wrapped__() is False
     (record,) = caplog.records
     message = record.getMessage()
     assert "plain JAX replaces them" in message and "\n" not in message and len(message) < 900

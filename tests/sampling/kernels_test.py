@@ -14,12 +14,27 @@ from hypothesis import strategies as st
 
 from issgd_jax.kernels import native
 from issgd_jax.sampling import store, sum_tree, uniform
+from issgd_jax.sampling.double_float import Double
 from tests.helpers import soak
 from tests.sampling.helpers import needs_kernels
 
 SIZES = st.sampled_from([1, 16, 17, 300, 5000])  # few: each is compiled
 WRITTEN = 64
 build = jax.jit(sum_tree.build)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@settings(deadline=None, max_examples=200)
+@given(st.floats(0.5, 1, width=32), st.floats(0.5, 1, width=32), st.integers(0, 40), st.booleans())
+def test_positions_of_a_node_are_all_in_its_halves(mirrored, x, y, octaves, swapped):
+    """Red if those beyond the rounded sum fall to a small leaf below the larger half, drawn 65 times too often."""
+    left, right = (np.array([v], np.float32) for v in ((y * 2.0**-octaves, x) if swapped else (x, y * 2.0**-octaves)))
+    sum_ = left + right
+    for position in (Double(0 * sum_, 0 * sum_), Double(sum_, -sum_ * np.float32(2**-45))):
+        to_right, inside, half = sum_tree._choose_half(left, right, position, sum_, np.array([mirrored]))
+        inside, half = float(inside.high[0]) + float(inside.low[0]), float(half[0])
+        assert half == (right if to_right else left)[0]
+        assert min(abs(inside), abs(inside - half)) <= 2.0**-43 * half  # the ends of the node are ends of a half
 
 
 def leaves(num_leaves, kind, seed=0):

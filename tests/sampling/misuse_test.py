@@ -277,6 +277,8 @@ def test_wrong_arguments_are_refused_in_words():
         (lambda: Proportional(1.0, max_staleness=-1), "max_staleness must be >= 0"),
         (lambda: Mixture(Calibrated(), 1.0), "uniform_fraction must be in"),
         (lambda: Calibrated(half_life=0), "half_life must be > 0"),
+        (lambda: Proportional(1.0, max_staleness=10**10), "max_staleness must be >= 0 and <= 1073741824"),
+        (lambda: Sampler(20, 4, rebuild_every=10**10), "rebuild_every must be >= 0 and <= 1073741824"),
         (lambda: sampler.init(2**40), "seed must be in"),
         (lambda: sampler.draw_number(sampler.init(0), 2**31), "number must be in"),
     ):
@@ -284,7 +286,15 @@ def test_wrong_arguments_are_refused_in_words():
     for name, arguments in (("num_examples", (20.0, 4)), ("batch_size", (20, 4.5))):
         refused(TypeError, f"{name} must be a whole number", functools.partial(Sampler, *arguments))
     refused(TypeError, "seed must be a whole number", lambda: sampler.init(1.5))
+    refused(TypeError, "uniform_fraction must be .* got '0.3': pass a number", lambda: Mixture(Calibrated(), "0.3"))
     drawn = Draw(jnp.arange(4), jnp.ones(4), 20)
+    halves = Draw(jnp.arange(4).reshape(2, 2), jnp.ones((2, 2)), 20)
+    refused(ValueError, r"indices of shape .B., got \(2, 2\): reshape the batch",
+            lambda: sampler.update(sampler.init(0), halves, jnp.ones((2, 2))))  # fmt: skip
+    for other in (Sampler(20, 4, Uniform()), Sampler(20, 4, Calibrated())):
+        refused(ValueError, "the state is that of another proposal than", lambda: other.draw(sampler.init(0)))  # noqa: B023
+    seeds = jax.vmap(sampler.init)(jnp.arange(3))
+    refused(ValueError, "the state is of 3 samplers: call this inside the `vmap`", lambda: sampler.metrics(seeds))
     refused(ValueError, "scores without norms: use ingest",
             lambda: sampler.update(sampler.init(0), drawn, None, scores=jnp.ones(4)))  # fmt: skip
     refused(ValueError, "scored_at must be in",
@@ -313,11 +323,11 @@ def use_everything(sampler, norms, indices, seed):
 
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=repr)
 def test_callers_may_forbid_implicit_promotion(proposal):
-    """Red if integers and floats, or two integer types, meet inside: on every platform's path."""
+    """Red if integers and floats, two integer types, or ranks meet inside: on every platform's path."""
     indices, norms = jnp.arange(B, dtype=jnp.int32), jnp.ones(B, jnp.float32)
     draws = ("shuffled", "independent") if isinstance(proposal, Uniform) else METHODS
     excludes = getattr(proposal, "max_staleness", None) is not None
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for method in draws if excludes else (*draws, STRIDE):
             jax.eval_shape(functools.partial(use_everything, Sampler(N, B, proposal, method), norms, indices), 0)
         table = build_table(jnp.ones(N, jnp.float32))
@@ -330,6 +340,19 @@ def test_callers_may_forbid_implicit_promotion(proposal):
             tree = {"num_leaves": N, "equally_spaced": spaced}
             jax.eval_shape(lambda: sum_tree.plain_draw(words, table.sums, jnp.int32(B), **tree, **key))  # noqa: B023
             jax.eval_shape(lambda: uniform.plain_draw(words, num_examples=N, in_parts=spaced, **key))  # noqa: B023
+
+
+@pytest.mark.parametrize("draw", ["systematic", STRIDE])
+def test_a_step_of_the_future_counts_as_the_present(draw):
+    """Red if scores of another count of steps stay for thousands of updates, as newer than every own one."""
+    sampler = Sampler(N, N, draw=draw)
+    state = sampler.ingest(sampler.init(0), jnp.arange(N), jnp.ones(N), 1000)
+    state, drawn = sampler.draw(state)
+    state = sampler.update(state, drawn, jnp.full(N, 2.0), scored_at=10**6)
+    assert set(state.store.scored_at.tolist()) == {0} and sampler.metrics(state)["staleness_max"] == 1
+    state, drawn = sampler.draw(state)
+    state = sampler.update(state, drawn, jnp.full(N, 3.0))
+    assert np.all(state.store.score[drawn.indices] == 3)
 
 
 def test_the_step_of_a_state_may_be_given_with_it():

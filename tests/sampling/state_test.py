@@ -20,6 +20,7 @@ from issgd_jax.sampling import (
     Uniform,
     build_table,
     draw,
+    moments,
     transitions,
 )
 from issgd_jax.sampling.draws import draw_number
@@ -177,6 +178,22 @@ def test_metrics_say_how_much_is_gained(used):
     assert ideal.metrics(state)["gain"] == pytest.approx(np.mean(norms**2) / np.mean(norms) ** 2, rel=0.1)
     inside = jax.jit(ideal.metrics)(state)
     assert inside.keys() == metrics.keys() and float(inside["gain"]) == ideal.metrics(state)["gain"]
+
+
+def test_metrics_of_many_old_scores_do_not_wrap_around():
+    """Red if ages are added up in 32 bits."""
+    sampler = Sampler(1000, 4)
+    state = sampler.ingest(sampler.init(0), np.arange(1000), np.ones(1000), 0)._replace(step=jnp.int32(2**29))
+    assert sampler.metrics(state)["staleness_mean"] == pytest.approx(2**29, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4096])
+def test_one_diverged_minibatch_does_not_end_the_metrics(batch_size):
+    """Red if the sum over a large minibatch is infinite where each square is not, and all later means are NaN."""
+    means = moments.update(moments.init(), jnp.full(batch_size, 5e17), jnp.ones(batch_size))
+    for _ in range(1000):
+        means = moments.update(means, jnp.array([3.0, 1.0]), jnp.array([0.5, 1.5]))
+    assert float(moments.gain(means)) == pytest.approx(4 / 3, rel=1e-3)
 
 
 def test_uniform_is_the_same_code_and_gains_nothing():
