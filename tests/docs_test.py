@@ -43,6 +43,14 @@ def test_python_blocks_run_in_order(page):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+def test_the_first_number_of_the_readme_is_what_its_loop_prints(capsys):
+    """Red if a reader sees something else than the comment says, by more than other draws would change."""
+    (block,) = blocks(ROOT / "README.md", "python")
+    exec(compile(block, "README.md", "exec"), {})
+    (about,) = re.findall(r"# about (\d+), not 32", block)
+    assert float(capsys.readouterr().out) == pytest.approx(float(about), rel=0.15)
+
+
 def test_the_privacy_of_the_clipped_gradient_is_accounted_for():
     """Red if the block that meets dp-accounting, the one marked py, raises or names what the page does not define."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is no dependency of the tests")

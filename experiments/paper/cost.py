@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments.paper import command, results, studies
 from issgd_jax.files import write_text_atomically
-from issgd_jax.provenance import versions
+from issgd_jax.provenance import git_commit, versions
 from issgd_jax.run import metrics
 from issgd_jax.run.progress import Progress
 
@@ -50,7 +50,8 @@ def save(measured: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     saved = json.loads(path.read_text()) if path.exists() else measured
     if all(saved[name] == measured[name] for name in ("network", "hardware", "versions")):
-        measured = measured | {name: saved[name] | measured[name] for name in ("ratio", "milliseconds")}
+        by_arm = ("ratio", "milliseconds", "measured")
+        measured = measured | {name: saved.get(name, {}) | measured[name] for name in by_arm}
     write_text_atomically(path, json.dumps(measured, indent=2) + "\n")
 
 
@@ -101,7 +102,7 @@ def measure(study: str, data: str, *, arms: list[str] | None, overrides: dict, n
         "command": f"python -m experiments.paper.cost --study={study} --data={data}",
         "ratio": {name: round(statistics.median(xs), 3) for name, xs in ratio.items()},
         "milliseconds": {name: round(1e3 * statistics.median(times), 3) for name, times in seconds.items()},
-        "blocks": num_blocks,
+        "measured": {name: f"{time.strftime('%Y-%m-%d')}, {git_commit()}, {num_blocks} blocks" for name in ratio},
         "hardware": hardware(),
         "versions": versions(),
     }

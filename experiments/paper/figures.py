@@ -23,7 +23,7 @@ from experiments.paper import command, cost, results
 from issgd_jax import plots
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
-# Colour-blind safe (Okabe and Ito 2008), grey for the arm that the others are compared with; dashed once they repeat.
+# Colour-blind safe (Okabe and Ito 2008), grey for the arm that the others are compared with; dashed, then dotted once they repeat.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _BASELINE = "#777777"
 _METRICS = {
@@ -65,8 +65,8 @@ def summary_figure(record: dict, costs: dict[str, float]) -> Figure:
     """Draws three panels: loss over the learner's steps, loss over time on one device, noise of the gradient."""
     figure = Figure(figsize=(16.5, 4.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    figure.suptitle(_title(record), fontsize=10)
     baseline, arms = _ONE_DEVICE[0], record["arms"]
+    figure.suptitle(_title(record | {"arms": {n: arms[n] for n in (*_ONE_DEVICE, _SEVEN)}}), fontsize=10)
     draw_curves(axes[0], {n: arms[n] for n in (baseline, _SEVEN)}, baseline, "train/loss", dict.fromkeys(arms, 1))
     draw_curves(axes[1], {n: arms[n] for n in _ONE_DEVICE}, baseline, "train/loss", costs)
     draw_variance(axes[2], arms[_SEVEN])
@@ -147,7 +147,7 @@ def draw_curves(axis, arms: dict, baseline: str, metric: str, paid: dict[str, fl
     for name, arm in arms.items():
         colour, style = _BASELINE, "-"
         if name != baseline:
-            colour, style = _COLOURS[others % len(_COLOURS)], "-" if others < len(_COLOURS) else "--"
+            colour, style = _COLOURS[others % len(_COLOURS)], ("-", "--", ":")[others // len(_COLOURS) % 3]
             others += 1
         step = [paid[name] * s for s in arm["step"]]
         _band(axis, step, arm["curves"][metric], color=colour, linestyle=style, label=_label(arm))

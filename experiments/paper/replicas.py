@@ -60,7 +60,7 @@ class _InFlight(NamedTuple):
 def train_replicas(
     config: ConfigDict, replicas: Sequence[tuple[int, float]], *, devices: Sequence[jax.Device] | None = None
 ) -> Iterator[list[dict]]:
-    """Trains replicas of a config that differ in seed and learning rate; yields as `issgd_jax.train` measures.
+    """Trains replicas of a config that differ in seed and learning rate, and yields rows of metrics.
 
     Args:
       config: of all replicas.

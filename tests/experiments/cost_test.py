@@ -10,6 +10,7 @@ def test_costs_cover_arms_and_their_baselines(tmp_path, monkeypatch):
     measured = cost.measure("fair", "digits", arms=["calibrated"], overrides=SMALL, num_blocks=1)
     assert measured["ratio"].keys() == {"uniform", "calibrated"}
     assert measured["ratio"]["uniform"] == 1 and measured["ratio"]["calibrated"] > 0
+    assert measured["measured"].keys() == measured["ratio"].keys()
     cost.save(measured)
     cost.save(measured | {"ratio": {"uniform": 1.0, "exact": 9.0}, "milliseconds": {}})
     assert cost.load("fair", "digits") == measured["ratio"] | {"exact": 9.0}
