@@ -23,8 +23,8 @@ from experiments.paper import command, cost, results
 from issgd_jax import plots
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
-# Colour-blind safe (Okabe and Ito 2008), grey for the arm that the others are compared with; dashed and then dotted once
-# they repeat.
+# Colour-blind safe (Okabe and Ito 2008), grey for the arm that the others are compared with; dashed, then dotted
+# once they repeat.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _BASELINE = "#777777"
 _METRICS = {
