@@ -104,8 +104,7 @@ def check_weights(importance_weights: Any, batch: Sequence[Any]) -> None:
 def check_key(name: str, key: jax.Array, purpose: str = "") -> None:
     """Raises ValueError unless key is one random key, typed or raw."""
     if jnp.ndim(key) != (0 if _is_typed_key(key) else 1):
-        got = f"{type(key).__name__} of shape {jnp.shape(key)}"
-        raise ValueError(f"{name} must be one random key{purpose}, got {got}: pass one such as jax.random.key(0)")
+        raise ValueError(f"{name} must be one random key{purpose}, such as jax.random.key(0), got {jnp.shape(key)}")
 
 
 def dtype_of(leaf):

@@ -104,7 +104,7 @@ class Sampler:
         rebuild_every = as_whole("rebuild_every", rebuild_every)
         if not 0 <= rebuild_every <= MAX_STEP:
             raise ValueError(
-                f"rebuild_every must be >= 0 and <= {MAX_STEP}, got {rebuild_every}: 0 leaves it to the caller"
+                f"rebuild_every must be between 0 and {MAX_STEP}, got {rebuild_every}: 0 leaves it to the caller"
             )
         if not isinstance(count_draws, bool):
             raise TypeError(f"count_draws must be True or False, got {count_draws!r}")

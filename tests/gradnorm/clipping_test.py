@@ -306,7 +306,7 @@ def test_options_out_of_range_are_refused(options, message):
         (TypeError, "noise_key= is given, but noise_multiplier is None", {}, {"noise_key": jax.random.key(0)}),
         (
             ValueError,
-            r"noise_key must be one random key, got PRNGKeyArray of shape \(2,\): pass one such as",
+            r"noise_key must be one random key, such as jax.random.key\(0\), got \(2,\)",
             {"noise_multiplier": 1.0},
             {"noise_key": jax.random.split(jax.random.key(0))},
         ),

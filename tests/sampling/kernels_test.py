@@ -34,7 +34,9 @@ def test_positions_of_a_node_are_all_in_its_halves(mirrored, x, y, octaves, swap
         to_right, inside, half = sum_tree._choose_half(left, right, position, sum_, np.array([mirrored]))
         inside, half = float(inside.high[0]) + float(inside.low[0]), float(half[0])
         assert half == (right if to_right else left)[0]
-        assert min(abs(inside), abs(inside - half)) <= 2.0**-43 * half  # the ends of the node are ends of a half
+        assert min(abs(inside), abs(inside - half)) <= 2.0**-44 * float(
+            sum_[0]
+        )  # the ends of the node are ends of a half
 
 
 def leaves(num_leaves, kind, seed=0):

@@ -278,7 +278,7 @@ def test_wrong_arguments_are_refused_in_words():
         (lambda: Mixture(Calibrated(), 1.0), "uniform_fraction must be in"),
         (lambda: Calibrated(half_life=0), "half_life must be > 0"),
         (lambda: Proportional(1.0, max_staleness=10**10), "max_staleness must be >= 0 and <= 1073741824"),
-        (lambda: Sampler(20, 4, rebuild_every=10**10), "rebuild_every must be >= 0 and <= 1073741824"),
+        (lambda: Sampler(20, 4, rebuild_every=10**10), "rebuild_every must be between 0 and 1073741824"),
         (lambda: sampler.init(2**40), "seed must be in"),
         (lambda: sampler.draw_number(sampler.init(0), 2**31), "number must be in"),
     ):
