@@ -12,9 +12,9 @@ _INTRODUCTION = """\
 Generated from the code: `python -m issgd_jax.config > docs/config.md`.
 
 An experiment is a file with a function `get_config` (see `experiments/configs/`), which changes some of these fields.
-Without `--config` it is `digits`, whose values `issgd-jax train --help` shows;
-the command line overrides any of them: `--config.learner.batch_size=64`. Of a flag that is given twice the last counts;
-`None` sets a field whose default is None to it again.
+Without `--config` it is `digits`, whose values `issgd-jax train --help` shows. The command line overrides any of them:
+`--config.learner.batch_size=64`. Of a flag that is given twice the last counts; `None` sets a field whose default is
+None to it again.
 
 **`--config=FILE.py` and `--config.problem=module:function` EXECUTE Python**: name only files that you would run as a
 program. What a run leaves behind (`config.json`, rows of metrics, checkpoints) is read as data and never executed.
