@@ -83,7 +83,7 @@ class Sampler:
     draw_method: str
     rebuild_every: int
     count_draws: bool
-    _proposal_state: Any = dataclasses.field(repr=False)  # its structure
+    _state_structure: Any = dataclasses.field(repr=False)  # of what the proposal has learned
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class Sampler:
                 f"the state is that of another draw than {self.draw_method!r}: use the sampler that made it, or begin "
                 "with init"
             )
-        if jax.tree.structure(state.proposal_state) != self._proposal_state:
+        if jax.tree.structure(state.proposal_state) != self._state_structure:
             raise ValueError(
                 f"the state is that of another proposal than {self.proposal}: use the sampler that made it, or begin "
                 "with init"
@@ -402,7 +402,7 @@ jax.tree_util.register_pytree_node(
             sampler.draw_method,
             sampler.rebuild_every,
             sampler.count_draws,
-            sampler._proposal_state,
+            sampler._state_structure,
         ),
     ),
     lambda static, values: _set(object.__new__(Sampler), *static[:2], *values, *static[2:]),
