@@ -160,7 +160,7 @@ def _run_for(
             raise StopIteration
         return own_step(*arguments, **keywords)
 
-    parts = dataclasses.replace(parts, train_step=train_step, measure=lambda *_: {"train/loss": 0.0})
+    parts = dataclasses.replace(parts, train_step=train_step, train_steps=None, measure=lambda *_: {"train/loss": 0.0})
     plan = loop.Plan(2**29, 2**29, strict=False, progress=Progress(1, shown=False, description=""))
     with contextlib.suppress(StopIteration), metrics.MetricsWriter(folder, tensorboard=False) as writer:
         loop.run(parts, plan, writer)

@@ -8,6 +8,8 @@ Prints, for two sizes of network and data, medians over pairs of blocks (A B A B
 - `step + refresh`: the same with the norms of the minibatch computed and ingested;
 - `step + refresh + ingest`: the same with a round of scores ingested every 32 steps, and at the start of each block,
   whose scoring is not timed;
+- `one call`: up to 32 steps in one program, as the trainer's loop does where nothing happens between them, against
+  uniform steps in one program; and uniform steps in one program against one at a time;
 - memory on the learner's device that the uniform program does not need, in bytes an example.
 
 Images are random bytes: times do not depend on their values. Writes results/learner_step.json.
@@ -29,7 +31,7 @@ from issgd_jax.learning.learner import Learner, TrainState
 from issgd_jax.sampling import Sampler, Uniform
 from issgd_jax.task import losses, models
 
-STEPS_PER_ROUND, CHUNK_SIZE = 32, 3 * 2048
+STEPS_PER_ROUND, CHUNK_SIZE, STEPS_PER_CALL = 32, 3 * 2048, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Bench:
 
         self._optimizer = optax.sgd(1e-4, momentum=0.9, nesterov=True)
         self.loss_fn = loss_fn
-        self.step = Learner(loss_fn, self._optimizer, refresh=False).compile()
-        self.refreshing_step = Learner(loss_fn, self._optimizer).compile()
+        plain, refreshing = (Learner(loss_fn, self._optimizer, refresh=refresh) for refresh in (False, True))
+        self.step, self.steps = plain.compile(), plain.compile_steps()
+        self.refreshing_step, self.refreshing_steps = refreshing.compile(), refreshing.compile_steps()
         self.uniform = Sampler(num_examples, case.batch_size, Uniform())
         # As in the trainer, whose loop rebuilds.
         self.weighted = jax.device_put(Sampler(num_examples, case.batch_size, rebuild_every=0))
@@ -105,6 +108,18 @@ class Bench:
 
         return run, self.new_states(sampler)
 
+    def block_of_calls(self, steps, sampler: Sampler):
+        """Returns the same of steps that are done by few calls."""
+        most = min(STEPS_PER_CALL, self.case.steps_per_block)
+        count = jnp.int32(most)
+
+        def run(states):
+            for _ in range(self.case.steps_per_block // most):
+                *states, _ = steps(*states, sampler, self.examples, count)
+            return states
+
+        return run, self.new_states(sampler)
+
 
 def measure(case: Case) -> dict:
     """Returns medians of pairwise ratios, times and bytes of one case."""
@@ -114,10 +129,13 @@ def measure(case: Case) -> dict:
         "step": bench.block(bench.step, bench.weighted),
         "step + refresh": bench.block(bench.refreshing_step, bench.weighted),
         "step + refresh + ingest": bench.block(bench.refreshing_step, bench.weighted, rounds=True),
+        "uniform, one call": bench.block_of_calls(bench.steps, bench.uniform),
+        "step + refresh, one call": bench.block_of_calls(bench.refreshing_steps, bench.weighted),
     }
     seconds = paired_blocks(blocks, case.num_pairs)
+    baselines = dict.fromkeys(blocks, "uniform") | {"step + refresh, one call": "uniform, one call"}
     return {
-        **{name: median_ratio(seconds, name, "uniform") for name in blocks if name != "uniform"},
+        **{name: median_ratio(seconds, name, baselines[name]) for name in blocks if name != "uniform"},
         **{f"{name}, us": 1e6 * statistics.median(times) / case.steps_per_block for name, times in seconds.items()},
         "pairs": case.num_pairs,
         "steps_per_block": case.steps_per_block,

@@ -89,6 +89,20 @@ class StepMetrics(NamedTuple):
     minibatch: Minibatch | None
 
 
+class StepsMetrics(NamedTuple):
+    """Metrics of several steps.
+
+    Attributes:
+      metrics: of the first step whose loss is NaN or infinite; if there is none, of the last step.
+      place: i32[], which of the steps that is, from 0.
+      nonfinite: i32[], number of steps whose loss is NaN or infinite.
+    """
+
+    metrics: StepMetrics
+    place: jax.Array
+    nonfinite: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Learner:
     """One training step as pure functions; its parts may run at different times and places.
@@ -201,6 +215,39 @@ class Learner:
 
         return jax.jit(train_step, donate_argnames=("state", "sampler_state"), static_argnames="uniform")
 
+    def compile_steps(self) -> Callable[..., tuple[TrainState, SamplerState, StepsMetrics]]:
+        """Returns a function that does several steps in one program, both states donated; without a mesh.
+
+        Returns:
+          `(state, sampler_state, sampler, examples, num_steps, *, uniform=False)`, where num_steps is i32[], >= 1. The
+          states are the same, bit by bit, however the steps are divided among calls.
+
+        Raises:
+          ValueError: the learner has a mesh. When called: the optimiser changes the structure or a shape of its state.
+        """
+        if self.mesh:
+            raise ValueError("several steps in one program are those of one device, but the learner has a mesh")
+
+        def train_steps(state, sampler_state, sampler, examples, num_steps, *, uniform: bool = False):
+            step = jax.jit(functools.partial(self.step, uniform=uniform), inline=True)  # traced once
+            shapes = jax.eval_shape(step, state, sampler_state, sampler, examples)[2]
+            first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+            def body(i, carry):
+                states, told = carry
+                *new, metrics = step(*states, sampler, examples)
+                nonfinite = told.nonfinite + ~jnp.isfinite(metrics.loss)
+                metrics, place = jax.tree.map(
+                    lambda x, y: jnp.where(told.nonfinite == 0, x, y), (metrics, i), (told.metrics, told.place)
+                )
+                return _with_types(tuple(new), states), StepsMetrics(metrics, place, nonfinite)
+
+            told = StepsMetrics(first, jnp.int32(0), jnp.int32(0))
+            (state, sampler_state), told = jax.lax.fori_loop(0, num_steps, body, ((state, sampler_state), told))
+            return state, sampler_state, told
+
+        return jax.jit(train_steps, donate_argnames=("state", "sampler_state"), static_argnames="uniform")
+
     def _backward(self, params, examples, indices, importance_weights, keys):
         batch, loss_fn = jax.tree.map(lambda x: x[indices], examples), self.loss_fn
         if keys is not None:
@@ -223,6 +270,17 @@ class Learner:
             return params, opt_state
         new, old = (params, opt_state), (state.params, state.opt_state)
         return jax.tree.map(lambda x, y: jnp.where(gradient.finite, x, y), new, old)
+
+
+def _with_types(new: Any, old: Any) -> Any:
+    """Returns the new states with the data types of the old: an optimiser's may differ after its first update."""
+    forms = [jax.tree.map(jnp.shape, states) for states in (old, new)]
+    if forms[0] != forms[1]:
+        raise ValueError(
+            f"the optimiser's state has other arrays after an update than its init gives: {forms[1]} instead of "
+            f"{forms[0]}; return one of the same structure and shapes"
+        )
+    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), new, old)
 
 
 def _shared(backward: Callable, axis: str) -> Callable:

@@ -83,6 +83,10 @@ class Checkpoints:
         """Returns whether the state at the beginning of this step is to be saved."""
         return step > 0 and step % self._every_steps == 0
 
+    def next_due(self, step: int) -> int:
+        """Returns the first step after this one of which `is_due`."""
+        return step - step % self._every_steps + self._every_steps
+
     def save(self, snapshot: Readable, *, test_error: float | None = None, is_last: bool = False) -> None:
         """Starts to write a snapshot, once the one before is written.
 

@@ -1,4 +1,7 @@
-"""The training loop: one thread for all devices. It dispatches and does not wait; the loss is read one step late."""
+"""The training loop: one thread for all devices. It dispatches and does not wait; the loss is read one call late.
+
+Where nothing happens between steps, one call does several: a program of the device costs a fraction of a small step.
+"""
 
 import dataclasses
 import functools
@@ -13,6 +16,7 @@ from issgd_jax.console import say
 from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import FolderLostError, InputError, StoppedError
 from issgd_jax.learning import payoff
+from issgd_jax.learning.learner import StepsMetrics
 from issgd_jax.run import diagnosis, metrics, supervision
 from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.parts import Parts
@@ -20,6 +24,9 @@ from issgd_jax.run.progress import Progress
 from issgd_jax.run.rounds import Rounds
 from issgd_jax.run.run_state import RunState, Snapshot
 from issgd_jax.sampling import Sampler, SamplerState, uniform_table
+
+# Steps of one call, while they take at most so many seconds: a signal waits for their end.
+MAX_STEPS_A_CALL, SHORT, LONG = 32, 0.04, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +90,8 @@ def run(
     # A hidden copy to or from the host would make every device wait.
     with jax.transfer_guard("disallow"):
         first = state.step
-        for step in range(first, plan.steps + 1):
-            state.step = step
+        while True:
+            step = state.step
             is_last = step == plan.steps
             is_measured = is_last or step % plan.eval_every == 0
             stopped_by = None
@@ -92,20 +99,23 @@ def run(
                 watch.finished(step)
                 stopped_by = parts.agree(watch.signal or 0)
             is_due = checkpoints is not None and step > first and (is_last or checkpoints.is_due(step))
+            if is_last or (parts.train_steps and (is_due or is_measured or stopped_by)):
+                training.catch_up()
             snapshot = saving.snapshot() if checkpoints and (is_due or is_measured or stopped_by) else None
             if stopped_by and not is_last:
                 saving.stop(stopped_by, snapshot)
-            if is_last:
-                training.read_pending()
-            else:
+            if not is_last:
                 training.decide_payoff()
                 rounds.advance()
                 training.count_seconds()
             # The row is of the very parameters and probabilities that this step draws with.
             test_error = training.measure() if is_measured else None
             saving.maybe_save(snapshot, due=is_due, test_error=test_error, is_last=is_last)
-            if not is_last:
-                training.learn()
+            if is_last:
+                break
+            next_measured = step - step % plan.eval_every + plan.eval_every
+            next_saved = checkpoints.next_due(step) if checkpoints else plan.steps
+            state.step += training.learn(min(plan.steps, next_measured, next_saved, rounds.next_due()))
     if checkpoints:
         checkpoints.wait()
     return state.sampler_state
@@ -118,7 +128,8 @@ class _Training:
         self._parts, self._plan, self._writer, self._state = parts, plan, writer, state
         self._checkpoints = checkpoints
         self._uniform_table = uniform_table(parts.sampler.num_examples)
-        self._began = time.monotonic()
+        self._began = self._called = time.monotonic()
+        self._counts, self._steps_a_call = {}, 1
 
     def decide_payoff(self) -> None:
         """At the end of a window, decides whether the next one samples by importance; starts the step's clock."""
@@ -134,42 +145,67 @@ class _Training:
         self._state.window_seconds += seconds
         self._state.step_seconds += seconds
 
-    def learn(self) -> None:
-        """Dispatches one step, and reads the loss of the one before meanwhile."""
+    def learn(self, until: int) -> int:
+        """Dispatches steps before step `until`, and reads the loss of those before meanwhile; returns how many."""
         state, parts = self._state, self._parts
+        self._began = called = time.monotonic()
+        arguments = state.train_state, state.sampler_state, parts.sampler, parts.train_examples
+        uniform = not state.payoff_state.active
+        if parts.train_steps:
+            num_steps = min(until - state.step, self._steps_a_call)
+            if num_steps not in self._counts:
+                self._counts[num_steps] = put(np.int32(num_steps), parts.placement)
+            called_for = parts.train_steps(*arguments, self._counts[num_steps], uniform=uniform)
+        else:
+            num_steps = 1
+            called_for = parts.train_step(*arguments, uniform=uniform)
+        state.train_state, state.sampler_state, told = called_for
+        self._read_pending()
+        state.pending, self._called = (state.step, told), called
+        self.count_seconds()
+        return num_steps
+
+    def catch_up(self) -> None:
+        """Waits for the steps so far, and reads their loss."""
         self._began = time.monotonic()
-        state.train_state, state.sampler_state, step_metrics = parts.train_step(
-            state.train_state,
-            state.sampler_state,
-            parts.sampler,
-            parts.train_examples,
-            uniform=not state.payoff_state.active,
-        )
-        self.read_pending()
-        state.pending = state.step, step_metrics
+        self._read_pending()
         self.count_seconds()
 
-    def read_pending(self) -> None:
-        """Reads the metrics of the step before."""
+    def _read_pending(self) -> None:
+        """Reads the metrics of the call before, which did the steps up to the present one."""
         state, plan = self._state, self._plan
         if state.pending is None:
             return
-        step, step_metrics = state.pending
+        step, told = state.pending
         state.pending = None
+        if isinstance(told, StepsMetrics):
+            place, nonfinite = map(int, jax.device_get((told.place, told.nonfinite)))
+            self._adapt(state.step - step)
+            step, step_metrics = step + place, told.metrics
+        else:
+            nonfinite, step_metrics = 1, told
         loss, moments = jax.tree.map(float, jax.device_get((step_metrics.loss, step_metrics.moments)))
         if math.isfinite(loss):
-            plan.progress.step(step + 1, loss)
+            plan.progress.step(state.step, loss)
             if self._parts.payoff:
                 state.payoff_state = self._parts.payoff.observe(state.payoff_state, moments)
         elif plan.skip_nonfinite:
-            state.skipped += 1
-            plan.progress.step(step + 1, loss)
-            if state.skipped & (state.skipped - 1) == 0:  # the 1st, 2nd, 4th, ...
+            plan.progress.step(state.step, loss)
+            before, state.skipped = state.skipped, state.skipped + nonfinite
+            if before.bit_length() < state.skipped.bit_length():  # the 1st, 2nd, 4th, ...
                 say(f"the update of step {step:,} is not finite and is skipped, {state.skipped:,} so far")
         else:
             minibatch = step_metrics.minibatch
             draws = {} if minibatch else {n: self._uniform_draw(n) for n in {step, max(0, step - 1)}}
             raise diagnosis.nonfinite_minibatch(step, minibatch, draws, self._writer.last, self._resume_hint())
+
+    def _adapt(self, num_steps: int) -> None:
+        """Lets a call do more steps or fewer, by the time that the last one took."""
+        seconds = time.monotonic() - self._called
+        if seconds > LONG:
+            self._steps_a_call = max(1, self._steps_a_call // 2)
+        elif seconds < SHORT and num_steps == self._steps_a_call:
+            self._steps_a_call = min(2 * self._steps_a_call, MAX_STEPS_A_CALL)
 
     def measure(self) -> float | None:
         """Writes a row of metrics; returns the test error."""

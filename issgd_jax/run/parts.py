@@ -20,6 +20,7 @@ class Parts:
       train_state, sampler_state: before the first step.
       sampler: the draw.
       train_step: see `learning.learner.Learner.compile`.
+      train_steps: see `learning.learner.Learner.compile_steps`; None where something may happen between any two steps.
       train_examples: pytrees with leading axis N.
       measure: `(params, sampler_state) -> {metric: number}`, on the learner's first device.
       pool: of workers, see `scoring.workers.WorkerPool`; None without workers.
@@ -38,6 +39,7 @@ class Parts:
     sampler_state: SamplerState
     sampler: Sampler
     train_step: Callable
+    train_steps: Callable | None
     train_examples: Any
     measure: Callable
     pool: Any | None

@@ -10,6 +10,7 @@ from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
+from issgd_jax.sampling.checks import MAX_STEP
 from issgd_jax.sampling.draws import STRIDE
 from issgd_jax.sampling.transitions import is_early
 from issgd_jax.scoring.schedule import Round
@@ -48,6 +49,16 @@ class Rounds:
         if state.payoff_state.active and self._is_table_old:  # scores age too where none come in
             state.sampler_state = self._parts.sampler.rebuild(state.sampler_state)
             state.rebuilt_at = state.step
+
+    def next_due(self) -> int:
+        """Returns the next step before which `advance` may change anything."""
+        state = self._state
+        if self._pool:
+            return state.step + 1
+        if not state.payoff_state.active:
+            return MAX_STEP
+        due = state.rebuilt_at + self._parts.window
+        return min(due, 1 << state.step.bit_length()) if self._parts.sampler.draw_method == STRIDE else due
 
     @property
     def _is_table_old(self) -> bool:

@@ -120,6 +120,7 @@ def build(prepared: Prepared) -> Parts:
     payoff = _make_payoff(config, sampler.num_examples, pool)
     train_state = devices.put(TrainState.init(params, prepared.optimizer), roles.placement)
     sampler_state = devices.put(prepared.sampler.init(config.seed), roles.placement)
+    train_steps = None
     if config.learner.asynchronous > 1:
         learners = _make_asynchronous(prepared, moments=payoff is not None)
         train_state, sampler_state = learners.start(train_state, sampler_state, sampler)
@@ -127,11 +128,15 @@ def build(prepared: Prepared) -> Parts:
     else:
         learner = make_learner(config, problem, prepared.optimizer, moments=payoff is not None, mesh=roles.mesh)
         train_step = learner.compile()
+        # Workers' scores enter between any two steps, and processes stop at one; the payoff counts every minibatch.
+        if not (pool or roles.mesh or payoff):
+            train_steps = learner.compile_steps()
     return Parts(
         train_state=train_state,
         sampler_state=sampler_state,
         sampler=sampler,
         train_step=train_step,
+        train_steps=train_steps,
         train_examples=train_examples,
         measure=measure_on(
             roles.learner, make_measure(config, problem, prepared.sampler), problem, devices.one_copy(train_examples)

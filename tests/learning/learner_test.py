@@ -201,3 +201,73 @@ def test_a_step_copies_neither_store_nor_table(proposal, draw):
     step, state = Learner(quadratic_loss, optimizer).compile(), TrainState.init(params, optimizer)
     memory = step.lower(state, sampler.init(0), sampler, examples).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_examples
+
+
+def alone(optimizer, draw="systematic", **options):
+    """A learner of several steps a call, and its states and other arguments."""
+    params, examples = problem()
+    proposal = Uniform() if draw == "shuffled" else Mixture(Calibrated())
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal, draw)
+    learner = Learner(quadratic_loss, optimizer, **options)
+    return learner, TrainState.init(params, optimizer), sampler.init(7), sampler, examples
+
+
+@pytest.mark.parametrize("draw", ["systematic", "stride", "shuffled"])
+def test_steps_are_the_same_however_they_are_divided_among_calls(draw):
+    """Bit by bit. Red if the program depends on the number of steps, or a call forgets what the one before did."""
+    found = []
+    for counts in ([12], [1] * 12, [5, 1, 6]):
+        learner, *states, sampler, examples = alone(optax.adam(0.1), draw)
+        steps = learner.compile_steps()
+        for count in counts:
+            *states, told = steps(*states, sampler, examples, jnp.int32(count))
+            assert (int(told.place), int(told.nonfinite)) == (count - 1, 0)
+        found.append((states, told.metrics))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+    learner, *states, sampler, examples = alone(optax.adam(0.1), draw)
+    for _ in range(12):
+        *states, metrics = learner.compile()(*states, sampler, examples)
+    np.testing.assert_array_equal(metrics.minibatch.indices, found[0][1].minibatch.indices)
+    np.testing.assert_allclose(metrics.loss, found[0][1].loss, rtol=1e-4)
+
+
+def test_of_several_steps_the_first_bad_one_is_told():
+    """Red if the last is: after it, every minibatch has no finite loss."""
+    learner, *states, sampler, examples = alone(optax.sgd(1e30))
+    *_, told = learner.compile_steps()(*states, sampler, examples, jnp.int32(9))
+    learner, *states, sampler, examples = alone(optax.sgd(1e30))
+    step, metrics, place = learner.compile(), None, -1
+    while metrics is None or np.isfinite(metrics.loss):
+        *states, metrics = step(*states, sampler, examples)
+        place += 1
+    assert (int(told.place), int(told.nonfinite)) == (place, 9 - place) and 0 < place < 8
+    np.testing.assert_array_equal(told.metrics.minibatch.indices, metrics.minibatch.indices)
+
+
+def drifting(change):
+    """Plain SGD whose state is something else after each update."""
+    return optax.GradientTransformation(
+        lambda params: jnp.zeros(2, jnp.bfloat16),
+        lambda updates, state, params=None: (jax.tree.map(lambda g: -0.1 * g, updates), change(state)),
+    )
+
+
+def test_an_optimiser_keeps_the_types_of_its_state():
+    """Red if a state that is f32 after the first update ends the program with an error of a loop in JAX."""
+    learner, *states, sampler, examples = alone(drifting(lambda state: state + jnp.ones(2, jnp.float32)))
+    state, *_ = learner.compile_steps()(*states, sampler, examples, jnp.int32(3))
+    assert state.opt_state.dtype == jnp.bfloat16 and state.opt_state.tolist() == [3, 3]
+
+
+def test_an_optimiser_whose_state_changes_its_form_is_refused_in_words():
+    for change in (lambda state: jnp.zeros(3, jnp.bfloat16), lambda state: (state, state)):
+        learner, *states, sampler, examples = alone(drifting(change))
+        with pytest.raises(ValueError, match="optimiser's state has other arrays after an update than its init gives"):
+            learner.compile_steps()(*states, sampler, examples, jnp.int32(3))
+
+
+def test_several_devices_do_one_step_a_call():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="of one device, but the learner has a mesh"):
+        alone(optax.sgd(0.1), mesh=mesh)[0].compile_steps()
