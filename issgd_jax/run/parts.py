@@ -20,7 +20,7 @@ class Parts:
       train_state, sampler_state: before the first step.
       sampler: the draw.
       train_step: see `learning.learner.Learner.compile`.
-      train_steps: see `learning.learner.Learner.compile_steps`; None where something may happen between any two steps.
+      train_steps: see `learning.learner.Learner.compile_steps`; None where steps are done one by one.
       train_examples: pytrees with leading axis N.
       measure: `(params, sampler_state) -> {metric: number}`, on the learner's first device.
       pool: of workers, see `scoring.workers.WorkerPool`; None without workers.

@@ -1,6 +1,7 @@
 """Rounds of scoring: when they start, when their scores enter, and what a lost one costs."""
 
 import collections
+import itertools
 
 import jax
 import numpy as np
@@ -53,12 +54,20 @@ class Rounds:
     def next_due(self) -> int:
         """Returns the next step before which `advance` may change anything."""
         state = self._state
-        if self._pool:
-            return state.step + 1
         if not state.payoff_state.active:
             return MAX_STEP
         due = state.rebuilt_at + self._parts.window
-        return min(due, 1 << state.step.bit_length()) if self._parts.sampler.draw_method == STRIDE else due
+        if self._parts.sampler.draw_method == STRIDE:
+            due = min(due, 1 << state.step.bit_length())
+        if not self._pool:
+            return due
+        return next(step for step in itertools.count(state.step + 1) if step == due or self._has_round(step))
+
+    def _has_round(self, step: int) -> bool:
+        """Returns whether a round starts or enters before a later step, if none does until then."""
+        state, schedule = self._state, self._parts.schedule
+        starts = schedule.rounds_to_start(step, len(state.in_flight)) > 0
+        return starts or any(schedule.may_enter(round_, step) for round_ in state.in_flight)
 
     @property
     def _is_table_old(self) -> bool:

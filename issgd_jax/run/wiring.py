@@ -120,6 +120,7 @@ def build(prepared: Prepared) -> Parts:
     payoff = _make_payoff(config, sampler.num_examples, pool)
     train_state = devices.put(TrainState.init(params, prepared.optimizer), roles.placement)
     sampler_state = devices.put(prepared.sampler.init(config.seed), roles.placement)
+    schedule_of_rounds = _make_schedule(config.schedule, pool)
     train_steps = None
     if config.learner.asynchronous > 1:
         learners = _make_asynchronous(prepared, moments=payoff is not None)
@@ -128,8 +129,8 @@ def build(prepared: Prepared) -> Parts:
     else:
         learner = make_learner(config, problem, prepared.optimizer, moments=payoff is not None, mesh=roles.mesh)
         train_step = learner.compile()
-        # Workers' scores enter between any two steps, and processes stop at one; the payoff counts every minibatch.
-        if not (pool or roles.mesh or payoff):
+        # Else scores enter when they are ready, processes agree on each step, or the payoff counts each minibatch.
+        if (not pool or schedule_of_rounds.is_reproducible) and not roles.mesh and not payoff:
             train_steps = learner.compile_steps()
     return Parts(
         train_state=train_state,
@@ -143,7 +144,7 @@ def build(prepared: Prepared) -> Parts:
         ),
         pool=pool,
         broadcast=_params_and_step if problem.keyed else _params,
-        schedule=_make_schedule(config.schedule, pool),
+        schedule=schedule_of_rounds,
         window=config.schedule.steps_per_round,
         are_norms=config.workers.score == "gradient_norm",
         payoff=payoff,

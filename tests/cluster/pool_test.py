@@ -247,14 +247,15 @@ def check_equal(folder, rows, undisturbed):
 
 
 def between_steps(monkeypatch, wrap):
-    """Puts what `wrap` makes of the step in its place, in the next run."""
+    """Puts what `wrap` makes of the step in its place, in the next run, which calls it once a step."""
     build = wiring.build
 
     def build_with(prepared):
         parts = build(prepared)
-        return dataclasses.replace(parts, train_step=wrap(parts.train_step))
+        return dataclasses.replace(parts, train_steps=wrap(parts.train_steps))
 
     monkeypatch.setattr(wiring, "build", build_with)
+    monkeypatch.setattr(loop, "MAX_STEPS_A_CALL", 1)
 
 
 def test_a_run_whose_workers_are_killed_equals_one_whose_workers_live(undisturbed, tmp_path, monkeypatch):
