@@ -5,7 +5,7 @@ On one device; or on several that share the backward pass of every minibatch and
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -223,7 +223,7 @@ class Learner:
           states are the same, bit by bit, however the steps are divided among calls.
 
         Raises:
-          ValueError: the learner has a mesh. When called: the optimiser changes the structure or a shape of its state.
+          ValueError: the learner has a mesh. When called: the optimiser changes the structure or shapes of its state.
         """
         if self.mesh:
             raise ValueError("several steps in one program are those of one device, but the learner has a mesh")
@@ -240,7 +240,7 @@ class Learner:
                 metrics, place = jax.tree.map(
                     lambda x, y: jnp.where(told.nonfinite == 0, x, y), (metrics, i), (told.metrics, told.place)
                 )
-                return _with_types(tuple(new), states), StepsMetrics(metrics, place, nonfinite)
+                return _with_form(new, states), StepsMetrics(metrics, place, nonfinite)
 
             told = StepsMetrics(first, jnp.int32(0), jnp.int32(0))
             (state, sampler_state), told = jax.lax.fori_loop(0, num_steps, body, ((state, sampler_state), told))
@@ -272,15 +272,15 @@ class Learner:
         return jax.tree.map(lambda x, y: jnp.where(gradient.finite, x, y), new, old)
 
 
-def _with_types(new: Any, old: Any) -> Any:
+def _with_form(new: Sequence[Any], old: tuple[TrainState, SamplerState]) -> tuple[TrainState, SamplerState]:
     """Returns the new states with the data types of the old: an optimiser's may differ after its first update."""
-    forms = [jax.tree.map(jnp.shape, states) for states in (old, new)]
-    if forms[0] != forms[1]:
+    shapes = [jax.tree.map(jnp.shape, states[0].opt_state) for states in (old, new)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the optimiser's state has other arrays after an update than its init gives: {forms[1]} instead of "
-            f"{forms[0]}; return one of the same structure and shapes"
+            f"the optimiser's state has other arrays after an update than its init gives: {shapes[1]} instead of "
+            f"{shapes[0]}; return one of the same structure and shapes"
         )
-    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), new, old)
+    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tuple(new), old)
 
 
 def _shared(backward: Callable, axis: str) -> Callable:

@@ -155,11 +155,11 @@ class _Training:
             num_steps = min(until - state.step, self._steps_a_call)
             if num_steps not in self._counts:
                 self._counts[num_steps] = put(np.int32(num_steps), parts.placement)
-            called_for = parts.train_steps(*arguments, self._counts[num_steps], uniform=uniform)
+            results = parts.train_steps(*arguments, self._counts[num_steps], uniform=uniform)
         else:
             num_steps = 1
-            called_for = parts.train_step(*arguments, uniform=uniform)
-        state.train_state, state.sampler_state, told = called_for
+            results = parts.train_step(*arguments, uniform=uniform)
+        state.train_state, state.sampler_state, told = results
         self._read_pending()
         state.pending, self._called = (state.step, told), called
         self.count_seconds()
