@@ -25,7 +25,8 @@ def share():
     images.make_objective = _shared(images.make_objective, _objective_key)
     wiring.make_optimizer = _shared(wiring.make_optimizer, _optimizer_key)
     wiring.make_measure = _shared(wiring.make_measure, _measure_key)
-    Learner.compile = _shared(Learner.compile, lambda learner: (type(learner), learner))
+    for name in ("compile", "compile_steps"):
+        setattr(Learner, name, _shared(getattr(Learner, name), lambda learner: (type(learner), learner)))
 
 
 def forget():

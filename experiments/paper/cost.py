@@ -151,7 +151,8 @@ def _without_gradient(config, parts):
     learner = wiring.make_learner(config, make_problem(config), wiring.make_optimizer(config))
     owner = Owner(**{field.name: getattr(learner, field.name) for field in dataclasses.fields(learner)})
     gradient = jax.tree.map(lambda p: 1e-6 * p, parts.train_state.params)
-    return dataclasses.replace(parts, train_steps=owner.compile_steps(), train_examples=gradient)
+    train_steps = parts.train_steps and owner.compile_steps()
+    return dataclasses.replace(parts, train_step=owner.compile(), train_steps=train_steps, train_examples=gradient)
 
 
 class _Block:

@@ -5,7 +5,7 @@ On one device; or on several that share the backward pass of every minibatch and
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -236,11 +236,11 @@ class Learner:
             def body(i, carry):
                 states, told = carry
                 *new, metrics = step(*states, sampler, examples)
-                nonfinite = told.nonfinite + ~jnp.isfinite(metrics.loss)
+                nonfinite = told.nonfinite + (~jnp.isfinite(metrics.loss)).astype(jnp.int32)
                 metrics, place = jax.tree.map(
                     lambda x, y: jnp.where(told.nonfinite == 0, x, y), (metrics, i), (told.metrics, told.place)
                 )
-                return _with_form(new, states), StepsMetrics(metrics, place, nonfinite)
+                return _with_form(tuple(new), states), StepsMetrics(metrics, place, nonfinite)
 
             told = StepsMetrics(first, jnp.int32(0), jnp.int32(0))
             (state, sampler_state), told = jax.lax.fori_loop(0, num_steps, body, ((state, sampler_state), told))
@@ -272,15 +272,16 @@ class Learner:
         return jax.tree.map(lambda x, y: jnp.where(gradient.finite, x, y), new, old)
 
 
-def _with_form(new: Sequence[Any], old: tuple[TrainState, SamplerState]) -> tuple[TrainState, SamplerState]:
+def _with_form(new: tuple, old: tuple[TrainState, SamplerState]) -> tuple[TrainState, SamplerState]:
     """Returns the new states with the data types of the old: an optimiser's may differ after its first update."""
-    shapes = [jax.tree.map(jnp.shape, states[0].opt_state) for states in (old, new)]
-    if shapes[0] != shapes[1]:
+    forms = [(jax.tree.structure(states), [x.shape for x in jax.tree.leaves(states)]) for states in (old, new)]
+    if forms[0] != forms[1]:
+        was, now = (jax.tree.map(jnp.shape, states[0].opt_state) for states in (old, new))
         raise ValueError(
-            f"the optimiser's state has other arrays after an update than its init gives: {shapes[1]} instead of "
-            f"{shapes[0]}; return one of the same structure and shapes"
+            f"the optimiser's state has other arrays after an update than its init gives: {now} instead of {was}; "
+            "return one of the same structure and shapes"
         )
-    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), tuple(new), old)
+    return jax.tree.map(lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype), new, old)
 
 
 def _shared(backward: Callable, axis: str) -> Callable:

@@ -8,6 +8,7 @@ import functools
 import math
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -90,7 +91,7 @@ def run(
     # A hidden copy to or from the host would make every device wait.
     with jax.transfer_guard("disallow"):
         first = state.step
-        while True:
+        while state.step <= plan.steps:
             step = state.step
             is_last = step == plan.steps
             is_measured = is_last or step % plan.eval_every == 0
@@ -99,12 +100,14 @@ def run(
                 watch.finished(step)
                 stopped_by = parts.agree(watch.signal or 0)
             is_due = checkpoints is not None and step > first and (is_last or checkpoints.is_due(step))
-            if is_last or (parts.train_steps and (is_due or is_measured or stopped_by)):
+            if parts.train_steps and (is_due or is_measured or stopped_by):
                 training.catch_up()
             snapshot = saving.snapshot() if checkpoints and (is_due or is_measured or stopped_by) else None
             if stopped_by and not is_last:
                 saving.stop(stopped_by, snapshot)
-            if not is_last:
+            if is_last:
+                training.catch_up()
+            else:
                 training.decide_payoff()
                 rounds.advance()
                 training.count_seconds()
@@ -113,9 +116,14 @@ def run(
             saving.maybe_save(snapshot, due=is_due, test_error=test_error, is_last=is_last)
             if is_last:
                 break
-            next_measured = step - step % plan.eval_every + plan.eval_every
-            next_saved = checkpoints.next_due(step) if checkpoints else plan.steps
-            state.step += training.learn(min(plan.steps, next_measured, next_saved, rounds.next_due()))
+            if parts.train_steps:
+                next_measured = step - step % plan.eval_every + plan.eval_every
+                next_saved = checkpoints.next_due(step) if checkpoints else plan.steps
+                most = min(plan.steps, next_measured, next_saved, step + MAX_STEPS_A_CALL) - step
+                state.step += training.learn_several(rounds.steps_without_any(most))
+            else:
+                training.learn()
+                state.step += 1
     if checkpoints:
         checkpoints.wait()
     return state.sampler_state
@@ -145,25 +153,32 @@ class _Training:
         self._state.window_seconds += seconds
         self._state.step_seconds += seconds
 
-    def learn(self, until: int) -> int:
-        """Dispatches steps before step `until`, and reads the loss of those before meanwhile; returns how many."""
+    def learn(self) -> None:
+        """Dispatches one step, and reads the loss of the one before meanwhile."""
+        self._call(self._parts.train_step)
+
+    def learn_several(self, most: int) -> int:
+        """Does the same of up to so many steps, by one call; returns their number."""
+        num_steps = min(most, self._steps_a_call)
+        if num_steps not in self._counts:
+            self._counts[num_steps] = put(np.int32(num_steps), self._parts.placement)
+        self._call(self._parts.train_steps, self._counts[num_steps])
+        return num_steps
+
+    def _call(self, train: Callable, *counts: jax.Array) -> None:
         state, parts = self._state, self._parts
         self._began = called = time.monotonic()
-        arguments = state.train_state, state.sampler_state, parts.sampler, parts.train_examples
-        uniform = not state.payoff_state.active
-        if parts.train_steps:
-            num_steps = min(until - state.step, self._steps_a_call)
-            if num_steps not in self._counts:
-                self._counts[num_steps] = put(np.int32(num_steps), parts.placement)
-            results = parts.train_steps(*arguments, self._counts[num_steps], uniform=uniform)
-        else:
-            num_steps = 1
-            results = parts.train_step(*arguments, uniform=uniform)
-        state.train_state, state.sampler_state, told = results
+        state.train_state, state.sampler_state, told = train(
+            state.train_state,
+            state.sampler_state,
+            parts.sampler,
+            parts.train_examples,
+            *counts,
+            uniform=not state.payoff_state.active,
+        )
         self._read_pending()
         state.pending, self._called = (state.step, told), called
         self.count_seconds()
-        return num_steps
 
     def catch_up(self) -> None:
         """Waits for the steps so far, and reads their loss."""

@@ -1,7 +1,6 @@
 """Rounds of scoring: when they start, when their scores enter, and what a lost one costs."""
 
 import collections
-import itertools
 
 import jax
 import numpy as np
@@ -11,7 +10,6 @@ from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import ClusterLostError, brief
 from issgd_jax.run.parts import Parts
 from issgd_jax.run.run_state import RunState
-from issgd_jax.sampling.checks import MAX_STEP
 from issgd_jax.sampling.draws import STRIDE
 from issgd_jax.sampling.transitions import is_early
 from issgd_jax.scoring.schedule import Round
@@ -44,34 +42,28 @@ class Rounds:
             entering = [round_ for round_ in state.in_flight if schedule.may_enter(round_, state.step)]
             state.in_flight = collections.deque(round_ for round_ in state.in_flight if round_ not in entering)
             # Where rounds enter at every step, rebuilding the table each time would be most of the work.
-            rebuild = schedule.is_reproducible or self._is_table_old
+            rebuild = schedule.is_reproducible or self._is_table_old(state.step)
             for round_ in entering:
                 self._ingest(round_, rebuild=rebuild and round_ is entering[-1])
-        if state.payoff_state.active and self._is_table_old:  # scores age too where none come in
+        if state.payoff_state.active and self._is_table_old(state.step):  # scores age too where none come in
             state.sampler_state = self._parts.sampler.rebuild(state.sampler_state)
             state.rebuilt_at = state.step
 
-    def next_due(self) -> int:
-        """Returns the next step before which `advance` may change anything."""
-        state = self._state
-        if not state.payoff_state.active:
-            return MAX_STEP
-        due = state.rebuilt_at + self._parts.window
-        if self._parts.sampler.draw_method == STRIDE:
-            due = min(due, 1 << state.step.bit_length())
-        if not self._pool:
-            return due
-        return next(step for step in itertools.count(state.step + 1) if step == due or self._has_round(step))
+    def steps_without_any(self, most: int) -> int:
+        """Returns how many steps, up to so many, can follow each other before `advance` may change anything."""
+        return next((n for n in range(1, most) if self._may_change(self._state.step + n)), most)
 
-    def _has_round(self, step: int) -> bool:
-        """Returns whether a round starts or enters before a later step, if none does until then."""
+    def _may_change(self, step: int) -> bool:
+        """Returns whether `advance` may change anything before a later step, if nothing has changed until then."""
         state, schedule = self._state, self._parts.schedule
+        if state.payoff_state.active and self._is_table_old(step):
+            return True
+        if not self._pool:
+            return False
         starts = schedule.rounds_to_start(step, len(state.in_flight)) > 0
         return starts or any(schedule.may_enter(round_, step) for round_ in state.in_flight)
 
-    @property
-    def _is_table_old(self) -> bool:
-        step = self._state.step
+    def _is_table_old(self, step: int) -> bool:
         # Other draws forget a table in the wrong unit at the first rebuild; a deadline would stand for epochs.
         is_due = step > 0 and self._parts.sampler.draw_method == STRIDE and is_early(step)
         return is_due or step - self._state.rebuilt_at >= self._parts.window

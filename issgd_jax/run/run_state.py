@@ -18,7 +18,7 @@ from issgd_jax.devices import one_copy, put
 from issgd_jax.errors import ClusterLostError, InputError
 from issgd_jax.files import sync_to_disk
 from issgd_jax.learning import payoff
-from issgd_jax.learning.learner import StepMetrics, TrainState
+from issgd_jax.learning.learner import StepMetrics, StepsMetrics, TrainState
 from issgd_jax.learning.variance import Moments
 from issgd_jax.run.checkpoint import Checkpoint
 from issgd_jax.sampling import SamplerState
@@ -37,7 +37,8 @@ class RunState:
       payoff_state: whether examples are sampled by importance now, and what that was measured to give.
       step: steps done.
       in_flight: rounds whose scores have not entered.
-      pending: (step, its metrics), not yet read.
+      pending: (step, metrics) of the last call, not yet read: of one step, or of several from this one on, which are
+        read before anything is saved.
       cursor: of the worker pool; None without one.
       rebuilt_at: the last step before which the table was rebuilt.
       worker_examples: scores that have entered.
@@ -53,7 +54,7 @@ class RunState:
     payoff_state: payoff.State
     step: int = 0
     in_flight: collections.deque[Round] = dataclasses.field(default_factory=collections.deque)
-    pending: tuple[int, StepMetrics] | None = None
+    pending: tuple[int, StepMetrics | StepsMetrics] | None = None
     cursor: dict[str, int] | None = None
     rebuilt_at: int = 0
     worker_examples: int = 0

@@ -198,9 +198,10 @@ def test_a_step_copies_neither_store_nor_table(proposal, draw):
     num_examples, params = 573_000, {"w": jnp.zeros(3), "b": jnp.float32(0)}
     sampler = Sampler(num_examples, 128, proposal, draw, rebuild_every=0)
     optimizer, examples = optax.sgd(0.1), (jnp.ones((num_examples, 3)), jnp.ones(num_examples))
-    step, state = Learner(quadratic_loss, optimizer).compile(), TrainState.init(params, optimizer)
-    memory = step.lower(state, sampler.init(0), sampler, examples).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < num_examples
+    learner, state = Learner(quadratic_loss, optimizer), TrainState.init(params, optimizer)
+    for step, count in ((learner.compile(), ()), (learner.compile_steps(), (jnp.int32(3),))):
+        memory = step.lower(state, sampler.init(0), sampler, examples, *count).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < num_examples
 
 
 def alone(optimizer, draw="systematic", **options):
@@ -265,6 +266,32 @@ def test_an_optimiser_whose_state_changes_its_form_is_refused_in_words():
         learner, *states, sampler, examples = alone(drifting(change))
         with pytest.raises(ValueError, match="optimiser's state has other arrays after an update than its init gives"):
             learner.compile_steps()(*states, sampler, examples, jnp.int32(3))
+
+
+@jax.tree_util.register_pytree_node_class
+class Opaque:
+    """A state that equals itself alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, arrays):
+        return cls(*arrays)
+
+
+def test_an_optimiser_may_have_any_pytree():
+    """Red if two states are compared by the equality of a class of the user's own."""
+    optimizer = optax.GradientTransformation(
+        lambda params: Opaque(jnp.zeros(2)), lambda updates, state, params=None: (updates, Opaque(state.array + 1))
+    )
+    learner, *states, sampler, examples = alone(optimizer)
+    with jax.numpy_dtype_promotion("strict"):
+        state, *_ = learner.compile_steps()(*states, sampler, examples, jnp.int32(3))
+    assert state.opt_state.array.tolist() == [3, 3]
 
 
 def test_several_devices_do_one_step_a_call():

@@ -64,6 +64,15 @@ def test_more_steps_are_those_of_a_longer_run(tmp_path):
         issgd_jax.train(small(steps=20, schedule__score_delay=9), tmp_path / "longer")
 
 
+def test_a_longer_run_decides_by_what_the_shorter_one_measured(tmp_path):
+    """Red if the last minibatch before the first end counts in the window that it is of, and in its gain, otherwise."""
+    auto = {"proposal__when": "auto", "proposal__cost": 0.0, "workers__enabled": False, "eval_every": 4}
+    for steps in (4, 8):
+        longer = issgd_jax.train(small(steps=steps, **auto), tmp_path / "longer")
+    assert without_time(longer) == without_time(issgd_jax.train(small(steps=8, **auto), tmp_path / "whole"))
+    assert longer[1]["payoff/gain"] is not None
+
+
 def test_scores_of_an_earlier_end_are_gone_when_the_run_goes_on(tmp_path):
     """Red if they are shown as those of a later step, or the run is taken for finished where it was killed before."""
     issgd_jax.train(small(steps=8), tmp_path)
