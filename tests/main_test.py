@@ -132,7 +132,7 @@ def test_a_process_of_its_own_takes_flags_for_any_field_and_shows_a_bar(tmp_path
         if first:
             assert frames.pop(0) == f"issgd_jax: resumes from the checkpoint of step {first} of {last}"
         assert frames[0] == f"small: {first}/{last} steps, compiling"
-        assert re.match(rf"small \|.*\| {first or 1}/{last} 00:00<\?", frames[1]), frames[1]
+        assert re.match(rf"small \|.*\| {first + 1}/{last} 00:00<\?", frames[1]), frames[1]
         assert re.match(rf"small \|.*\| {last}/{last} .*step/s, loss=\d.* test=\d.*% gain=\d", frames[-1]), frames[-1]
         assert all(len(frame) <= 80 for frame in frames[1:])  # and no output of the libraries
     record = json.loads((tmp_path / "small" / "config.json").read_text())
