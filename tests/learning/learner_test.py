@@ -288,7 +288,8 @@ def test_an_optimiser_may_have_any_pytree():
     optimizer = optax.GradientTransformation(
         lambda params: Opaque(jnp.zeros(2)), lambda updates, state, params=None: (updates, Opaque(state.array + 1))
     )
-    learner, *states, sampler, examples = alone(optimizer)
+    learner, state, sampler_state, sampler, examples = alone(optimizer)
+    states = state._replace(params=jax.tree.map(jnp.float32, state.params)), sampler_state
     with jax.numpy_dtype_promotion("strict"):
         state, *_ = learner.compile_steps()(*states, sampler, examples, jnp.int32(3))
     assert state.opt_state.array.tolist() == [3, 3]
