@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -92,3 +94,40 @@ def test_a_bad_update_within_a_call_is_left_out_and_counted_where_asked(calls, t
     assert [row["skipped_updates"] for row in rows] == [0, 0, 1]
     assert "the update of step 26 is not finite and is skipped, 1 so far" in capsys.readouterr().err
     assert max(calls) > 1 and rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_bad_updates_within_one_call_are_all_counted(calls, tmp_path, monkeypatch, capsys):
+    """Red if one of them counts once a call, or if what they leave out depends on how the steps are divided."""
+    nan_at(monkeypatch, 25, 26, 31)
+    config = small(**FIXED["refresh"], on_nonfinite="skip", eval_every=20)
+    whole = issgd_jax.train(config, tmp_path / "many")
+    assert [row["skipped_updates"] for row in whole] == [0, 0, 3]
+    assert "the update of step 25 is not finite and is skipped, 2 so far" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "MAX_STEPS_A_CALL", 1)
+    assert without_time(issgd_jax.train(config, tmp_path / "one")) == without_time(whole)
+
+
+def test_a_run_that_a_signal_stops_after_such_a_call_goes_on_as_if_nothing_had_been(tmp_path, calls, monkeypatch):
+    """Red if the steps of the call are lost, done again, or their loss is not read before the checkpoint."""
+    config = small(**FIXED["stride"], checkpoint__every_steps=1000, eval_every=40)
+    whole = issgd_jax.train(config, tmp_path / "whole")
+    calls.clear()
+    build = wiring.build
+
+    def interrupted(prepared):
+        parts = build(prepared)
+
+        def train_steps(*arguments, **keywords):
+            result = parts.train_steps(*arguments, **keywords)
+            if sum(calls) == 24:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        return dataclasses.replace(parts, train_steps=train_steps)
+
+    with monkeypatch.context() as patch, pytest.raises(issgd_jax.StoppedError, match="by SIGTERM at step 24;"):
+        patch.setattr(wiring, "build", interrupted)
+        issgd_jax.train(config, tmp_path / "stopped")
+    assert calls[-1] > 1 and steps_of(tmp_path / "stopped") == [24]
+    assert without_time(issgd_jax.train(config, tmp_path / "stopped")) == without_time(whole)
+    check_same(tmp_path / "stopped", 40, arrays_of(tmp_path / "whole", 40))
