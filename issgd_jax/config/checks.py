@@ -50,9 +50,26 @@ def validate(config: ConfigDict) -> None:
             "learner.rate_by_gain measures the gain by the gradient norms of minibatches drawn by importance: use "
             "it with --config.learner.refresh=True, and a proposal that is not uniform"
         )
+    if config.learner.limit is not None:
+        _check_limit_of_norms(config)
     _check_transformer(config.model.transformer)
     if any(value is not None for value in config.distributed.values()):
         _check_distributed(config)
+
+
+def _check_limit_of_norms(config: ConfigDict) -> None:
+    learner = config.learner
+    if learner.draw != "stride" or not samples_by_importance(config):
+        raise InputError(
+            f"learner.limit is {learner.limit}, which visits by importance make up for, but learner.draw is "
+            f"{learner.draw} and proposal.name {config.proposal.name}: use --config.learner.draw=stride and a proposal "
+            "that is not uniform, or --config.learner.limit=None"
+        )
+    if not learner.refresh or config.workers.score != "gradient_norm":
+        raise InputError(
+            f"learner.limit is {learner.limit}, a limit of gradient norms, but learner.refresh is {learner.refresh} "
+            f"and workers.score {config.workers.score}: use True and gradient_norm, or --config.learner.limit=None"
+        )
 
 
 def _check_type(field: Field, value: Any) -> None:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -145,6 +146,11 @@ FIELDS = (
         _one_of("systematic", "independent", "without_replacement", "stride", "shuffled", "random_subset"),
         "How a minibatch is drawn. stride: evenly spaced visits. Only uniformly: shuffled (epochs), random_subset "
         "(epochs over a random third).",
+    ),
+    Field(
+        "learner.limit", float, Limit("above 1 and finite", lambda value: 1 < value < math.inf),
+        "Largest weighted gradient norm of an example in a minibatch, in units of the mean norm, with draw stride; "
+        "what is left of its importance weight is owed to its next visits. None: no limit.",
     ),
     Field("learner.refresh", True, _ANY, "Write the gradient norms of each minibatch back as its examples' scores."),
     Field(

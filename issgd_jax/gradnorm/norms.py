@@ -1,5 +1,6 @@
 """Per-example gradient norms, alone or together with the gradient of a minibatch, in one pass."""
 
+import functools
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.gradnorm.arguments import check_weights
+from issgd_jax.gradnorm.arguments import check_weights, weights_and_limit
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.groups import grouped, sums_of_leaves
 from issgd_jax.gradnorm.leaves import checked, norms_and_sum
 from issgd_jax.gradnorm.lengths import length
 from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
 from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
+from issgd_jax.gradnorm.sums import sums_by_norms
 from issgd_jax.gradnorm.tracing import TracedLoss, positions_of_params, trace_loss, with_keys
+from issgd_jax.limits import limit_weights
 
 
 def per_example_grad_norms(
@@ -117,6 +120,8 @@ def value_grad_and_norms(
       `key=`. The importance weights f32[B] are the second argument whatever argnums is. losses f32[B] and norms f32[B]
       are those of each example without its importance weight. gradient is that of `mean(importance_weights * losses)`,
       like the parameters. With has_aux the first result is `(losses, aux)`.
+      A `Draw` may take the place of the importance weights; if it has a limit, they are lowered such that no example's
+      weighted norm exceeds it.
 
     Raises:
       ValueError: When called: importance_weights does not have shape [B]. Otherwise as `per_example_grad_norms`.
@@ -148,21 +153,33 @@ def value_grad_and_norms(
 def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size, keyed):
     def run(args, importance_weights, key):
         positions = positions_of_params(argnums, len(args))
+        importance_weights, limit = weights_and_limit(importance_weights)
         check_weights(importance_weights, [x for i, x in enumerate(args) if i not in positions])
         loss = trace_loss(*with_keys(loss_fn, args, argnums, key, keyed), has_aux)
         importance_weights = jnp.asarray(importance_weights)
-        coefficients = importance_weights / loss.batch_size
-        outputs, sums = in_microbatches(
-            lambda batch: _one_pass(loss, *batch, per_leaf),
-            (loss.batch, coefficients),
-            microbatch_size or default_size(loss),
-        )
+        if limit is None:
+            outputs, sums = in_microbatches(
+                lambda batch: _one_pass(loss, *batch, per_leaf),
+                (loss.batch, importance_weights / loss.batch_size),
+                microbatch_size or default_size(loss),
+            )
+        else:
+            limits = importance_weights, jnp.broadcast_to(limit, importance_weights.shape)
+            find = functools.partial(_limited_coefficients, loss.batch_size)
+            outputs, sums = sums_by_norms(loss, find, limits, microbatch_size, per_leaf)
         return assemble(loss, outputs, sums, has_aux, squared, per_leaf)
 
     def value_grad_and_norms(params, importance_weights, *batch, key=None):
         return in_auto_axes(run, ((params, *batch), importance_weights, key), argnums, like_arguments)
 
     return value_grad_and_norms
+
+
+def _limited_coefficients(batch_size: int, norms: list[jax.Array], limits: tuple) -> list[jax.Array]:
+    """Returns what gradients are summed with, of each leaf or group, by the norms [B] of these."""
+    importance_weights, limit = limits
+    whole = length([jnp.stack(norms)], axis=0) if norms else jnp.zeros_like(limit)
+    return [limit_weights(importance_weights, whole, limit) / batch_size] * len(norms)
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None, per_leaf: bool):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ KEPT_BYTES = 64 * 2**20
 def sums_by_norms(
     loss: TracedLoss,
     find_coefficients: Callable,
-    mask: jax.Array | None,
+    of_examples: Any,
     microbatch_size: int | None,
     per_leaf: bool,
 ):
@@ -30,9 +31,9 @@ def sums_by_norms(
 
     Args:
       loss: The traced loss, with its batch.
-      find_coefficients: `(norms, mask) -> coefficients`, lists of f32[B], of each leaf or of each group of leaves that
-        share a factor. An example of coefficient 0 adds nothing, whatever its gradient is.
-      mask: bool[B], passed on, or None.
+      find_coefficients: `(norms, of_examples) -> coefficients`, lists of f32[B], of each leaf or of each group of
+        leaves that share a factor. An example of coefficient 0 adds nothing, whatever its gradient is.
+      of_examples: Pytree of arrays [B], passed on, or None.
       microbatch_size: See `per_example_grad_norms`.
       per_leaf: Whether norms and coefficients are those of each leaf.
 
@@ -41,16 +42,16 @@ def sums_by_norms(
     """
 
     def one_pass(batch):
-        examples, mask = batch
+        examples, of_examples = batch
         losses, aux, gradients = loss.factored_gradients(loss.params, examples)
         groups = grouped(gradients, apart=per_leaf)
         gradients = [group.gradient for group in groups]
         kept = _keep(gradients, losses.size)
         norms = checked([norms_and_sum(gradient, None, losses.size)[0] for gradient in kept])
-        totals = [_sum_kept(*group) for group in zip(gradients, kept, find_coefficients(norms, mask))]
+        totals = [_sum_kept(*group) for group in zip(gradients, kept, find_coefficients(norms, of_examples))]
         return (losses, aux, norms), sums_of_leaves(groups, totals)
 
-    return in_microbatches(one_pass, (loss.batch, mask), microbatch_size or default_size(loss))
+    return in_microbatches(one_pass, (loss.batch, of_examples), microbatch_size or default_size(loss))
 
 
 def _keep(gradients: Sequence[Gradient], num_examples: int) -> list[Gradient]:

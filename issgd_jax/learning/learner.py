@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from issgd_jax.gradnorm import example_keys, positional_key, value_grad_and_norms
 from issgd_jax.learning import variance
+from issgd_jax.limits import limit_weights
 from issgd_jax.sampling import Draw, Sampler, SamplerState
 from issgd_jax.sampling.transitions import order_after
 
@@ -60,10 +61,11 @@ class Gradient(NamedTuple):
 
     Attributes:
       minibatch: the draw and its losses.
-      gradient: like the parameters, of `mean(importance_weights * losses)`.
+      gradient: like the parameters, of `mean(importance_weights * losses)`, with the weights that the limit leaves.
       norms, scores: f32[B], of its examples; None where they are not needed.
       finite: bool[], whether all losses and, where it is checked, the gradient are finite.
       step: i32[], of the parameters.
+      limit: f32[], of the draw; None: there is none.
     """
 
     minibatch: Minibatch
@@ -72,6 +74,7 @@ class Gradient(NamedTuple):
     scores: jax.Array | None
     finite: jax.Array
     step: jax.Array
+    limit: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -108,7 +111,7 @@ class Learner:
     """One training step as pure functions; its parts may run at different times and places.
 
     The gradient is that of `mean(importance_weights * losses)`: unbiased, whatever the scores, as long as no example
-    has probability 0 (paper, Corollary 1).
+    has probability 0 (paper, Corollary 1). Of a draw with a limit, importance weights are lowered, see `Sampler`.
 
     Attributes:
       loss_fn: `(params, *example) -> f[]`, the loss of one example.
@@ -142,7 +145,9 @@ class Learner:
           drawn: the minibatch.
           examples: pytrees with leading axis N on the learner's device.
         """
-        backward = _shared(self._backward, self.mesh.axis_names[0]) if self.mesh else self._backward
+        backward = functools.partial(self._backward, drawn.limit)
+        if self.mesh:
+            backward = _shared(backward, self.mesh.axis_names[0])
         keys = None
         if self.loss_seed is not None:
             keys = example_keys(self.loss_seed, _LOSS_STREAM, step, drawn.indices.size)
@@ -159,6 +164,7 @@ class Learner:
             scores=scores if self.refresh else None,
             finite=finite,
             step=step,
+            limit=drawn.limit,
         )
 
     def update(
@@ -170,15 +176,18 @@ class Learner:
           gradient: perhaps of older parameters; its scores count as of their step.
         """
         indices, importance_weights, losses = gradient.minibatch
+        drawn = Draw(indices, importance_weights, sampler.num_examples, gradient.limit)
+        if gradient.limit is not None:
+            importance_weights = limit_weights(importance_weights, gradient.norms, gradient.limit)
         loss = jnp.where(gradient.finite, jnp.mean(importance_weights * losses), jnp.nan)
-        params, opt_state = self._apply(state, gradient)
+        params, opt_state = self._apply(state, gradient, importance_weights)
         moments = None
         if self.moments:
             norm = optax.tree.norm(gradient.gradient)
             moments = variance.minibatch_moments(gradient.norms, importance_weights, norm)
         sampler_state = sampler.update(
             sampler_state,
-            Draw(order_after(indices, moments) if self.refresh else indices, importance_weights, sampler.num_examples),
+            dataclasses.replace(drawn, indices=order_after(indices, moments)) if self.refresh else drawn,
             gradient.norms if self.refresh else None,
             scores=gradient.scores,
             scored_at=gradient.step,
@@ -248,22 +257,23 @@ class Learner:
 
         return jax.jit(train_steps, donate_argnames=("state", "sampler_state"), static_argnames="uniform")
 
-    def _backward(self, params, examples, indices, importance_weights, keys):
+    def _backward(self, limit, params, examples, indices, importance_weights, keys):
         batch, loss_fn = jax.tree.map(lambda x: x[indices], examples), self.loss_fn
         if keys is not None:
             batch, loss_fn = (*batch, keys), positional_key(loss_fn)
-        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
+        drawn = Draw(indices, importance_weights, limit=limit)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, drawn, *batch)
         scores = self.score_fn(params, *batch) if self.refresh and self.score_fn else norms
         return losses, gradient, norms, scores
 
-    def _apply(self, state: TrainState, gradient: Gradient) -> tuple[Any, Any]:
+    def _apply(self, state: TrainState, gradient: Gradient, importance_weights: jax.Array) -> tuple[Any, Any]:
         """Returns the parameters and the optimiser's state after the update."""
         updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
             gradient.gradient,
             state.opt_state,
             state.params,
             norms=gradient.norms,
-            importance_weights=gradient.minibatch.importance_weights,
+            importance_weights=importance_weights,
         )
         params = optax.apply_updates(state.params, updates)
         if not self.skip_nonfinite:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import queue
 import threading
@@ -141,6 +142,8 @@ class Prefetch:
         self._next = number + 1, key
         if method == STRIDE:
             state = state._replace(visits=_visit(state.visits, drawn.indices))
+        if state.limit is not None:  # of the present state, which is donated later
+            drawn = dataclasses.replace(drawn, limit=jnp.copy(state.limit))
         return state._replace(num_draws=num_draws), drawn, batch
 
     def close(self) -> None:

@@ -181,7 +181,15 @@ def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
         )
     counted = config_lib.samples_by_importance(config)
     # The loop rebuilds.
-    return Sampler(num_examples, batch_size, make_proposal(config), draw, rebuild_every=0, count_draws=counted)
+    return Sampler(
+        num_examples,
+        batch_size,
+        make_proposal(config),
+        draw,
+        rebuild_every=0,
+        count_draws=counted,
+        limit=config.learner.limit,
+    )
 
 
 def make_proposal(config: ConfigDict) -> Uniform | Proportional | Mixture:

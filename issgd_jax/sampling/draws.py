@@ -86,4 +86,5 @@ def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw
             )
         if array is not None:
             arrays[name] = as_numbers(name, array, indices.shape)
-    return Draw(indices, arrays["importance_weights"], num_examples), arrays["norms"], arrays["scores"]
+    drawn = Draw(indices, arrays["importance_weights"], num_examples, drawn.limit)
+    return drawn, arrays["norms"], arrays["scores"]

@@ -1,6 +1,7 @@
 """The sampler: everything between a score and a draw, as a frozen value."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import transitions
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.calibrated import Calibrated
-from issgd_jax.sampling.checks import MAX_STEP, as_indices, as_numbers, as_step, as_whole
+from issgd_jax.sampling.checks import MAX_STEP, as_indices, as_numbers, as_step, as_whole, check_number
 from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_number
 from issgd_jax.sampling.proposal import Mixture, Uniform, check_proposal
+from issgd_jax.sampling.relative_limit import RelativeLimit
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
@@ -44,6 +46,10 @@ class Sampler:
         new ones arrive, besides those after update 1, 2, 4, 8, ...; 0: only when the caller calls `rebuild`, which
         those early ones need too: until the first, v is in no unit. None: 32, or N / (16 B) where that is more.
       count_draws: whether the state counts how often each example was drawn; 4 bytes an example.
+      limit: with "stride" alone: the largest weighted gradient norm of an example in a minibatch, in units of the mean
+        norm of all examples, above 1; 5 is a good value. None: no limit. An example whose gradient has grown since its
+        last visit would else shake the parameters by all that it has waited for. With a limit, `value_grad_and_norms`
+        takes the draw in the place of the importance weights, and lowers them; what is left of one is owed.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -57,6 +63,9 @@ class Sampler:
         waits longer than its stride, one epoch and one minibatch, and no stride is longer than 64 epochs. What is drawn
         is in flight until its `update`; it is drawn again before only where nothing else is left, or after the longest
         stride.
+      - With a limit, the importance weights of an example add up to the time less what is owed, to half a visit each
+        time that one is lowered. Who is owed is due at once, and again in every minibatch until nothing is; but no one
+        is owed more than 32 epochs. The example waits as long as others before it are owed.
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
@@ -83,6 +92,7 @@ class Sampler:
     draw_method: str
     rebuild_every: int
     count_draws: bool
+    limit: float | None
     _state_structure: Any = dataclasses.field(repr=False)  # of what the proposal has learned
 
     def __init__(
@@ -94,6 +104,7 @@ class Sampler:
         *,
         rebuild_every: int | None = None,
         count_draws: bool = False,
+        limit: float | None = None,
     ):
         num_examples, batch_size = as_whole("num_examples", num_examples), as_whole("batch_size", batch_size)
         if not 1 <= num_examples <= table_lib.MAX_EXAMPLES:
@@ -109,6 +120,11 @@ class Sampler:
         if not isinstance(count_draws, bool):
             raise TypeError(f"count_draws must be True or False, got {count_draws!r}")
         check_proposal(proposal)
+        if limit is not None:
+            check_number("limit", limit, lambda x: 1 < x < math.inf, "above 1 and finite, or None: no limit")
+            if draw != STRIDE:
+                raise ValueError(f'limit {limit} needs draw "stride", whose next visits make up for it, got {draw!r}')
+            limit = float(limit)
         if draw in EPOCHS and not isinstance(proposal, Uniform):
             raise ValueError(f"draw {draw!r} is uniform, but the proposal is {proposal}: use Uniform(), or systematic")
         if draw == STRIDE and getattr(proposal, "max_staleness", None) is not None:
@@ -119,7 +135,7 @@ class Sampler:
         if draw == STRIDE and isinstance(proposal, Mixture) and proposal.uniform_fraction is None:
             proposal = Mixture(proposal.proposal, STRIDE_FRACTION)
         structure = jax.tree.structure(jax.eval_shape(proposal.init))
-        _set(self, num_examples, batch_size, proposal, draw, rebuild_every, count_draws, structure)
+        _set(self, num_examples, batch_size, proposal, draw, rebuild_every, count_draws, limit, structure)
 
     def init(self, seed: int | jax.Array) -> SamplerState:
         """Returns the state before the first draw: nothing scored, every example equally likely.
@@ -139,6 +155,7 @@ class Sampler:
             num_examples=self.num_examples,
             is_strided=self.draw_method == STRIDE,
             count_draws=self.count_draws,
+            has_limit=self.limit is not None,
         )
 
     def draw(self, state: SamplerState, *, uniform_draw: bool = False) -> tuple[SamplerState, Draw]:
@@ -201,9 +218,17 @@ class Sampler:
         """
         self.check_state(state)
         drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples)
+        self._check_limited(drawn, norms, scores)
         scored_at = None if scored_at is None else _step_beside(state, scored_at)
         return transitions.update(
-            self.proposal, state, drawn, norms, scores, scored_at, rebuild_every=self.rebuild_every
+            self.proposal,
+            state,
+            drawn,
+            norms,
+            scores,
+            scored_at,
+            rebuild_every=self.rebuild_every,
+            limit=self._relative_limit,
         )
 
     def ingest(
@@ -236,14 +261,23 @@ class Sampler:
         indices = as_indices(indices, self.num_examples)
         scores = as_numbers("a score", scores, indices.shape)
         scored_at = _step_beside(state, scored_at)
+        if self.limit is not None and not are_norms:
+            raise ValueError("are_norms is False, but the limit of this sampler is one of norms: score by these")
         return transitions.ingest(
-            self.proposal, state, indices, scores, scored_at, are_norms=are_norms, whole_table=rebuild
+            self.proposal,
+            state,
+            indices,
+            scores,
+            scored_at,
+            are_norms=are_norms,
+            whole_table=rebuild,
+            limit=self._relative_limit,
         )
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
         self.check_state(state)
-        return transitions.rebuild(self.proposal, state)
+        return transitions.rebuild(self.proposal, state, limit=self._relative_limit)
 
     def append(self, state: SamplerState, num_examples: int) -> tuple["Sampler", SamplerState]:
         """Returns sampler and state with more examples, never scored, after the present ones; the state is donated.
@@ -304,8 +338,15 @@ class Sampler:
         return sampler, sampler.rebuild(state), kept
 
     def _resized(self, num_examples: int) -> "Sampler":
-        options = self.batch_size, self.proposal, self.draw_method
-        return Sampler(num_examples, *options, rebuild_every=self.rebuild_every, count_draws=self.count_draws)
+        return Sampler(
+            num_examples,
+            self.batch_size,
+            self.proposal,
+            self.draw_method,
+            rebuild_every=self.rebuild_every,
+            count_draws=self.count_draws,
+            limit=self.limit,
+        )
 
     def metrics(self, state: SamplerState) -> dict[str, float]:
         """Returns what the sampler knows of its own work; O(N).
@@ -338,6 +379,23 @@ class Sampler:
         if self.draw_method == STRIDE and is_other:
             raise ValueError(
                 'draw "stride" makes one draw after the other, and no uniform ones between: every visit is counted'
+            )
+
+    @property
+    def _relative_limit(self) -> RelativeLimit | None:
+        return None if self.limit is None else RelativeLimit(self.limit, self.batch_size)
+
+    def _check_limited(self, drawn: Draw, norms: jax.Array | None, scores: jax.Array | None) -> None:
+        """Raises ValueError unless an update tells what the limit has lowered."""
+        if (self.limit is None) != (drawn.limit is None):
+            raise ValueError(
+                f"the draw has {'no' if drawn.limit is None else 'a'} limit, but limit is {self.limit}: pass the draw "
+                "that `draw` returned"
+            )
+        if self.limit is not None and (norms is None or scores is not None):
+            raise ValueError(
+                "with a limit, update needs the norms, which tell what it has lowered, and takes them as the scores: "
+                "pass norms alone"
             )
 
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
@@ -384,6 +442,11 @@ class Sampler:
                 f"the state {'does not count' if self.count_draws else 'counts'} how often examples are drawn, but "
                 f"count_draws is {self.count_draws}: use the sampler that made it, or begin with init"
             )
+        if (state.limit is None) != (self.limit is None):
+            raise ValueError(
+                f"the state has {'no' if state.limit is None else 'a'} limit, but limit is {self.limit}: use the "
+                "sampler that made it, or begin with init"
+            )
 
 
 def _step_beside(state: SamplerState, scored_at: int | jax.Array) -> jax.Array:
@@ -402,6 +465,7 @@ jax.tree_util.register_pytree_node(
             sampler.draw_method,
             sampler.rebuild_every,
             sampler.count_draws,
+            sampler.limit,
             sampler._state_structure,
         ),
     ),

@@ -27,6 +27,7 @@ class SamplerState(NamedTuple):
       key: u32[...], random key data of this run's draws.
       num_draws: i32[], draws made; the number of the next one.
       step: i32[], updates done.
+      limit: f32[], largest weighted norm of an example, as of the last rebuild; infinity before. None: there is none.
     """
 
     score: jax.Array
@@ -42,6 +43,7 @@ class SamplerState(NamedTuple):
     key: jax.Array
     num_draws: jax.Array
     step: jax.Array
+    limit: jax.Array | None = None
 
     @property
     def store(self) -> ScoreStore:

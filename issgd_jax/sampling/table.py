@@ -24,6 +24,8 @@ class Draw:
       importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * losses` is an unbiased estimate of
         the mean loss.
       num_examples: N, of the table that was drawn from; None: unknown.
+      limit: f32[], largest weighted norm of an example, if the sampler has a limit, else None. Such a draw does not
+        unpack: pass it whole to `value_grad_and_norms`, in the place of the importance weights, which it may lower.
 
     Example:
       >>> indices, importance_weights = draw(jax.random.key(0), uniform_table(100), batch_size=2)
@@ -34,8 +36,14 @@ class Draw:
     indices: jax.Array
     importance_weights: jax.Array
     num_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
+    limit: jax.Array | None = None
 
     def __iter__(self) -> Iterator[jax.Array]:
+        if self.limit is not None:
+            raise ValueError(
+                "a draw with a limit does not unpack: pass it whole to value_grad_and_norms, in the place of the "
+                "importance weights, which the limit may lower"
+            )
         yield self.indices
         yield self.importance_weights
 

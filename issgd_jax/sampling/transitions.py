@@ -1,17 +1,20 @@
 """What a sampler does to its state: pure functions, compiled."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.limits import limit_weights
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.checks import NO_EXAMPLE
 from issgd_jax.sampling.draws import draw_earliest
 from issgd_jax.sampling.proposal import Proposal
+from issgd_jax.sampling.relative_limit import RelativeLimit
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
@@ -38,8 +41,10 @@ def order_after(indices: jax.Array, read: Any) -> jax.Array:
 
 
 # Inlined, `init`, `visit_earliest` and `update` are part of the caller's program, as if not compiled on their own.
-@functools.partial(jax.jit, inline=True, static_argnames=("num_examples", "is_strided", "count_draws"))
-def init(proposal: Proposal, key: jax.Array, *, num_examples: int, is_strided: bool, count_draws: bool) -> SamplerState:
+@functools.partial(jax.jit, inline=True, static_argnames=("num_examples", "is_strided", "count_draws", "has_limit"))
+def init(
+    proposal: Proposal, key: jax.Array, *, num_examples: int, is_strided: bool, count_draws: bool, has_limit: bool
+) -> SamplerState:
     """Returns the state before the first draw."""
     store, proposal_state, step = ScoreStore.init(num_examples), proposal.init(), jnp.int32(0)
     basis = proposal.basis(proposal_state, store, step)
@@ -53,6 +58,7 @@ def init(proposal: Proposal, key: jax.Array, *, num_examples: int, is_strided: b
     return SamplerState(
         store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits, times_drawn,
         rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
+        limit=jnp.float32(jnp.inf) if has_limit else None,
     )  # fmt: skip
 
 
@@ -61,12 +67,21 @@ def visit_earliest(state: SamplerState, *, batch_size: int) -> tuple[SamplerStat
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
     drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
     visits = visits_lib.visit(state.visits, order_after(drawn.indices, drawn.importance_weights))
+    drawn = dataclasses.replace(drawn, limit=state.limit)
     return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
 
 
-@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="rebuild_every")
+@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames=("rebuild_every", "limit"))
 def update(
-    proposal: Proposal, state: SamplerState, drawn: Draw, norms, scores, scored_at, *, rebuild_every: int
+    proposal: Proposal,
+    state: SamplerState,
+    drawn: Draw,
+    norms,
+    scores,
+    scored_at,
+    *,
+    rebuild_every: int,
+    limit: RelativeLimit | None,
 ) -> SamplerState:
     """Returns the state after one step, with what its minibatch has taught; see `Sampler.update`."""
     step = state.step + 1
@@ -84,6 +99,10 @@ def update(
     # A draw of the caller's own may have any importance weights: nothing is learned from impossible ones.
     known = (drawn.importance_weights >= 0) & (drawn.importance_weights < LARGEST)
     norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, drawn.importance_weights, 0)
+    if drawn.limit is not None:
+        lowered = limit_weights(importance_weights, norms, drawn.limit)
+        visits = visits_lib.owe(state.visits, indices, importance_weights - lowered)
+        state, importance_weights = state._replace(visits=visits), lowered
     state = _write(proposal, state, indices, scores, norms, importance_weights, scored_at)
     moments = moments_lib.update(state.moments, norms, importance_weights)
     state = _write_v(proposal, state, indices, step, arrived=True)._replace(step=step, moments=moments)
@@ -92,28 +111,38 @@ def update(
     is_due = is_early(step) | (step % rebuild_every == 0)
 
     def rebuild_due(state):  # under `vmap`, of those that are due
-        return jax.lax.cond(is_due, functools.partial(_rebuild, proposal), lambda state: state, state)
+        return jax.lax.cond(is_due, functools.partial(_rebuild, proposal, limit), lambda state: state, state)
 
     return jax.lax.cond(for_any(is_due), rebuild_due, lambda state: state, state)
 
 
 # The old table is not read, but stays an argument: the new one takes over its memory.
-@functools.partial(jax.jit, donate_argnames="state", keep_unused=True, static_argnames=("are_norms", "whole_table"))
+@functools.partial(
+    jax.jit, donate_argnames="state", keep_unused=True, static_argnames=("are_norms", "whole_table", "limit")
+)
 def ingest(
-    proposal: Proposal, state: SamplerState, indices, scores, scored_at, *, are_norms: bool, whole_table: bool
+    proposal: Proposal,
+    state: SamplerState,
+    indices,
+    scores,
+    scored_at,
+    *,
+    are_norms: bool,
+    whole_table: bool,
+    limit: RelativeLimit | None,
 ) -> SamplerState:
     """Returns the state with scores that were computed elsewhere; see `Sampler.ingest`."""
     indices, scores, scored_at = indices.reshape(-1), scores.reshape(-1), jnp.minimum(scored_at, state.step)
     state = _write(proposal, state, indices, scores, scores if are_norms else None, 1.0, scored_at)
     if whole_table:
-        return _rebuild(proposal, state)
+        return _rebuild(proposal, limit, state)
     return _write_v(proposal, state, indices, state.step, arrived=False)
 
 
-@functools.partial(jax.jit, donate_argnames="state", keep_unused=True)
-def rebuild(proposal: Proposal, state: SamplerState) -> SamplerState:
+@functools.partial(jax.jit, donate_argnames="state", keep_unused=True, static_argnames="limit")
+def rebuild(proposal: Proposal, state: SamplerState, *, limit: RelativeLimit | None) -> SamplerState:
     """Returns the state with the probabilities of all examples by what is known now; O(N)."""
-    return _rebuild(proposal, state)
+    return _rebuild(proposal, limit, state)
 
 
 @functools.partial(jax.jit, inline=True, static_argnames="batch_size")
@@ -160,9 +189,9 @@ def _write_v(
     return state._replace(visits=visits_lib.write(state.visits, indices, v, arrived=arrived))
 
 
-def _rebuild(proposal: Proposal, state: SamplerState) -> SamplerState:
+def _rebuild(proposal: Proposal, limit: RelativeLimit | None, state: SamplerState) -> SamplerState:
     basis = proposal.basis(state.proposal_state, state.store, state.step)
-    state = state._replace(basis=_with_types(basis, state.basis))
+    state = state._replace(basis=_with_types(basis, state.basis), limit=limit and limit.of(state.store))
     if state.visits is None:
         return state.with_table(proposal.table(basis, state.store, state.step))
     v = proposal.v(state.basis, state.score, state.scored_at, state.step)

@@ -141,6 +141,22 @@ def visit(visits: Visits, indices: jax.Array) -> Visits:
     return visits._replace(deadlines=deadlines, visited_at=visited_at, now=visits.now + indices.size)
 
 
+def owe(visits: Visits, indices: jax.Array, epochs: jax.Array) -> Visits:
+    """Returns the visits after a minibatch, in flight, some of whose importance weights were lowered.
+
+    The time that a visit did not stand for is left to the next one: the last visit counts as so much earlier. It also
+    is due so much earlier; `write` computes that.
+
+    Args:
+      indices: i32[B]; those outside [0, N) are ignored.
+      epochs: f32[B], by how much each importance weight was lowered; 0 where it was not.
+    """
+    num_examples = visits.num_examples
+    time = jnp.clip(jnp.round(epochs * num_examples), 0, longest(num_examples) // 2).astype(jnp.int32)
+    target = jnp.where((indices >= 0) & (indices < num_examples), indices, num_examples)
+    return visits._replace(visited_at=visits.visited_at.at[target].add(-time, mode="drop"))
+
+
 def write(visits: Visits, indices: jax.Array, v: jax.Array, *, arrived: bool) -> Visits:
     """Returns the visits with new deadlines, last visit + stride, of some examples; O(m log N).
 

@@ -1,0 +1,37 @@
+"""The limit on what one example adds to a minibatch, relative to the mean norm of all."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from issgd_jax.sampling.store import ScoreStore
+from issgd_jax.sampling.sum_tree import LARGEST
+
+
+class RelativeLimit(NamedTuple):
+    """Limit in units of the mean norm.
+
+    Attributes:
+      factor: > 1: with 1 or less, no minibatch could stand for the time that it takes.
+      batch_size: B.
+    """
+
+    factor: float
+    batch_size: int
+
+    def of(self, store: ScoreStore) -> jax.Array:
+        """Returns the largest weighted norm f32[] of an example, by the last norm of each, the scores; O(N).
+
+        It is `factor` times their mean; but at least `B / N` times the largest, which an example that is in every
+        minibatch needs to stand for all of its time. Infinity while no norm above 0 is known.
+
+        Example:
+          >>> store, _ = ScoreStore.init(4).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
+          >>> float(RelativeLimit(5.0, batch_size=1).of(store))
+          10.0
+        """
+        scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
+        mean = jnp.sum(scores) / jnp.maximum(jnp.sum(store.scored), 1).astype(jnp.float32)
+        limit = jnp.maximum(self.factor * mean, jnp.max(scores) * (self.batch_size / len(store)))
+        return jnp.where(limit > 0, limit, jnp.inf).astype(jnp.float32)
