@@ -12,8 +12,8 @@ PACKAGE = pathlib.Path(issgd_jax.__file__).parent
 # Rooms and the modules beside them, lowest first: each may import only what stands before it.
 ORDER = (
     "errors", "extras", "console", "interrupts", "paths", "files", "records", "provenance", "config", "history",
-    "plots", "processes", "devices", "vmapped", "limits", "kernels", "gradnorm", "sampling", "loading", "scoring", "cluster",
-    "task", "learning", "run", "view", "main", "compare", "prospect", "__main__",
+    "plots", "processes", "devices", "vmapped", "limits", "kernels", "gradnorm", "sampling", "loading", "scoring",
+    "cluster", "task", "learning", "run", "view", "main", "compare", "prospect", "__main__",
 )  # fmt: skip
 # Inside a room too.
 ORDER_IN = {

@@ -76,6 +76,9 @@ _FAIR_ARMS = {
     "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), data=_LARGE),
     "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2), data=_LARGE),
     "stride": Arm("evenly spaced visits, refresh alone", _STRIDE | _REFRESH_ONLY),
+    "stride_limited": Arm(
+        "evenly spaced visits with a limit, refresh alone", _STRIDE | _REFRESH_ONLY | {"learner.limit": 5.0}
+    ),
     "stride_by_gain": Arm(
         "evenly spaced visits, refresh alone, rate by gain", _STRIDE | _REFRESH_ONLY | {"learner.rate_by_gain": True}
     ),
