@@ -189,7 +189,7 @@ class Learner:
             sampler_state,
             dataclasses.replace(drawn, indices=order_after(indices, moments)) if self.refresh else drawn,
             gradient.norms if self.refresh else None,
-            scores=gradient.scores,
+            scores=gradient.scores if self.score_fn else None,
             scored_at=gradient.step,
         )
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
