@@ -23,8 +23,8 @@ class RelativeLimit(NamedTuple):
     def of(self, store: ScoreStore) -> jax.Array:
         """Returns the largest weighted norm f32[] of an example, by the last norm of each, the scores; O(N).
 
-        It is `factor` times their mean; but at least `B / N` times the largest, which an example that is in every
-        minibatch needs to stand for all of its time. Infinity while no norm above 0 is known.
+        It is `factor` times their mean; but at least `2 B / N` times the largest, so that an example that is in every
+        minibatch is paid twice the time that passes. Infinity while no norm above 0 is known.
 
         Example:
           >>> store, _ = ScoreStore.init(4).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
@@ -33,5 +33,5 @@ class RelativeLimit(NamedTuple):
         """
         scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
         mean = jnp.sum(scores) / jnp.maximum(jnp.sum(store.scored), 1).astype(jnp.float32)
-        limit = jnp.maximum(self.factor * mean, jnp.max(scores) * (self.batch_size / len(store)))
+        limit = jnp.maximum(self.factor * mean, jnp.max(scores) * (2 * self.batch_size / len(store)))
         return jnp.where(limit > 0, limit, jnp.inf).astype(jnp.float32)

@@ -1,0 +1,82 @@
+"""Gradients of draws with a limit, against their definition: each example's gradient formed, weighted and added."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from issgd_jax.gradnorm import value_grad_and_norms
+from issgd_jax.limits import limit_weights
+from issgd_jax.sampling import Draw
+from issgd_jax.task import models
+from tests.gradnorm.clipping_test import PARAMS, X, assert_close, formed_gradients, lengths, loss_fn
+from tests.gradnorm.helpers import model_problem
+from tests.gradnorm.norms_test import tied_problem
+
+WEIGHTS = jnp.float32([0.5, 3.0, 1.0, 0.0, 2.0, 0.1])
+
+
+def drawn(importance_weights, limit):
+    return Draw(jnp.arange(len(importance_weights)), importance_weights, limit=jnp.float32(limit))
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize("name", [*models.MODELS, "tied"])
+def test_equals_the_mean_of_gradients_whose_weighted_norms_are_limited(name, microbatch_size):
+    """Red if weights are lowered by the norm of one leaf, of one microbatch's place, or twice."""
+    loss_fn, params, *batch = tied_problem(size=7) if name == "tied" else model_problem(name, 7)
+    weights = np.random.default_rng(0).uniform(0.2, 4, 7).astype(np.float32)
+    gradients = formed_gradients(loss_fn, params, *batch)
+    whole = np.sqrt(sum(n**2 for n in jax.tree.leaves(lengths(gradients))))
+    limit = np.median(weights * whole)
+    lowered = np.minimum(weights, limit / whole)
+    assert 0 < np.sum(lowered < weights) < 7
+    expected = jax.tree.map(lambda g: np.tensordot(lowered, g, 1) / 7, gradients)
+    for per_leaf in (False, True):
+        grad_fn = value_grad_and_norms(loss_fn, per_leaf=per_leaf, microbatch_size=microbatch_size)
+        _, gradient, norms = grad_fn(params, drawn(jnp.asarray(weights), limit), *batch)
+        assert_close(gradient, expected)
+        found = np.sqrt(sum(np.square(x) for x in jax.tree.leaves(norms))) if per_leaf else norms
+        np.testing.assert_allclose(found, whole, rtol=2e-5)
+
+
+def test_a_draw_without_a_limit_counts_as_its_importance_weights():
+    """Red if the bits differ: nothing else must be computed."""
+    ours = value_grad_and_norms(loss_fn)(PARAMS, Draw(jnp.arange(6), WEIGHTS), X)
+    jax.tree.map(np.testing.assert_array_equal, ours, value_grad_and_norms(loss_fn)(PARAMS, WEIGHTS, X))
+
+
+@pytest.mark.parametrize("limit", [jnp.inf, 1e30, jnp.nan])
+def test_a_limit_that_no_norm_reaches_lowers_nothing(limit):
+    _, gradient, _ = value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS, limit), X)
+    assert_close(gradient, value_grad_and_norms(loss_fn)(PARAMS, WEIGHTS, X)[1], 1e-6)
+
+
+def test_an_example_that_is_not_finite_is_not_hidden_by_the_limit():
+    """Red if a gradient of NaN is scaled away, so that nothing tells of it."""
+    losses, gradient, norms = value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS, 0.1), X.at[1].set(jnp.nan))
+    assert np.isnan(losses[1]) and not np.isfinite(norms[1])
+    assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_weights_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"importance_weights, the second argument, must have shape \(6,\)"):
+        value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS[:5], 1.0), X)
+
+
+def test_works_inside_jit_and_vmap():
+    """Red if a limit is compiled in, or is shared by several networks."""
+    limits = jnp.float32([0.3, 30.0])
+    grad_fn = value_grad_and_norms(loss_fn)
+    both = jax.jit(jax.vmap(lambda limit: grad_fn(PARAMS, Draw(jnp.arange(6), WEIGHTS, limit=limit), X)))(limits)
+    for i, limit in enumerate(limits):
+        alone = grad_fn(PARAMS, drawn(WEIGHTS, limit), X)
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), both, alone)
+
+
+def test_weights_are_lowered_where_they_must_be_and_nowhere_else():
+    """Red if an overflow of weight times norm, or a norm that is none, escapes or becomes NaN."""
+    weights = jnp.float32([2.0, 2.0, 3e38, 0.0, 1.0, 1.0, -1.0])
+    norms = jnp.float32([1.0, 10.0, 10.0, 1e30, jnp.nan, jnp.inf, 100.0])
+    lowered = limit_weights(weights, norms, jnp.float32(5.0))
+    np.testing.assert_array_equal(lowered, jnp.float32([2.0, 0.5, 0.5, 0.0, 1.0, 1.0, -1.0]))

@@ -1,0 +1,208 @@
+"""A limit on what one example adds to a minibatch: what its importance weight loses is owed, and paid."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from issgd_jax import value_grad_and_norms
+from issgd_jax.limits import limit_weights
+from issgd_jax.loading.prefetch import Prefetch
+from issgd_jax.sampling import Draw, Mixture, Proportional, Sampler, ScoreStore
+from issgd_jax.sampling.relative_limit import RelativeLimit
+from tests.helpers import soak
+from tests.sampling.visits_test import NORMS
+
+
+@functools.cache
+def compiled(sampler):
+    """Returns (state, norms of all) -> (state, indices, importance weights, those that the limit leaves, limit)."""
+
+    @jax.jit
+    def step(state, norms):
+        state, drawn = sampler.draw(state)
+        found = norms[drawn.indices]
+        lowered = limit_weights(drawn.importance_weights, found, drawn.limit)
+        return sampler.update(state, drawn, found), drawn.indices, drawn.importance_weights, lowered, drawn.limit
+
+    return step
+
+
+def heavy(seed, num_examples=300):
+    return np.exp(2 * np.random.default_rng(seed).normal(size=num_examples)).astype(np.float32)
+
+
+@hypothesis.settings(max_examples=soak(200, 15), deadline=None)
+@hypothesis.given(norms=st.lists(NORMS, min_size=37, max_size=37), seed=st.integers(0, 2**20))
+def test_what_is_given_and_what_is_owed_add_up_to_the_time_that_has_passed(norms, seed):
+    """Red if any norm makes an example lose time, or count twice for it."""
+    num_examples, batch_size = 37, 4
+    sampler = Sampler(num_examples, batch_size, draw="stride", rebuild_every=3, limit=2.0)
+    step, state = compiled(sampler), sampler.init(seed)
+    norms = jnp.asarray(norms, jnp.float32)
+    given, lowered_times = np.zeros(num_examples), np.zeros(num_examples)
+    for i in range(60):
+        state, indices, weights, lowered, _ = step(state, norms)
+        np.add.at(given, indices, lowered)
+        np.add.at(lowered_times, indices, lowered < weights)
+        assert len(set(np.asarray(indices).tolist())) == batch_size
+    now = 60 * batch_size
+    waited = (now - np.asarray(state.visits.visited_at).astype(np.int64)) / num_examples
+    # Before a run each example was visited once, in the epoch before.
+    passed = (now + num_examples - np.asarray(sampler.init(seed).visits.deadlines[:num_examples])) / num_examples
+    np.testing.assert_array_less(np.abs(given + waited - passed), (0.5 * lowered_times + 0.01) / num_examples + 1e-4)
+
+
+def test_no_weighted_norm_exceeds_the_limit_and_the_mean_over_time_is_that_of_all():
+    """Red if an outlier adds more, or is left out; 1 / t, as without a limit."""
+    norms, vectors = heavy(0), np.random.default_rng(1).normal(size=(300, 3))
+    vectors = (vectors * norms[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=3.0)
+    state, total, errors, num_lowered = sampler.init(0), np.zeros(3), {}, 0
+    grad_fn, mean = value_grad_and_norms(lambda params, x: params @ x), vectors.mean(0)
+    for i in range(1, soak(20_000, 3001)):
+        state, drawn = sampler.draw(state)
+        _, gradient, found = grad_fn(jnp.zeros(3), drawn, jnp.asarray(vectors)[drawn.indices])
+        lowered = limit_weights(drawn.importance_weights, found, drawn.limit)
+        assert np.all(lowered * found <= drawn.limit * (1 + 1e-6))
+        num_lowered += int(np.sum(lowered < drawn.importance_weights))
+        state = sampler.update(state, drawn, found)
+        total += gradient
+        errors[i] = np.linalg.norm(total / i - mean) / np.linalg.norm(mean)
+    assert num_lowered > 10
+    assert errors[3000] < 0.02 and errors[3000] < errors[300] / 3
+
+
+def test_a_gradient_that_has_grown_is_paid_in_parts_at_once():
+    """Red if the example comes back only after its stride, or all that it is owed comes in one minibatch."""
+    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=4.0)
+    step, state, norms = compiled(sampler), sampler.init(0), np.ones(300, np.float32)
+    for _ in range(100):
+        state, *_ = step(state, jnp.asarray(norms))
+    norms[7], visits = 100.0, []
+    for i in range(60):
+        state, indices, weights, lowered, limit = step(state, jnp.asarray(norms))
+        if 7 in indices.tolist():
+            place = indices.tolist().index(7)
+            visits.append((i, float(weights[place]), float(lowered[place]), float(limit)))
+        if len(visits) == 4:
+            norms[7] = 1e-3  # it is learned
+    first, weights, lowered, limits = zip(*visits)
+    assert list(np.diff(first[:5])) == [1, 1, 1, 1]  # in every minibatch
+    assert all(100 * w <= limit * 1.001 for w, limit in zip(lowered[:4], limits))
+    assert lowered[4] == weights[4] > 0.2  # the rest, now that it does no harm
+    assert sum(lowered[:5]) == pytest.approx(weights[0] + 4 * 8 / 300, abs=0.02)
+
+
+def test_an_example_with_nearly_the_whole_gradient_is_owed_no_more_than_it_can_be_paid():
+    """Red if what is owed grows for ever: such an example is in every minibatch and must stand for all of its time."""
+    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=1.5)
+    step, state = compiled(sampler), sampler.init(0)
+    norms = jnp.ones(300).at[7].set(1e6)
+    waited = []
+    for _ in range(400):
+        state, *_ = step(state, norms)
+        waited.append(int(state.visits.now - state.visits.visited_at[7]))
+    assert max(waited[200:]) <= 300 and max(waited[350:]) <= 40
+    assert int(jnp.max(state.visits.now - state.visits.visited_at)) < 10 * 300
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, -1.0])
+def test_norms_that_say_nothing_lower_nothing(value):
+    """Red if a limit of zero or NaN stops training, or makes a weight NaN."""
+    sampler = Sampler(20, 4, draw="stride", rebuild_every=1, limit=2.0)
+    step, state = compiled(sampler), sampler.init(0)
+    for _ in range(12):
+        state, _, weights, lowered, limit = step(state, jnp.full(20, value, jnp.float32))
+        np.testing.assert_array_equal(weights, lowered)
+        assert limit == np.inf
+
+
+def test_the_limit_is_the_mean_of_the_known_norms_times_the_factor():
+    store, _ = ScoreStore.init(1000).write(jnp.arange(4), jnp.float32([1, 2, 3, 10]), jnp.int32(0))
+    assert float(RelativeLimit(5.0, 8).of(store)) == 20.0
+    assert float(RelativeLimit(5.0, 8).of(ScoreStore.init(3))) == np.inf
+    huge, _ = store.write(jnp.arange(1000), jnp.full(1000, 3e38), jnp.int32(0))
+    assert np.isfinite(RelativeLimit(5.0, 8).of(huge))
+
+
+def test_minibatches_ahead_have_the_limit_of_the_present_state():
+    """Red if a prefetched draw lets what was lowered go, or reads a limit that was donated."""
+    sampler = Sampler(40, 4, draw="stride", rebuild_every=1, limit=2.0)
+    norms = jnp.asarray(heavy(3, 40))
+    with Prefetch(sampler, np.arange(40), depth=2) as prefetch:
+        state, given = sampler.init(0), np.zeros(40)
+        for _ in range(200):
+            state, drawn, batch = prefetch.draw(state)
+            np.testing.assert_array_equal(batch, drawn.indices)
+            lowered = limit_weights(drawn.importance_weights, norms[batch], drawn.limit)
+            np.add.at(given, np.asarray(batch), lowered)
+            state = sampler.update(state, drawn, norms[batch])
+    waited = (800 - np.asarray(state.visits.visited_at)) / 40
+    np.testing.assert_allclose((given + waited).mean(), 800 / 40 + 0.5, atol=0.02)
+    assert np.ptp(given + waited) < 1 + 3 / 40 * 5
+
+
+def test_new_and_removed_examples_keep_what_is_owed():
+    sampler = Sampler(40, 4, draw="stride", rebuild_every=1, limit=2.0)
+    state = sampler.init(0)
+    for _ in range(20):
+        state, *_ = compiled(sampler)(state, jnp.asarray(heavy(3, 40)))
+    visited_at = np.asarray(state.visits.visited_at)
+    larger, state = sampler.append(state, 10)
+    assert larger.limit == 2.0 and np.isfinite(state.limit)
+    np.testing.assert_array_equal(state.visits.visited_at[:40], visited_at)
+    smaller, state, kept = larger.remove(state, [0, 5])
+    assert smaller.limit == 2.0
+    np.testing.assert_array_equal(state.visits.visited_at[:38], visited_at[kept[:38]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"limit": 1.0}, ValueError, "limit must be above 1 and finite, or None: no limit, got 1.0"),
+        ({"limit": np.inf}, ValueError, "limit must be above 1 and finite"),
+        ({"limit": np.nan}, ValueError, "limit must be above 1 and finite"),
+        ({"limit": "5"}, TypeError, "limit must be above 1 and finite"),
+        ({"limit": 5, "draw": "systematic"}, ValueError, 'limit 5 needs draw "stride"'),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        Sampler(10, 2, **({"draw": "stride"} | options))
+
+
+def test_calls_that_would_lose_what_is_owed_are_refused():
+    """Red if one of them is answered: the gradient would then be biased, and nothing would tell."""
+    sampler, without = (Sampler(10, 2, draw="stride", limit=limit) for limit in (5.0, None))
+    state, drawn = sampler.draw(sampler.init(0))
+    norms = jnp.ones(2)
+    with pytest.raises(ValueError, match="does not unpack: pass it whole to value_grad_and_norms"):
+        _, _ = drawn
+    with pytest.raises(ValueError, match="update needs the norms"):
+        sampler.update(state, drawn, None)
+    with pytest.raises(ValueError, match="takes them as the scores"):
+        sampler.update(state, drawn, norms, scores=norms)
+    with pytest.raises(ValueError, match="the draw has no limit, but limit is 5.0"):
+        sampler.update(state, Draw(drawn.indices, drawn.importance_weights, 10), norms)
+    with pytest.raises(ValueError, match="are_norms is False, but the limit of this sampler is one of norms"):
+        sampler.ingest(state, jnp.arange(3), jnp.ones(3), 0, are_norms=False)
+    with pytest.raises(ValueError, match="the state has a limit, but limit is None"):
+        without.draw(state)
+    with pytest.raises(ValueError, match="the state has no limit, but limit is 5.0"):
+        sampler.draw(without.init(0))
+    assert int(sampler.update(state, drawn, norms).step) == 1  # nothing was donated by the refused calls
+
+
+def test_scores_of_another_proposal_have_the_same_limit():
+    """Red if the limit is in the unit of v, which is that of the proposal."""
+    limits = []
+    for proposal in (Mixture(Proportional(0.0), 0.3), Mixture(Proportional(100.0), 0.3)):
+        sampler = Sampler(100, 4, proposal, draw="stride", limit=5.0)
+        state = sampler.ingest(sampler.init(0), jnp.arange(100), jnp.full(100, 2.0), 0)
+        limits.append(float(state.limit))
+    assert limits == [10.0, 10.0]
