@@ -57,7 +57,7 @@ _NO_REFRESH = {"learner__refresh": False, "learner__draw": "independent", "propo
 # Late gradients; rounds that enter between two steps, in a program whose rate changes; the paper's method.
 _REPRESENTATIVE = [
     {"learner__asynchronous": 4},
-    {"learner__draw": "stride", "learner__rate_by_gain": True},
+    {"learner__draw": "stride", "learner__rate_by_gain": True, "learner__limit": 2.0},
     {"schedule__score_delay": 6, "workers__score": "loss", "learner__lr_schedule": "cosine"},
     _NO_REFRESH,
 ]
@@ -67,7 +67,7 @@ _ALL = [
     {"schedule__score_delay": 6, "workers__score": "loss"},
     {"schedule__score_delay": 12},
     {"workers__enabled": False},
-    {"learner__asynchronous": 4, "learner__draw": "stride"},
+    {"learner__asynchronous": 4, "learner__draw": "stride", "learner__limit": 2.0},
     {"proposal__name": "uniform"},
     *_REPRESENTATIVE,
 ]

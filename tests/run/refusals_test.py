@@ -46,6 +46,23 @@ from tests.helpers import smoke
             {"learner__draw": "stride", "learner__batch_size": 1201},
             "learner.batch_size is 1201, but there are 1200 examples to draw from",
         ),
+        (
+            {"learner__limit": 5.0},
+            "learner.limit is 5.0, which visits by importance make up for, but learner.draw is sys",
+        ),
+        ({"learner__limit": 1.0}, r"learner.limit must be above 1 and finite, got 1.0 \(see --config.learner.limit\)"),
+        (
+            {"learner__limit": 5.0, "learner__draw": "stride", "proposal__name": "uniform"},
+            "learner.draw is stride and proposal.name uniform: use",
+        ),
+        (
+            {"learner__limit": 5.0, "learner__draw": "stride", "workers__score": "loss"},
+            "learner.limit is 5.0, a limit of gradient norms, but learner.refresh is True and workers.score loss",
+        ),
+        (
+            {"learner__limit": 5.0, "learner__draw": "stride", "learner__refresh": False},
+            "learner.limit is 5.0, a limit of gradient norms, but learner.refresh is False",
+        ),
         ({"learner__draw": "shuffled"}, "learner.draw is shuffled, which draws uniformly, but proposal.name is"),
         (
             {"workers__chunk_size": 401},

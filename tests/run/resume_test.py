@@ -19,14 +19,19 @@ from tests.helpers import arrays_of, check_same, path_of, rewind, scores, small,
 RESUMED = {
     "delayed": {"schedule__score_delay": 9},  # three rounds in flight at every checkpoint
     "exact": {"schedule__name": "exact", "steps": 21},
-    "stride": {"learner__draw": "stride", "learner__rate_by_gain": True},
+    "stride": {"learner__draw": "stride", "learner__rate_by_gain": True, "learner__limit": 2.0},
     "no workers": {"workers__enabled": False},
     "auto": {"proposal__when": "auto", "proposal__cost": 1e9},  # idle and active by turns
     "asynchronous epochs": {"learner__asynchronous": 4, "proposal__name": "uniform", "learner__draw": "shuffled"},
     "adam": {"learner__optimizer": "adam", "learner__learning_rate": 0.001, "workers__score": "loss"},
 }
 MORE_RESUMED = {
-    "asynchronous stride": {"learner__asynchronous": 3, "devices__workers": 1, "learner__draw": "stride"},
+    "asynchronous stride": {
+        "learner__asynchronous": 3,
+        "devices__workers": 1,
+        "learner__draw": "stride",
+        "learner__limit": 2.0,
+    },
     "uniform stride": {"learner__draw": "stride", "proposal__name": "uniform"},
     "epochs": {"proposal__name": "uniform", "learner__draw": "shuffled"},
     "asynchronous": {

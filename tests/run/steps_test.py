@@ -15,7 +15,12 @@ from tests.run.resume_test import nan_at
 
 FIXED = {
     "refresh": {"workers__enabled": False},
-    "stride": {"workers__enabled": False, "learner__draw": "stride", "learner__rate_by_gain": True},
+    "stride": {
+        "workers__enabled": False,
+        "learner__draw": "stride",
+        "learner__rate_by_gain": True,
+        "learner__limit": 2.0,
+    },
     "epochs": {"proposal__name": "uniform", "learner__draw": "shuffled"},
     "workers": {"schedule__score_delay": 9},  # rounds start and enter between the steps of others
 }

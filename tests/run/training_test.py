@@ -246,10 +246,17 @@ def test_other_scores_lower_the_variance_too(score, tmp_path):
         {"learner__draw": "independent"},
         {"learner__draw": "without_replacement"},
         {"learner__draw": "stride"},
-        {"learner__draw": "stride", "schedule__name": "free_running", "devices__learners": 2, "devices__workers": 1},
+        {
+            "learner__draw": "stride",
+            "learner__limit": 2.0,
+            "schedule__name": "free_running",
+            "devices__learners": 2,
+            "devices__workers": 1,
+        },
         {"learner__draw": "stride", "schedule__name": "exact", "learner__refresh": False},
         {
             "learner__draw": "stride",
+            "learner__limit": 2.0,
             "schedule__name": "free_running",
             "learner__asynchronous": 2,
             "devices__workers": 2,

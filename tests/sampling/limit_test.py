@@ -45,7 +45,7 @@ def test_what_is_given_and_what_is_owed_add_up_to_the_time_that_has_passed(norms
     step, state = compiled(sampler), sampler.init(seed)
     norms = jnp.asarray(norms, jnp.float32)
     given, lowered_times = np.zeros(num_examples), np.zeros(num_examples)
-    for i in range(60):
+    for _ in range(60):
         state, indices, weights, lowered, _ = step(state, norms)
         np.add.at(given, indices, lowered)
         np.add.at(lowered_times, indices, lowered < weights)
