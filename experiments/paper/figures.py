@@ -38,7 +38,7 @@ _LEGEND_WITHIN = 6
 # Line styles of the two kinds of arms of study `asgd`.
 _PEERS = {"uniform": ":", "calibrated": "-"}
 # Arms of study `fair` in its summary.
-_SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "calibrated_50")
+_SEVEN, _ONE_DEVICE = "calibrated_7", ("uniform", "calibrated_refresh", "stride_limited")
 
 
 def make_figures(record: dict, costs: dict[str, float]) -> dict[str, Figure]:
