@@ -148,7 +148,7 @@ FIELDS = (
         "(epochs over a random third).",
     ),
     Field(
-        "learner.limit", float, Limit("above 1 and finite", lambda value: 1 < value < math.inf),
+        "learner.limit", float, Limit(">= 2 and finite", lambda value: 2 <= value < math.inf),
         "Largest weighted gradient norm of an example in a minibatch, in units of the mean norm, with draw stride; "
         "what is left of its importance weight is owed to its next visits. None: no limit.",
     ),

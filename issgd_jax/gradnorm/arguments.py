@@ -82,12 +82,6 @@ def check_batch(batch: Mapping[int, Any]) -> None:
         raise ValueError(f"batch arguments differ in their leading axis: {shapes}; {hint}")
 
 
-def weights_and_limit(importance_weights: Any) -> tuple[Any, Any]:
-    """Returns the importance weights, and the largest weighted norm or None: both are attributes of a `Draw`."""
-    limit = getattr(importance_weights, "limit", None)
-    return getattr(importance_weights, "importance_weights", importance_weights), limit
-
-
 def check_weights(importance_weights: Any, batch: Sequence[Any]) -> None:
     """Raises TypeError or ValueError unless there is one importance weight for each example of the batch arguments.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.gradnorm.arguments import check_weights, weights_and_limit
+from issgd_jax.gradnorm.arguments import check_weights
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.groups import grouped, sums_of_leaves
 from issgd_jax.gradnorm.leaves import checked, norms_and_sum
@@ -17,7 +17,7 @@ from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
 from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
 from issgd_jax.gradnorm.sums import sums_by_norms
 from issgd_jax.gradnorm.tracing import TracedLoss, positions_of_params, trace_loss, with_keys
-from issgd_jax.limits import limit_weights
+from issgd_jax.limits import limit_weights, weights_and_limit
 
 
 def per_example_grad_norms(
@@ -120,8 +120,7 @@ def value_grad_and_norms(
       `key=`. The importance weights f32[B] are the second argument whatever argnums is. losses f32[B] and norms f32[B]
       are those of each example without its importance weight. gradient is that of `mean(importance_weights * losses)`,
       like the parameters. With has_aux the first result is `(losses, aux)`.
-      A `Draw` may take the place of the importance weights; if it has a limit, they are lowered such that no example's
-      weighted norm exceeds it.
+      `LimitedWeights`, which a sampler with a limit draws, are lowered such that no weighted norm exceeds the limit.
 
     Raises:
       ValueError: When called: importance_weights does not have shape [B]. Otherwise as `per_example_grad_norms`.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from issgd_jax.gradnorm import example_keys, positional_key, value_grad_and_norms
 from issgd_jax.learning import variance
-from issgd_jax.limits import limit_weights
+from issgd_jax.limits import limit_weights, weights_and_limit, with_limit
 from issgd_jax.sampling import Draw, Sampler, SamplerState
 from issgd_jax.sampling.transitions import order_after
 
@@ -81,8 +81,8 @@ class StepMetrics(NamedTuple):
     """Metrics of one step.
 
     Attributes:
-      loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss; NaN if one of
-        its losses or, where it is checked, its gradient is not finite.
+      loss: f32[], importance-weighted loss of the minibatch, an unbiased estimate of the training loss where no limit
+        lowers the importance weights; NaN if one of its losses or, where it is checked, its gradient is not finite.
       moments: estimates of the gradient's variance; None unless asked for.
       minibatch: the draw and its losses; None after a uniform draw, which can be repeated.
     """
@@ -145,26 +145,27 @@ class Learner:
           drawn: the minibatch.
           examples: pytrees with leading axis N on the learner's device.
         """
-        backward = functools.partial(self._backward, drawn.limit)
+        importance_weights, limit = weights_and_limit(drawn.importance_weights)
+        backward = functools.partial(self._backward, limit)
         if self.mesh:
             backward = _shared(backward, self.mesh.axis_names[0])
         keys = None
         if self.loss_seed is not None:
             keys = example_keys(self.loss_seed, _LOSS_STREAM, step, drawn.indices.size)
-        losses, gradient, norms, scores = backward(params, examples, drawn.indices, drawn.importance_weights, keys)
+        losses, gradient, norms, scores = backward(params, examples, drawn.indices, importance_weights, keys)
         finite = jnp.all(jnp.isfinite(losses))
         if self.refresh:
             finite &= jnp.all(jnp.isfinite(norms))
         elif self.skip_nonfinite or self.check_gradient:  # else the next loss shows it: this would slow uniform draws
             finite &= jnp.isfinite(optax.tree.norm(gradient))
         return Gradient(
-            minibatch=Minibatch(drawn.indices, drawn.importance_weights, losses),
+            minibatch=Minibatch(drawn.indices, importance_weights, losses),
             gradient=gradient,
             norms=norms if self.refresh or self.moments else None,
             scores=scores if self.refresh else None,
             finite=finite,
             step=step,
-            limit=drawn.limit,
+            limit=limit,
         )
 
     def update(
@@ -176,8 +177,8 @@ class Learner:
           gradient: perhaps of older parameters; its scores count as of their step.
         """
         indices, importance_weights, losses = gradient.minibatch
-        drawn = Draw(indices, importance_weights, sampler.num_examples, gradient.limit)
-        if gradient.limit is not None:
+        drawn = Draw(indices, with_limit(importance_weights, gradient.limit), sampler.num_examples)
+        if gradient.limit is not None and gradient.norms is not None:
             importance_weights = limit_weights(importance_weights, gradient.norms, gradient.limit)
         loss = jnp.where(gradient.finite, jnp.mean(importance_weights * losses), jnp.nan)
         params, opt_state = self._apply(state, gradient, importance_weights)
@@ -261,8 +262,8 @@ class Learner:
         batch, loss_fn = jax.tree.map(lambda x: x[indices], examples), self.loss_fn
         if keys is not None:
             batch, loss_fn = (*batch, keys), positional_key(loss_fn)
-        drawn = Draw(indices, importance_weights, limit=limit)
-        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, drawn, *batch)
+        importance_weights = with_limit(importance_weights, limit)
+        losses, gradient, norms = value_grad_and_norms(loss_fn)(params, importance_weights, *batch)
         scores = self.score_fn(params, *batch) if self.refresh and self.score_fn else norms
         return losses, gradient, norms, scores
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from issgd_jax.limits import with_limit
 from issgd_jax.loading.source import Source, as_source
 from issgd_jax.sampling import Draw, Sampler, SamplerState, Table
 from issgd_jax.sampling import visits as visits_lib
@@ -70,7 +71,8 @@ class Prefetch:
 
         Raises:
           TypeError: the source cannot be read by index, or has values that are not numbers.
-          ValueError: depth < 0, or source and sampler differ in their number of examples.
+          ValueError: depth < 0, or > 0 where the sampler has a limit, or source and sampler differ in their number of
+            examples.
         """
         self._source = as_source(source, collate)
         if self._source.num_examples != sampler.num_examples:
@@ -84,6 +86,11 @@ class Prefetch:
             raise ValueError(
                 f'draw "stride" needs depth + 1 minibatches of different examples, got depth {depth}, batch_size '
                 f"{sampler.batch_size} and {sampler.num_examples:,} examples: lower the depth"
+            )
+        if sampler.limit is not None and depth:
+            raise ValueError(
+                f"depth is {depth}, but a sampler with a limit cannot draw ahead, as what an example is owed would be "
+                "known too late: use depth=0, or no limit"
             )
         self._sampler = sampler
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]
@@ -143,7 +150,8 @@ class Prefetch:
         if method == STRIDE:
             state = state._replace(visits=_visit(state.visits, drawn.indices))
         if state.limit is not None:  # of the present state, which is donated later
-            drawn = dataclasses.replace(drawn, limit=jnp.copy(state.limit))
+            weights = with_limit(drawn.importance_weights, jnp.copy(state.limit))
+            drawn = dataclasses.replace(drawn, importance_weights=weights)
         return state._replace(num_draws=num_draws), drawn, batch
 
     def close(self) -> None:

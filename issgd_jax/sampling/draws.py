@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from issgd_jax.limits import weights_and_limit, with_limit
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import uniform
 from issgd_jax.sampling import visits as visits_lib
@@ -77,7 +78,8 @@ def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw
     indices = as_indices(drawn.indices, num_examples)
     if indices.ndim != 1:
         raise ValueError(f"a draw must have indices of shape [B], got {indices.shape}: reshape the batch, not the draw")
-    arrays = {"importance_weights": drawn.importance_weights, "norms": norms, "scores": scores}
+    importance_weights, limit = weights_and_limit(drawn.importance_weights)
+    arrays = {"importance_weights": importance_weights, "norms": norms, "scores": scores}
     for name, array in arrays.items():
         if array is not None and jnp.shape(array) != indices.shape:
             raise ValueError(
@@ -86,5 +88,5 @@ def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw
             )
         if array is not None:
             arrays[name] = as_numbers(name, array, indices.shape)
-    drawn = Draw(indices, arrays["importance_weights"], num_examples, drawn.limit)
+    drawn = Draw(indices, with_limit(arrays["importance_weights"], limit), num_examples)
     return drawn, arrays["norms"], arrays["scores"]

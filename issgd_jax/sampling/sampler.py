@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax.limits import LimitedWeights
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import transitions
 from issgd_jax.sampling import visits as visits_lib
@@ -47,9 +48,9 @@ class Sampler:
         those early ones need too: until the first, v is in no unit. None: 32, or N / (16 B) where that is more.
       count_draws: whether the state counts how often each example was drawn; 4 bytes an example.
       limit: with "stride" alone: the largest weighted gradient norm of an example in a minibatch, in units of the mean
-        norm of all examples, above 1; 5 is a good value. None: no limit. An example whose gradient has grown since its
-        last visit would else shake the parameters by all that it has waited for. With a limit, `value_grad_and_norms`
-        takes the draw in the place of the importance weights, and lowers them; what is left of one is owed.
+        norm of all examples, >= 2; 5 is a good value. None: no limit. An example whose gradient has grown since its
+        last visit would else shake the parameters by all that it has waited for. With a limit, the importance weights
+        of a draw are `LimitedWeights`, which `value_grad_and_norms` lowers; what is left of one is owed.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -64,15 +65,15 @@ class Sampler:
         is in flight until its `update`; it is drawn again before only where nothing else is left, or after the longest
         stride.
       - With a limit, the importance weights of an example add up to the time less what is owed, to half a visit each
-        time that one is lowered. Who is owed is due at once, and again in every minibatch until nothing is; but no one
-        is owed more than 32 epochs. The example waits as long as others before it are owed.
+        time that one is lowered. Who is owed is due as much earlier, often in the next minibatch. What an example is
+        owed beyond 32 epochs is lost. Others wait longer than above while many are owed.
       - Bad scores (NaN, infinite, negative) and indices outside [0, N) change nothing; the scores are counted.
 
     Raises:
-      TypeError: num_examples, batch_size or rebuild_every is no whole number, count_draws no bool, or proposal no
-        proposal.
-      ValueError: num_examples, batch_size, draw or rebuild_every is out of range, or draw does not go with the
-        proposal.
+      TypeError: num_examples, batch_size or rebuild_every is no whole number, count_draws no bool, limit no number, or
+        proposal no proposal.
+      ValueError: num_examples, batch_size, draw, rebuild_every or limit is out of range, or draw does not go with the
+        proposal or the limit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,7 +122,7 @@ class Sampler:
             raise TypeError(f"count_draws must be True or False, got {count_draws!r}")
         check_proposal(proposal)
         if limit is not None:
-            check_number("limit", limit, lambda x: 1 < x < math.inf, "above 1 and finite, or None: no limit")
+            check_number("limit", limit, lambda x: 2 <= x < math.inf, ">= 2 and finite, or None: no limit")
             if draw != STRIDE:
                 raise ValueError(f'limit {limit} needs draw "stride", whose next visits make up for it, got {draw!r}')
             limit = float(limit)
@@ -206,9 +207,9 @@ class Sampler:
           state: as returned by `draw`; donated.
           drawn: the minibatch, of this or an earlier draw; its importance weights undo its preference for large scores.
             Use `ingest` for examples that were not drawn here.
-          norms: f[B], the gradient norms of its examples, without importance weights; None: nothing was measured, and
-            only the step is counted; with draw "stride", its examples are in flight no longer.
-          scores: f[B], where scores are not gradient norms; None: the norms.
+          norms: f[B], the gradient norms of its examples, without importance weights; None, but with a limit: nothing
+            was measured, and only the step is counted; with draw "stride", its examples are in flight no longer.
+          scores: f[B], where scores are not gradient norms, but with a limit; None: the norms.
           scored_at: i32[], step of the parameters of the norms, see `ingest`; None: the present one.
 
         Raises:
@@ -248,7 +249,7 @@ class Sampler:
           indices: i[...], of examples; those outside [0, N) are padding.
           scores: f[...], of the same shape, or one for all.
           scored_at: i[], step of the parameters that gave them, as `state.step` counts; a later one counts as that.
-          are_norms: whether scores are gradient norms; the proposal learns from no others.
+          are_norms: whether scores are gradient norms; the proposal learns from no others, and a limit needs them.
           rebuild: whether the whole table is rebuilt, O(N); else only these examples change, O(m log N).
 
         Raises:
@@ -387,9 +388,10 @@ class Sampler:
 
     def _check_limited(self, drawn: Draw, norms: jax.Array | None, scores: jax.Array | None) -> None:
         """Raises ValueError unless an update tells what the limit has lowered."""
-        if (self.limit is None) != (drawn.limit is None):
+        has_limit = isinstance(drawn.importance_weights, LimitedWeights)
+        if has_limit == (self.limit is None):
             raise ValueError(
-                f"the draw has {'no' if drawn.limit is None else 'a'} limit, but limit is {self.limit}: pass the draw "
+                f"the draw has {'a' if has_limit else 'no'} limit, but limit is {self.limit}: pass the draw "
                 "that `draw` returned"
             )
         if self.limit is not None and (norms is None or scores is not None):

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from issgd_jax.limits import LimitedWeights
 from issgd_jax.sampling import sum_tree, uniform
 from issgd_jax.sampling.checks import MAX_EXAMPLES, NO_EXAMPLE, as_indices, as_numbers, as_whole
 
@@ -22,10 +24,8 @@ class Draw:
     Attributes:
       indices: i32[B], of its examples.
       importance_weights: f32[B], `mean(v) / v_n`; the mean of `importance_weights * losses` is an unbiased estimate of
-        the mean loss.
+        the mean loss. Of a sampler with a limit `LimitedWeights`, which `value_grad_and_norms` takes and lowers.
       num_examples: N, of the table that was drawn from; None: unknown.
-      limit: f32[], largest weighted norm of an example, if the sampler has a limit, else None. Such a draw does not
-        unpack: pass it whole to `value_grad_and_norms`, in the place of the importance weights, which it may lower.
 
     Example:
       >>> indices, importance_weights = draw(jax.random.key(0), uniform_table(100), batch_size=2)
@@ -34,16 +34,10 @@ class Draw:
     """
 
     indices: jax.Array
-    importance_weights: jax.Array
+    importance_weights: jax.Array | LimitedWeights
     num_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
-    limit: jax.Array | None = None
 
-    def __iter__(self) -> Iterator[jax.Array]:
-        if self.limit is not None:
-            raise ValueError(
-                "a draw with a limit does not unpack: pass it whole to value_grad_and_norms, in the place of the "
-                "importance weights, which the limit may lower"
-            )
+    def __iter__(self) -> Iterator[Any]:
         yield self.indices
         yield self.importance_weights
 

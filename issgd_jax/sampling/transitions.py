@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.limits import limit_weights
+from issgd_jax.limits import limit_weights, weights_and_limit, with_limit
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import visits as visits_lib
@@ -67,7 +67,7 @@ def visit_earliest(state: SamplerState, *, batch_size: int) -> tuple[SamplerStat
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
     drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
     visits = visits_lib.visit(state.visits, order_after(drawn.indices, drawn.importance_weights))
-    drawn = dataclasses.replace(drawn, limit=state.limit)
+    drawn = dataclasses.replace(drawn, importance_weights=with_limit(drawn.importance_weights, state.limit))
     return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
 
 
@@ -97,10 +97,11 @@ def update(
     indices = order_after(drawn.indices, drawn.importance_weights)
     scores = norms if scores is None else scores
     # A draw of the caller's own may have any importance weights: nothing is learned from impossible ones.
-    known = (drawn.importance_weights >= 0) & (drawn.importance_weights < LARGEST)
-    norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, drawn.importance_weights, 0)
-    if drawn.limit is not None:
-        lowered = limit_weights(importance_weights, norms, drawn.limit)
+    importance_weights, drawn_limit = weights_and_limit(drawn.importance_weights)
+    known = (importance_weights >= 0) & (importance_weights < LARGEST)
+    norms, importance_weights = jnp.where(known, norms, jnp.nan), jnp.where(known, importance_weights, 0)
+    if drawn_limit is not None:
+        lowered = limit_weights(importance_weights, norms, drawn_limit)
         visits = visits_lib.owe(state.visits, indices, importance_weights - lowered)
         state, importance_weights = state._replace(visits=visits), lowered
     state = _write(proposal, state, indices, scores, norms, importance_weights, scored_at)
@@ -191,7 +192,10 @@ def _write_v(
 
 def _rebuild(proposal: Proposal, limit: RelativeLimit | None, state: SamplerState) -> SamplerState:
     basis = proposal.basis(state.proposal_state, state.store, state.step)
-    state = state._replace(basis=_with_types(basis, state.basis), limit=limit and limit.of(state.store))
+    state = state._replace(basis=_with_types(basis, state.basis))
+    if limit is not None:
+        # Who is in flight is in none of the minibatches drawn until its update.
+        state = state._replace(limit=limit.of(state.store, jnp.maximum(state.num_draws - state.step, 0) + 1))
     if state.visits is None:
         return state.with_table(proposal.table(basis, state.store, state.step))
     v = proposal.v(state.basis, state.score, state.scored_at, state.step)

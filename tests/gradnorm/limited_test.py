@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from issgd_jax.gradnorm import value_grad_and_norms
-from issgd_jax.limits import limit_weights
-from issgd_jax.sampling import Draw
+from issgd_jax.limits import LimitedWeights, limit_weights
 from issgd_jax.task import models
 from tests.gradnorm.clipping_test import PARAMS, X, assert_close, formed_gradients, lengths, loss_fn
 from tests.gradnorm.helpers import model_problem
@@ -16,8 +15,8 @@ from tests.gradnorm.norms_test import tied_problem
 WEIGHTS = jnp.float32([0.5, 3.0, 1.0, 0.0, 2.0, 0.1])
 
 
-def drawn(importance_weights, limit):
-    return Draw(jnp.arange(len(importance_weights)), importance_weights, limit=jnp.float32(limit))
+def limited(importance_weights, limit):
+    return LimitedWeights(importance_weights, jnp.float32(limit))
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 3])
@@ -34,44 +33,58 @@ def test_equals_the_mean_of_gradients_whose_weighted_norms_are_limited(name, mic
     expected = jax.tree.map(lambda g: np.tensordot(lowered, g, 1) / 7, gradients)
     for per_leaf in (False, True):
         grad_fn = value_grad_and_norms(loss_fn, per_leaf=per_leaf, microbatch_size=microbatch_size)
-        _, gradient, norms = grad_fn(params, drawn(jnp.asarray(weights), limit), *batch)
+        _, gradient, norms = grad_fn(params, limited(jnp.asarray(weights), limit), *batch)
         assert_close(gradient, expected)
         found = np.sqrt(sum(np.square(x) for x in jax.tree.leaves(norms))) if per_leaf else norms
         np.testing.assert_allclose(found, whole, rtol=2e-5)
 
 
-def test_a_draw_without_a_limit_counts_as_its_importance_weights():
-    """Red if the bits differ: nothing else must be computed."""
-    ours = value_grad_and_norms(loss_fn)(PARAMS, Draw(jnp.arange(6), WEIGHTS), X)
-    jax.tree.map(np.testing.assert_array_equal, ours, value_grad_and_norms(loss_fn)(PARAMS, WEIGHTS, X))
-
-
 @pytest.mark.parametrize("limit", [jnp.inf, 1e30, jnp.nan])
 def test_a_limit_that_no_norm_reaches_lowers_nothing(limit):
-    _, gradient, _ = value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS, limit), X)
+    _, gradient, _ = value_grad_and_norms(loss_fn)(PARAMS, limited(WEIGHTS, limit), X)
     assert_close(gradient, value_grad_and_norms(loss_fn)(PARAMS, WEIGHTS, X)[1], 1e-6)
 
 
 def test_an_example_that_is_not_finite_is_not_hidden_by_the_limit():
     """Red if a gradient of NaN is scaled away, so that nothing tells of it."""
-    losses, gradient, norms = value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS, 0.1), X.at[1].set(jnp.nan))
+    losses, gradient, norms = value_grad_and_norms(loss_fn)(PARAMS, limited(WEIGHTS, 0.1), X.at[1].set(jnp.nan))
     assert np.isnan(losses[1]) and not np.isfinite(norms[1])
     assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
 def test_weights_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"importance_weights, the second argument, must have shape \(6,\)"):
-        value_grad_and_norms(loss_fn)(PARAMS, drawn(WEIGHTS[:5], 1.0), X)
+        value_grad_and_norms(loss_fn)(PARAMS, limited(WEIGHTS[:5], 1.0), X)
 
 
 def test_works_inside_jit_and_vmap():
     """Red if a limit is compiled in, or is shared by several networks."""
     limits = jnp.float32([0.3, 30.0])
     grad_fn = value_grad_and_norms(loss_fn)
-    both = jax.jit(jax.vmap(lambda limit: grad_fn(PARAMS, Draw(jnp.arange(6), WEIGHTS, limit=limit), X)))(limits)
+    both = jax.jit(jax.vmap(lambda limit: grad_fn(PARAMS, LimitedWeights(WEIGHTS, limit), X)))(limits)
     for i, limit in enumerate(limits):
-        alone = grad_fn(PARAMS, drawn(WEIGHTS, limit), X)
+        alone = grad_fn(PARAMS, limited(WEIGHTS, limit), X)
         jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), both, alone)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, np.float64])
+def test_weights_norms_and_limit_may_be_of_several_types(dtype):
+    """Red where they meet; in wide types also where nothing is promoted, as weights without a limit pass there."""
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        pytest.skip("64-bit types are for `make variants`")
+    params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS), X.astype(dtype)
+    with jax.numpy_dtype_promotion("strict" if jnp.finfo(dtype).bits >= 32 else "standard"):
+        _, gradient, norms = value_grad_and_norms(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))(
+            params, limited(WEIGHTS, 0.5), x
+        )
+        assert gradient["w"].dtype == dtype and np.all(np.isfinite(norms.astype(np.float32)))
+
+
+def test_what_is_no_array_is_not_taken_for_one():
+    """Red if full weights can be multiplied with losses, or summed, where the gradient has the lowered ones."""
+    for wrong in (lambda w: w * jnp.ones(6), lambda w: jnp.mean(w), lambda w: np.asarray(w, np.float32)):
+        with pytest.raises(TypeError):
+            wrong(limited(WEIGHTS, 1.0))
 
 
 def test_weights_are_lowered_where_they_must_be_and_nowhere_else():

@@ -210,7 +210,7 @@ def alone(optimizer, draw="systematic", **options):
     """A learner of several steps a call, and its states and other arguments."""
     params, examples = problem()
     proposal = Uniform() if draw == "shuffled" else Mixture(Calibrated())
-    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal, draw, limit=1.5 if draw == "stride" else None)
+    sampler = Sampler(NUM_EXAMPLES, BATCH_SIZE, proposal, draw, limit=2.0 if draw == "stride" else None)
     learner = Learner(quadratic_loss, optimizer, **options)
     return learner, TrainState.init(params, optimizer), sampler.init(7), sampler, examples
 

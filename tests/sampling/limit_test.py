@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from issgd_jax import value_grad_and_norms
-from issgd_jax.limits import limit_weights
 from issgd_jax.loading.prefetch import Prefetch
 from issgd_jax.sampling import Draw, Mixture, Proportional, Sampler, ScoreStore
 from issgd_jax.sampling.relative_limit import RelativeLimit
@@ -26,8 +25,8 @@ def compiled(sampler):
     def step(state, norms):
         state, drawn = sampler.draw(state)
         found = norms[drawn.indices]
-        lowered = limit_weights(drawn.importance_weights, found, drawn.limit)
-        return sampler.update(state, drawn, found), drawn.indices, drawn.importance_weights, lowered, drawn.limit
+        weights = drawn.importance_weights
+        return sampler.update(state, drawn, found), drawn.indices, weights.full, weights.lowered(found), weights.limit
 
     return step
 
@@ -66,10 +65,11 @@ def test_no_weighted_norm_exceeds_the_limit_and_the_mean_over_time_is_that_of_al
     grad_fn, mean = value_grad_and_norms(lambda params, x: params @ x), vectors.mean(0)
     for i in range(1, soak(20_000, 3001)):
         state, drawn = sampler.draw(state)
-        _, gradient, found = grad_fn(jnp.zeros(3), drawn, jnp.asarray(vectors)[drawn.indices])
-        lowered = limit_weights(drawn.importance_weights, found, drawn.limit)
-        assert np.all(lowered * found <= drawn.limit * (1 + 1e-6))
-        num_lowered += int(np.sum(lowered < drawn.importance_weights))
+        indices, weights = drawn
+        _, gradient, found = grad_fn(jnp.zeros(3), weights, jnp.asarray(vectors)[indices])
+        lowered = weights.lowered(found)
+        assert np.all(lowered * found <= weights.limit * (1 + 1e-6))
+        num_lowered += int(np.sum(lowered < weights.full))
         state = sampler.update(state, drawn, found)
         total += gradient
         errors[i] = np.linalg.norm(total / i - mean) / np.linalg.norm(mean)
@@ -100,7 +100,7 @@ def test_a_gradient_that_has_grown_is_paid_in_parts_at_once():
 
 def test_an_example_with_nearly_the_whole_gradient_is_owed_no_more_than_it_can_be_paid():
     """Red if what is owed grows for ever: such an example is in every minibatch and must stand for all of its time."""
-    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=1.5)
+    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=2.0)
     step, state = compiled(sampler), sampler.init(0)
     norms = jnp.ones(300).at[7].set(1e6)
     waited = []
@@ -130,21 +130,51 @@ def test_the_limit_is_the_mean_of_the_known_norms_times_the_factor():
     assert np.isfinite(RelativeLimit(5.0, 8).of(huge))
 
 
-def test_minibatches_ahead_have_the_limit_of_the_present_state():
-    """Red if a prefetched draw lets what was lowered go, or reads a limit that was donated."""
+def test_a_prefetched_draw_has_the_limit_of_the_present_state():
+    """Red if it lets what was lowered go, or reads a limit that was donated."""
     sampler = Sampler(40, 4, draw="stride", rebuild_every=1, limit=2.0)
     norms = jnp.asarray(heavy(3, 40))
-    with Prefetch(sampler, np.arange(40), depth=2) as prefetch:
+    with Prefetch(sampler, np.arange(40), depth=0) as prefetch:
         state, given = sampler.init(0), np.zeros(40)
         for _ in range(200):
             state, drawn, batch = prefetch.draw(state)
             np.testing.assert_array_equal(batch, drawn.indices)
-            lowered = limit_weights(drawn.importance_weights, norms[batch], drawn.limit)
-            np.add.at(given, np.asarray(batch), lowered)
+            np.add.at(given, np.asarray(batch), drawn.importance_weights.lowered(norms[batch]))
             state = sampler.update(state, drawn, norms[batch])
     waited = (800 - np.asarray(state.visits.visited_at)) / 40
     np.testing.assert_allclose((given + waited).mean(), 800 / 40 + 0.5, atol=0.02)
     assert np.ptp(given + waited) < 1 + 3 / 40 * 5
+
+
+def test_draws_ahead_are_refused_with_a_limit():
+    """Red if what is owed is known only after the next weight was fixed, and is lost."""
+    with pytest.raises(ValueError, match="depth is 2, but a sampler with a limit cannot draw ahead"):
+        Prefetch(Sampler(40, 4, draw="stride", limit=2.0), np.arange(40))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 7])
+def test_late_updates_are_paid_too(lag):
+    """Red if who is in flight most of the time cannot be paid for it: its gradient is then clipped for good."""
+    sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=5.0)
+    norms, in_flight = jnp.ones(300).at[7].set(1e6), []
+
+    @jax.jit
+    def draw(state):
+        state, drawn = sampler.draw(state)
+        return state, drawn
+
+    update = jax.jit(sampler.update)
+    state, given = sampler.init(0), np.zeros(300)
+    for _ in range(1500):
+        state, drawn = draw(state)
+        in_flight.append(drawn)
+        if len(in_flight) > lag:
+            drawn = in_flight.pop(0)
+            found = norms[drawn.indices]
+            np.add.at(given, np.asarray(drawn.indices), drawn.importance_weights.lowered(found))
+            state = update(state, drawn, found)
+    assert given[7] > 0.9 * 1500 * 8 / 300
+    assert int(state.visits.now - state.visits.visited_at[7]) < 3 * 300
 
 
 def test_new_and_removed_examples_keep_what_is_owed():
@@ -164,10 +194,10 @@ def test_new_and_removed_examples_keep_what_is_owed():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"limit": 1.0}, ValueError, "limit must be above 1 and finite, or None: no limit, got 1.0"),
-        ({"limit": np.inf}, ValueError, "limit must be above 1 and finite"),
-        ({"limit": np.nan}, ValueError, "limit must be above 1 and finite"),
-        ({"limit": "5"}, TypeError, "limit must be above 1 and finite"),
+        ({"limit": 1.9}, ValueError, "limit must be >= 2 and finite, or None: no limit, got 1.9"),
+        ({"limit": np.inf}, ValueError, "limit must be >= 2 and finite"),
+        ({"limit": np.nan}, ValueError, "limit must be >= 2 and finite"),
+        ({"limit": "5"}, TypeError, "limit must be >= 2 and finite"),
         ({"limit": 5, "draw": "systematic"}, ValueError, 'limit 5 needs draw "stride"'),
     ],
 )
@@ -181,14 +211,12 @@ def test_calls_that_would_lose_what_is_owed_are_refused():
     sampler, without = (Sampler(10, 2, draw="stride", limit=limit) for limit in (5.0, None))
     state, drawn = sampler.draw(sampler.init(0))
     norms = jnp.ones(2)
-    with pytest.raises(ValueError, match="does not unpack: pass it whole to value_grad_and_norms"):
-        _, _ = drawn
     with pytest.raises(ValueError, match="update needs the norms"):
         sampler.update(state, drawn, None)
     with pytest.raises(ValueError, match="takes them as the scores"):
         sampler.update(state, drawn, norms, scores=norms)
     with pytest.raises(ValueError, match="the draw has no limit, but limit is 5.0"):
-        sampler.update(state, Draw(drawn.indices, drawn.importance_weights, 10), norms)
+        sampler.update(state, Draw(drawn.indices, drawn.importance_weights.full, 10), norms)
     with pytest.raises(ValueError, match="are_norms is False, but the limit of this sampler is one of norms"):
         sampler.ingest(state, jnp.arange(3), jnp.ones(3), 0, are_norms=False)
     with pytest.raises(ValueError, match="the state has a limit, but limit is None"):
