@@ -5,7 +5,6 @@
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -148,7 +147,7 @@ FIELDS = (
         "(epochs over a random third).",
     ),
     Field(
-        "learner.limit", float, Limit(">= 2 and finite", lambda value: 2 <= value < math.inf),
+        "learner.limit", float, Limit(">= 2 and <= 1e6", lambda value: 2 <= value <= 1e6),
         "Largest weighted gradient norm of an example in a minibatch, in units of the mean norm, with draw stride; "
         "what is left of its importance weight is owed to its next visits. None: no limit.",
     ),

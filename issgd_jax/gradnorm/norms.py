@@ -178,7 +178,8 @@ def _limited_coefficients(batch_size: int, norms: list[jax.Array], limits: tuple
     """Returns what gradients are summed with, of each leaf or group, by the norms [B] of these."""
     importance_weights, limit = limits
     whole = length([jnp.stack(norms)], axis=0) if norms else jnp.zeros_like(limit)
-    return [limit_weights(importance_weights, whole, limit) / batch_size] * len(norms)
+    coefficients = limit_weights(importance_weights, whole, limit) / batch_size
+    return [coefficients.astype(norm.dtype) for norm in norms]
 
 
 def _one_pass(loss: TracedLoss, batch, coefficients: jax.Array | None, per_leaf: bool):

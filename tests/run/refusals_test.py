@@ -50,7 +50,7 @@ from tests.helpers import smoke
             {"learner__limit": 5.0},
             "learner.limit is 5.0, which visits by importance make up for, but learner.draw is sys",
         ),
-        ({"learner__limit": 1.9}, r"learner.limit must be >= 2 and finite, got 1.9 \(see --config.learner.limit\)"),
+        ({"learner__limit": 1.9}, r"learner.limit must be >= 2 and <= 1e6, got 1.9 \(see --config.learner.limit\)"),
         (
             {"learner__limit": 5.0, "learner__draw": "stride", "proposal__name": "uniform"},
             "learner.draw is stride and proposal.name uniform: use",

@@ -61,20 +61,21 @@ def test_no_weighted_norm_exceeds_the_limit_and_the_mean_over_time_is_that_of_al
     norms, vectors = heavy(0), np.random.default_rng(1).normal(size=(300, 3))
     vectors = (vectors * norms[:, None] / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     sampler = Sampler(300, 8, draw="stride", rebuild_every=4, limit=3.0)
-    state, total, errors, num_lowered = sampler.init(0), np.zeros(3), {}, 0
     grad_fn, mean = value_grad_and_norms(lambda params, x: params @ x), vectors.mean(0)
-    for i in range(1, soak(20_000, 3001)):
+
+    def step(state, _):
         state, drawn = sampler.draw(state)
         indices, weights = drawn
         _, gradient, found = grad_fn(jnp.zeros(3), weights, jnp.asarray(vectors)[indices])
         lowered = weights.lowered(found)
-        assert np.all(lowered * found <= weights.limit * (1 + 1e-6))
-        num_lowered += int(np.sum(lowered < weights.full))
-        state = sampler.update(state, drawn, found)
-        total += gradient
-        errors[i] = np.linalg.norm(total / i - mean) / np.linalg.norm(mean)
-    assert num_lowered > 10
-    assert errors[3000] < 0.02 and errors[3000] < errors[300] / 3
+        over = jnp.max(lowered * found) / weights.limit
+        return sampler.update(state, drawn, found), (gradient, over, jnp.sum(lowered < weights.full))
+
+    _, (gradients, over, num_lowered) = jax.jit(lambda state: jax.lax.scan(step, state, length=3000))(sampler.init(0))
+    assert np.all(over <= 1 + 1e-6) and np.sum(num_lowered) > 10
+    means = np.cumsum(np.asarray(gradients, np.float64), axis=0) / np.arange(1, 3001)[:, None]
+    errors = np.linalg.norm(means - mean, axis=1) / np.linalg.norm(mean)
+    assert errors[-1] < 0.02 and errors[-1] < errors[299] / 3
 
 
 def test_a_gradient_that_has_grown_is_paid_in_parts_at_once():
