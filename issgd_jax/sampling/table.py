@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.limits import LimitedWeights
 from issgd_jax.sampling import sum_tree, uniform
 from issgd_jax.sampling.checks import MAX_EXAMPLES, NO_EXAMPLE, as_indices, as_numbers, as_whole
 
@@ -34,7 +33,7 @@ class Draw:
     """
 
     indices: jax.Array
-    importance_weights: jax.Array | LimitedWeights
+    importance_weights: Any  # not a union: most code may take it for an array
     num_examples: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __iter__(self) -> Iterator[Any]:
