@@ -37,6 +37,8 @@ _UNIFORM_RATE = parsers.define_optional("uniform_rate", float, "Learning rate of
 flags.adopt_module_key_flags(main_lib)  # so that --help lists them
 
 Histories = dict[str, list[list[dict]]]
+# Of the uniform arm: a gain of 1 changes no rate, and no importance weight is lowered.
+_PLAIN = {"proposal.name": "uniform", "learner.rate_by_gain": False, "learner.limit": None}
 _ROWS = (
     ("final training loss", "train/loss", "{:.5f}"),
     ("training error", "train/error", "{:.2%}"),
@@ -78,7 +80,8 @@ def compare(
     if workdir_lib.holds_run(workdir):
         raise InputError(f"{workdir} holds a run: name a folder for the runs of both arms")
     uniform = config.copy_and_resolve_references()
-    uniform.proposal.name, uniform.learner.rate_by_gain = "uniform", False  # a gain of 1 changes no rate
+    with uniform.ignore_type():
+        uniform.update_from_flattened_dict(_PLAIN)
     if uniform_rate is not None:
         if not 0 < uniform_rate < math.inf:
             raise InputError(f"uniform_rate must be above 0 and finite, got {uniform_rate}")

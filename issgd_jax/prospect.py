@@ -30,6 +30,7 @@ _PLAIN = {
     "proposal.when": "on",
     "learner.draw": "systematic",
     "learner.rate_by_gain": False,
+    "learner.limit": None,
     "learner.asynchronous": 1,
     "devices.learners": 1,
     "cluster.address": None,

@@ -22,6 +22,7 @@ def test_the_config_is_trained_as_plain_sgd():
     other = smoke(
         learner__draw="stride",
         learner__rate_by_gain=True,
+        learner__limit=5.0,
         devices__learners=2,
         devices__workers=1,
         learner__batch_size=plain.learner.batch_size,
