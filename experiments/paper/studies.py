@@ -7,6 +7,7 @@ from issgd_jax.errors import InputError
 _UNIFORM = {"proposal.name": "uniform"}
 _REFRESH_ONLY = {"workers.enabled": False}
 _STRIDE = {"learner.draw": "stride"}
+_LIMITED = _STRIDE | {"learner.limit": 5.0}
 
 
 def _issgd(smoothing: float) -> dict:
@@ -76,8 +77,13 @@ _FAIR_ARMS = {
     "calibrated_3": Arm("calibrated, three workers and refresh", _workers(3 * 400, 2), data=_LARGE),
     "calibrated_7": Arm("calibrated, seven workers and refresh", _workers(7 * 400, 2), data=_LARGE),
     "stride": Arm("evenly spaced visits, refresh alone", _STRIDE | _REFRESH_ONLY),
-    "stride_limited": Arm(
-        "evenly spaced visits with a limit, refresh alone", _STRIDE | _REFRESH_ONLY | {"learner.limit": 5.0}
+    "stride_limited": Arm("evenly spaced visits with a limit, refresh alone", _LIMITED | _REFRESH_ONLY),
+    "stride_limited_1": Arm("evenly spaced visits with a limit, a worker and refresh", _LIMITED, data=_LARGE),
+    "stride_limited_3": Arm(
+        "evenly spaced visits with a limit, three workers and refresh", _LIMITED | _workers(3 * 400, 2), data=_LARGE
+    ),
+    "stride_limited_7": Arm(
+        "evenly spaced visits with a limit, seven workers and refresh", _LIMITED | _workers(7 * 400, 2), data=_LARGE
     ),
     "stride_by_gain": Arm(
         "evenly spaced visits, refresh alone, rate by gain", _STRIDE | _REFRESH_ONLY | {"learner.rate_by_gain": True}
@@ -102,6 +108,14 @@ _IN_LESS_TIME = {
             data=_LARGE,
         )
         for steps in (4000, 4800, 6000)
+    },
+    **{
+        f"stride_limited_{steps}": Arm(
+            f"evenly spaced visits with a limit, refresh alone, {steps:,} steps",
+            _LIMITED | _REFRESH_ONLY | {"steps": steps},
+            data=_LARGE,
+        )
+        for steps in (3200, 4000)
     },
     "calibrated_50_6000": Arm(
         "calibrated, a worker at a quarter of its time, 6,000 steps", _workers(500, 10) | {"steps": 6000}, data=_LARGE
@@ -130,6 +144,7 @@ def _architectures() -> dict[str, Arm]:
         arms[f"{name}_uniform"] = Arm(f"{label}, SGD", network | _UNIFORM, **common)
         arms[f"{name}_calibrated"] = Arm(f"{label}, calibrated", network, **common)
         arms[f"{name}_stride"] = Arm(f"{label}, evenly spaced visits", network | _STRIDE, **common)
+        arms[f"{name}_limited"] = Arm(f"{label}, evenly spaced visits with a limit", network | _LIMITED, **common)
     return arms
 
 
@@ -221,7 +236,9 @@ STUDIES = {
     ),
     "language": Study(
         base={},
-        arms={name: _FAIR_ARMS[name] for name in ("uniform", "shuffled", "calibrated_refresh", "stride")},
+        arms={
+            name: _FAIR_ARMS[name] for name in ("uniform", "shuffled", "calibrated_refresh", "stride", "stride_limited")
+        },
         learning_rates=(0.002, 0.005),
         data=("text",),
     ),
