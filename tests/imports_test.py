@@ -20,8 +20,8 @@ ORDER_IN = {
     "kernels": ("native", "tiles", "gram_tpu", "gram_hopper"),
     "config": ("schema", "checks", "columns", "page", "parsers", "digits", "__main__"),
     "sampling": (
-        "checks", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",
-        "state", "moments", "fallback", "level", "relative_limit", "proposal", "calibrated", "draws",
+        "checks", "in_place", "double_float", "uniform", "levels", "sum_tree", "table", "store", "min_tree", "visits",
+        "draws", "state", "moments", "fallback", "level", "relative_limit", "proposal", "calibrated",
         "transitions", "sampler",
     ),
     "loading": ("source", "prefetch"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from issgd_jax.gradnorm.arguments import check_key
 from issgd_jax.gradnorm.caching import cached
-from issgd_jax.gradnorm.lengths import length
+from issgd_jax.gradnorm.lengths import of_wholes
 from issgd_jax.gradnorm.norms import assemble, hashable
 from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
 from issgd_jax.gradnorm.sums import sums_by_norms
@@ -110,7 +110,7 @@ def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size,
         divisor = loss.batch_size if normalize_by is None else normalize_by
 
         def find_coefficients(norms, mask):
-            whole = length([jnp.stack(norms)], axis=0) if norms else jnp.zeros(())
+            whole = of_wholes(norms, 1)
             adds = jnp.isfinite(whole) | (nonfinite == "keep")
             adds = adds if mask is None else adds & mask
             limited = norms if per_leaf else [whole] * len(norms)

@@ -42,6 +42,11 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
     return lax.mul(root(squares), scale)
 
 
+def of_wholes(norms: Sequence[jax.Array], num_examples: int) -> jax.Array:
+    """Returns the norms f[B] of B gradients, of those of their leaves or groups, each [B]; 0 where there are none."""
+    return length([jnp.stack(norms or [jnp.zeros(num_examples, jnp.float32)])], axis=0)
+
+
 def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """Returns the axes of x that are meant, as in NumPy."""
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis)

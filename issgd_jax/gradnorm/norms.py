@@ -12,7 +12,7 @@ from issgd_jax.gradnorm.arguments import check_weights
 from issgd_jax.gradnorm.caching import cached
 from issgd_jax.gradnorm.groups import grouped, sums_of_leaves
 from issgd_jax.gradnorm.leaves import checked, norms_and_sum
-from issgd_jax.gradnorm.lengths import length
+from issgd_jax.gradnorm.lengths import of_wholes
 from issgd_jax.gradnorm.microbatches import default_size, in_microbatches
 from issgd_jax.gradnorm.sharding import in_auto_axes, like_arguments
 from issgd_jax.gradnorm.sums import sums_by_norms
@@ -177,8 +177,7 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
 def _limited_coefficients(batch_size: int, norms: list[jax.Array], limits: tuple) -> list[jax.Array]:
     """Returns what gradients are summed with, of each leaf or group, by the norms [B] of these."""
     importance_weights, limit = limits
-    whole = length([jnp.stack(norms)], axis=0) if norms else jnp.zeros_like(limit)
-    coefficients = limit_weights(importance_weights, whole, limit) / batch_size
+    coefficients = limit_weights(importance_weights, of_wholes(norms, limit.size), limit) / batch_size
     return [coefficients.astype(norm.dtype) for norm in norms]
 
 
@@ -213,7 +212,7 @@ def _combine(norms, loss: TracedLoss, squared: bool, per_leaf: bool):
     """Returns the norms of all leaves as a pytree, or as those of the whole gradients, f32[B]."""
     if per_leaf:
         return jax.tree.unflatten(loss.params_tree, [jnp.square(x) if squared else x for x in norms])
-    norm = length([jnp.stack(norms or [jnp.zeros(loss.batch_size, jnp.float32)])], axis=0)
+    norm = of_wholes(norms, loss.batch_size)
     return jnp.square(norm) if squared else norm
 
 

@@ -17,7 +17,7 @@ from issgd_jax.gradnorm import example_keys, positional_key, value_grad_and_norm
 from issgd_jax.learning import variance
 from issgd_jax.limits import limit_weights, weights_and_limit, with_limit
 from issgd_jax.sampling import Draw, Sampler, SamplerState
-from issgd_jax.sampling.transitions import order_after
+from issgd_jax.sampling.in_place import order_after
 
 # Of the keys of losses, see `example_keys`.
 _LOSS_STREAM = 2**32 - 1

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import queue
 import threading
@@ -15,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from issgd_jax.limits import with_limit
 from issgd_jax.loading.source import Source, as_source
 from issgd_jax.sampling import Draw, Sampler, SamplerState, Table
 from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.draws import STRIDE, draw_earliest, draw_number
+from issgd_jax.sampling.relative_limit import RelativeLimit
 from issgd_jax.sampling.visits import Visits
 
 
@@ -71,8 +70,7 @@ class Prefetch:
 
         Raises:
           TypeError: the source cannot be read by index, or has values that are not numbers.
-          ValueError: depth < 0, or > 0 where the sampler has a limit, or source and sampler differ in their number of
-            examples.
+          ValueError: depth < 0, or source and sampler differ in their number of examples.
         """
         self._source = as_source(source, collate)
         if self._source.num_examples != sampler.num_examples:
@@ -86,11 +84,6 @@ class Prefetch:
             raise ValueError(
                 f'draw "stride" needs depth + 1 minibatches of different examples, got depth {depth}, batch_size '
                 f"{sampler.batch_size} and {sampler.num_examples:,} examples: lower the depth"
-            )
-        if sampler.limit is not None and depth:
-            raise ValueError(
-                f"depth is {depth}, but a sampler with a limit cannot draw ahead, as what an example is owed would be "
-                "known too late: use depth=0, or no limit"
             )
         self._sampler = sampler
         self._ahead = [jax.device_put(np.int32(i)) for i in range(depth + 1)]
@@ -148,10 +141,9 @@ class Prefetch:
             raise
         self._next = number + 1, key
         if method == STRIDE:
-            state = state._replace(visits=_visit(state.visits, drawn.indices))
-        if state.limit is not None:  # of the present state, which is donated later
-            weights = with_limit(drawn.importance_weights, jnp.copy(state.limit))
-            drawn = dataclasses.replace(drawn, importance_weights=weights)
+            args = state.visits, drawn, state.norm_levels, state.num_draws, state.step
+            visits, drawn = _visit(*args, limit=self._sampler.relative_limit, depth=len(self._ahead) - 1)
+            state = state._replace(visits=visits)
         return state._replace(num_draws=num_draws), drawn, batch
 
     def close(self) -> None:
@@ -190,9 +182,16 @@ def _draw_ahead(
     return num_draws + 1, drawn, jnp.concatenate([part.astype(jnp.uint32) for part in parts])
 
 
-@functools.partial(jax.jit, donate_argnames="visits")
-def _visit(visits: Visits, indices: jax.Array) -> Visits:
-    return visits_lib.visit(visits, indices)
+@functools.partial(jax.jit, donate_argnames="visits", static_argnames=("limit", "depth"))
+def _visit(
+    visits: Visits, drawn: Draw, norm_levels: jax.Array | None, num_draws: jax.Array, step: jax.Array, *,
+    limit: RelativeLimit | None, depth: int,
+) -> tuple[Visits, Draw]:  # fmt: skip
+    """Returns the visits after a draw, and the draw with its limit."""
+    if limit is None:
+        return visits_lib.visit(visits, drawn.indices), drawn
+    visits = visits_lib.visit_late(visits, *drawn)
+    return visits, limit.lower(drawn, norm_levels, num_draws - step + depth)
 
 
 # No method: a thread that holds the Prefetch would keep it from being garbage-collected.

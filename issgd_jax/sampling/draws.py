@@ -59,7 +59,9 @@ def draw_earliest(
     return Draw(*visits_lib.draw(visits, salt, batch_size, ahead), visits.num_examples)
 
 
-def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw, jax.Array | None, jax.Array | None]:
+def check_minibatch(
+    drawn: Draw, norms, scores, num_examples: int, sampler_limit: float | None
+) -> tuple[Draw, jax.Array | None, jax.Array | None]:
     """Returns what an update is given: the draw with i32[B] and f32[B], and norms and scores as f32[B]; or raises."""
     if not isinstance(drawn, Draw):
         raise TypeError(f"drawn must be a Draw, got {type(drawn).__name__}: pass what `draw` returned")
@@ -79,6 +81,16 @@ def check_minibatch(drawn: Draw, norms, scores, num_examples: int) -> tuple[Draw
     if indices.ndim != 1:
         raise ValueError(f"a draw must have indices of shape [B], got {indices.shape}: reshape the batch, not the draw")
     importance_weights, limit = weights_and_limit(drawn.importance_weights)
+    if (limit is None) != (sampler_limit is None):
+        raise ValueError(
+            f"the draw has {'no' if limit is None else 'a'} limit, but limit is {sampler_limit}: pass the draw that "
+            "`draw` returned"
+        )
+    if limit is not None and (norms is None or scores is not None):
+        raise ValueError(
+            "with a limit, update needs the norms, which tell what it has lowered, and takes them as the scores: pass "
+            "norms alone"
+        )
     arrays = {"importance_weights": importance_weights, "norms": norms, "scores": scores}
     for name, array in arrays.items():
         if array is not None and jnp.shape(array) != indices.shape:

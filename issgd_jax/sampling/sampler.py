@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from issgd_jax.limits import LimitedWeights
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import transitions
 from issgd_jax.sampling import visits as visits_lib
@@ -17,7 +16,7 @@ from issgd_jax.sampling.checks import MAX_STEP, as_indices, as_numbers, as_step,
 from issgd_jax.sampling.draws import STRIDE, check_draw, check_minibatch, draw_number
 from issgd_jax.sampling.proposal import Mixture, Uniform, check_proposal
 from issgd_jax.sampling.relative_limit import RelativeLimit
-from issgd_jax.sampling.state import SamplerState
+from issgd_jax.sampling.state import SamplerState, check_state
 from issgd_jax.sampling.table import Draw
 from issgd_jax.sampling.uniform import EPOCHS
 
@@ -176,7 +175,7 @@ class Sampler:
         if self.draw_method == STRIDE:
             self._refuse_other_draws(uniform_draw)
             self.check_state(state)
-            return transitions.visit_earliest(state, batch_size=self.batch_size)
+            return transitions.visit_earliest(state, batch_size=self.batch_size, limit=self.relative_limit)
         num_draws, drawn = self._draw(state, None, uniform_draw)
         return state._replace(num_draws=num_draws), drawn
 
@@ -218,8 +217,7 @@ class Sampler:
             draw is of another number of examples.
         """
         self.check_state(state)
-        drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples)
-        self._check_limited(drawn, norms, scores)
+        drawn, norms, scores = check_minibatch(drawn, norms, scores, self.num_examples, self.limit)
         scored_at = None if scored_at is None else _step_beside(state, scored_at)
         return transitions.update(
             self.proposal,
@@ -229,7 +227,7 @@ class Sampler:
             scores,
             scored_at,
             rebuild_every=self.rebuild_every,
-            limit=self._relative_limit,
+            limit=self.relative_limit,
         )
 
     def ingest(
@@ -272,13 +270,13 @@ class Sampler:
             scored_at,
             are_norms=are_norms,
             whole_table=rebuild,
-            limit=self._relative_limit,
+            limit=self.relative_limit,
         )
 
     def rebuild(self, state: SamplerState) -> SamplerState:
         """Recomputes the probabilities of all examples from what is known now; O(N). The state is donated."""
         self.check_state(state)
-        return transitions.rebuild(self.proposal, state, limit=self._relative_limit)
+        return transitions.rebuild(self.proposal, state, limit=self.relative_limit)
 
     def append(self, state: SamplerState, num_examples: int) -> tuple["Sampler", SamplerState]:
         """Returns sampler and state with more examples, never scored, after the present ones; the state is donated.
@@ -383,22 +381,9 @@ class Sampler:
             )
 
     @property
-    def _relative_limit(self) -> RelativeLimit | None:
+    def relative_limit(self) -> RelativeLimit | None:
+        """The limit, in units of the mean norm; None: there is none."""
         return None if self.limit is None else RelativeLimit(self.limit, self.batch_size)
-
-    def _check_limited(self, drawn: Draw, norms: jax.Array | None, scores: jax.Array | None) -> None:
-        """Raises ValueError unless an update tells what the limit has lowered."""
-        has_limit = isinstance(drawn.importance_weights, LimitedWeights)
-        if has_limit == (self.limit is None):
-            raise ValueError(
-                f"the draw has {'a' if has_limit else 'no'} limit, but limit is {self.limit}: pass the draw "
-                "that `draw` returned"
-            )
-        if self.limit is not None and (norms is None or scores is not None):
-            raise ValueError(
-                "with a limit, update needs the norms, which tell what it has lowered, and takes them as the scores: "
-                "pass norms alone"
-            )
 
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one (None: that of the state), and the draw of this one."""
@@ -414,41 +399,15 @@ class Sampler:
 
     def check_state(self, state: SamplerState) -> None:
         """Raises TypeError or ValueError if state is not one of this sampler."""
-        if not isinstance(state, SamplerState):
-            raise TypeError(
-                f"state must be a SamplerState, got {type(state).__name__}: it comes from `init`, which is also the "
-                "template to restore one by"
-            )
-        if jnp.ndim(state.step):
-            raise ValueError(
-                f"the state is of {' x '.join(map(str, jnp.shape(state.step)))} samplers: call this inside the `vmap` "
-                "that made it"
-            )
-        if len(state.store) != self.num_examples:
-            raise ValueError(
-                f"the state is of {len(state.store):,} examples, the sampler of {self.num_examples:,}: use the sampler "
-                "that made it, or its `append` or `remove`"
-            )
-        if (state.visits is None) == (self.draw_method == STRIDE):
-            raise ValueError(
-                f"the state is that of another draw than {self.draw_method!r}: use the sampler that made it, or begin "
-                "with init"
-            )
-        if jax.tree.structure(state.proposal_state) != self._state_structure:
-            raise ValueError(
-                f"the state is that of another proposal than {self.proposal}: use the sampler that made it, or begin "
-                "with init"
-            )
-        if (state.times_drawn is None) == self.count_draws:
-            raise ValueError(
-                f"the state {'does not count' if self.count_draws else 'counts'} how often examples are drawn, but "
-                f"count_draws is {self.count_draws}: use the sampler that made it, or begin with init"
-            )
-        if (state.limit is None) != (self.limit is None):
-            raise ValueError(
-                f"the state has {'no' if state.limit is None else 'a'} limit, but limit is {self.limit}: use the "
-                "sampler that made it, or begin with init"
-            )
+        check_state(
+            state,
+            num_examples=self.num_examples,
+            draw_method=self.draw_method,
+            proposal=self.proposal,
+            proposal_structure=self._state_structure,
+            count_draws=self.count_draws,
+            limit=self.limit,
+        )
 
 
 def _step_beside(state: SamplerState, scored_at: int | jax.Array) -> jax.Array:

@@ -3,7 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from issgd_jax.sampling.draws import STRIDE
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.table import Table
 from issgd_jax.sampling.visits import Visits
@@ -27,7 +29,8 @@ class SamplerState(NamedTuple):
       key: u32[...], random key data of this run's draws.
       num_draws: i32[], draws made; the number of the next one.
       step: i32[], updates done.
-      limit: f32[], largest weighted norm of an example, as of the last rebuild; infinity before. None: there is none.
+      norm_levels: f32[2], what a limit is relative to, see `RelativeLimit.levels`, as of the last rebuild; 0 before.
+        None: there is no limit.
     """
 
     score: jax.Array
@@ -43,7 +46,7 @@ class SamplerState(NamedTuple):
     key: jax.Array
     num_draws: jax.Array
     step: jax.Array
-    limit: jax.Array | None = None
+    norm_levels: jax.Array | None = None
 
     @property
     def store(self) -> ScoreStore:
@@ -64,3 +67,42 @@ class SamplerState(NamedTuple):
     def with_table(self, table: Table) -> "SamplerState":
         """Returns the state that draws from another table."""
         return self._replace(sums=table.sums, population=table.population)
+
+
+def check_state(
+    state: Any, *, num_examples: int, draw_method: str, proposal: Any, proposal_structure: Any, count_draws: bool,
+    limit: float | None,
+) -> None:  # fmt: skip
+    """Raises TypeError or ValueError if a state is not one of the sampler with these attributes.
+
+    Args:
+      proposal_structure: structure of what the proposal learns, a tree of JAX.
+    """
+    if not isinstance(state, SamplerState):
+        raise TypeError(
+            f"state must be a SamplerState, got {type(state).__name__}: it comes from `init`, which is also the "
+            "template to restore one by"
+        )
+    if jnp.ndim(state.step):
+        raise ValueError(
+            f"the state is of {' x '.join(map(str, jnp.shape(state.step)))} samplers: call this inside the `vmap` "
+            "that made it"
+        )
+    if len(state.store) != num_examples:
+        raise ValueError(
+            f"the state is of {len(state.store):,} examples, the sampler of {num_examples:,}: use the sampler "
+            "that made it, or its `append` or `remove`"
+        )
+    remedy = "use the sampler that made it, or begin with init"
+    if (state.visits is None) == (draw_method == STRIDE):
+        raise ValueError(f"the state is that of another draw than {draw_method!r}: {remedy}")
+    if jax.tree.structure(state.proposal_state) != proposal_structure:
+        raise ValueError(f"the state is that of another proposal than {proposal}: {remedy}")
+    if (state.times_drawn is None) == count_draws:
+        raise ValueError(
+            f"the state {'does not count' if count_draws else 'counts'} how often examples are drawn, but "
+            f"count_draws is {count_draws}: {remedy}"
+        )
+    if (state.norm_levels is None) != (limit is None):
+        has = "no" if state.norm_levels is None else "a"
+        raise ValueError(f"the state has {has} limit, but limit is {limit}: {remedy}")

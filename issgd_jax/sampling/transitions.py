@@ -1,18 +1,17 @@
 """What a sampler does to its state: pure functions, compiled."""
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from issgd_jax.limits import limit_weights, weights_and_limit, with_limit
+from issgd_jax.limits import limit_weights, weights_and_limit
 from issgd_jax.sampling import moments as moments_lib
 from issgd_jax.sampling import table as table_lib
 from issgd_jax.sampling import visits as visits_lib
-from issgd_jax.sampling.checks import NO_EXAMPLE
 from issgd_jax.sampling.draws import draw_earliest
+from issgd_jax.sampling.in_place import order_after
 from issgd_jax.sampling.proposal import Proposal
 from issgd_jax.sampling.relative_limit import RelativeLimit
 from issgd_jax.sampling.state import SamplerState
@@ -28,16 +27,6 @@ def is_early(step: int | jax.Array) -> bool | jax.Array:
     Until the first, never-scored examples have v = 1, whatever the unit of the norms.
     """
     return step & (step - 1) == 0
-
-
-def order_after(indices: jax.Array, read: Any) -> jax.Array:
-    """Returns the indices of a write such that it needs, as data, what was read from the same arrays before.
-
-    Without that, XLA does not know the order, and copies the arrays, O(N), instead of writing in place.
-    """
-    first = [x.reshape(-1)[0] for x in jax.tree.leaves(read) if x.size]  # each depends on the whole read
-    num_nan = sum(jnp.isnan(x).astype(jnp.int32) for x in first)
-    return jnp.where(num_nan > len(first), NO_EXAMPLE, indices)  # never more than all
 
 
 # Inlined, `init`, `visit_earliest` and `update` are part of the caller's program, as if not compiled on their own.
@@ -58,16 +47,17 @@ def init(
     return SamplerState(
         store.score, store.scored_at, proposal_state, basis, table.sums, table.population, visits, times_drawn,
         rejected=Rejected.none(), moments=moments_lib.init(), key=key, num_draws=jnp.int32(0), step=step,
-        limit=jnp.float32(jnp.inf) if has_limit else None,
+        norm_levels=jnp.zeros(2, jnp.float32) if has_limit else None,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames="batch_size")
-def visit_earliest(state: SamplerState, *, batch_size: int) -> tuple[SamplerState, Draw]:
+@functools.partial(jax.jit, donate_argnames="state", inline=True, static_argnames=("batch_size", "limit"))
+def visit_earliest(state: SamplerState, *, batch_size: int, limit: RelativeLimit | None) -> tuple[SamplerState, Draw]:
     """Returns the state after the next draw of evenly spaced visits, and that draw."""
     drawn = draw_earliest(state.visits, state.key, state.num_draws, batch_size)
     visits = visits_lib.visit(state.visits, order_after(drawn.indices, drawn.importance_weights))
-    drawn = dataclasses.replace(drawn, importance_weights=with_limit(drawn.importance_weights, state.limit))
+    if limit is not None:
+        drawn = limit.lower(drawn, state.norm_levels, num_in_flight=state.num_draws - state.step)
     return state._replace(visits=visits, num_draws=state.num_draws + 1), drawn
 
 
@@ -194,8 +184,7 @@ def _rebuild(proposal: Proposal, limit: RelativeLimit | None, state: SamplerStat
     basis = proposal.basis(state.proposal_state, state.store, state.step)
     state = state._replace(basis=_with_types(basis, state.basis))
     if limit is not None:
-        # Who is in flight is in none of the minibatches drawn until its update.
-        state = state._replace(limit=limit.of(state.store, jnp.maximum(state.num_draws - state.step, 0) + 1))
+        state = state._replace(norm_levels=limit.levels(state.store))
     if state.visits is None:
         return state.with_table(proposal.table(basis, state.store, state.step))
     v = proposal.v(state.basis, state.score, state.scored_at, state.step)

@@ -16,6 +16,7 @@ import numpy as np
 from issgd_jax import kernels
 from issgd_jax.sampling import min_tree, uniform
 from issgd_jax.sampling.checks import as_indices
+from issgd_jax.sampling.in_place import order_after
 from issgd_jax.sampling.sum_tree import is_valid, repair
 
 # Longest stride, in epochs, and in visits: that, and N + B visits of waiting, are less than 2^32.
@@ -125,10 +126,7 @@ def draw(
         order = jnp.argsort(~free, stable=True)[:batch_size]
         indices, waited = indices[order], elapsed[order] - order.astype(jnp.int32)
         elapsed = waited + num_ahead + jnp.arange(batch_size, dtype=jnp.int32)
-    # The epochs and the rest apart: exactly 1 after N visits.
-    elapsed, num_examples = elapsed.astype(jnp.uint32), jnp.uint32(visits.num_examples)
-    rest = (elapsed % num_examples).astype(jnp.float32) / visits.num_examples
-    return indices, (elapsed // num_examples).astype(jnp.float32) + rest
+    return indices, _epochs(elapsed, visits.num_examples)
 
 
 def visit(visits: Visits, indices: jax.Array) -> Visits:
@@ -139,6 +137,19 @@ def visit(visits: Visits, indices: jax.Array) -> Visits:
         in_flight=np.int64(in_flight(visits.num_examples)),
     )  # fmt: skip
     return visits._replace(deadlines=deadlines, visited_at=visited_at, now=visits.now + indices.size)
+
+
+def visit_late(visits: Visits, indices: jax.Array, importance_weights: jax.Array) -> Visits:
+    """Returns the visits after a minibatch that was drawn before others were updated; O(B log N).
+
+    An example that was in flight then may be owed time by now, which its importance weight does not have: it still is.
+
+    Args:
+      indices, importance_weights: i32[B] and f32[B], of the draw.
+    """
+    elapsed = visits.now + jnp.arange(indices.size, dtype=jnp.int32) - visits.visited_at[indices]
+    rest = _epochs(elapsed, visits.num_examples) - importance_weights
+    return owe(visit(visits, order_after(indices, rest)), indices, rest)
 
 
 def owe(visits: Visits, indices: jax.Array, epochs: jax.Array) -> Visits:
@@ -209,6 +220,12 @@ def select(visits: Visits, indices: jax.Array) -> Visits:
     """Returns the visits of the examples `indices` i[N'] alone, numbered by their place there; O(N)."""
     visited_at, strides = visits.visited_at[indices], _rescale(visits, indices.size)[indices]
     return visits._replace(deadlines=min_tree.build(visited_at + strides, visits.now), visited_at=visited_at)
+
+
+def _epochs(elapsed: jax.Array, num_examples: int) -> jax.Array:
+    """Returns times i32[m] in epochs f32[m]; exactly 1 after N visits, as the epochs and the rest are apart."""
+    elapsed, size = elapsed.astype(jnp.uint32), jnp.uint32(num_examples)
+    return (elapsed // size).astype(jnp.float32) + (elapsed % size).astype(jnp.float32) / num_examples
 
 
 def _rescale(visits: Visits, num_examples: int) -> jax.Array:
