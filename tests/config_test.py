@@ -9,6 +9,7 @@ import pytest
 from issgd_jax import InputError, train
 from issgd_jax import config as config_lib
 from issgd_jax.config import columns, page, schema
+from issgd_jax.run import wiring
 from tests.helpers import smoke
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
@@ -40,6 +41,33 @@ def test_the_default_is_valid_and_fresh():
     changed.devices.workers, changed.data.dir, changed.model.mlp.hidden_sizes = 3, "x", (1,)
     assert config_lib.default().devices.workers is None and config_lib.default().data.dir is None
     assert config_lib.default().model.mlp.hidden_sizes == (256,) * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("stride", 5.0)),
+        ({"learner.limit": 3.0}, ("stride", 3.0)),
+        ({"learner.draw": "stride"}, ("stride", None)),
+        ({"learner.draw": "independent"}, ("independent", None)),
+        ({"learner.refresh": False}, ("systematic", None)),
+        ({"workers.score": "loss"}, ("systematic", None)),
+        ({"proposal.name": "uniform"}, ("systematic", None)),
+        ({"proposal.when": "auto"}, ("systematic", None)),
+        ({"proposal.when": "off"}, ("systematic", None)),
+        ({"proposal.name": "proportional"}, ("stride", 5.0)),
+        ({"proposal.name": "proportional", "proposal.max_staleness": 10}, ("systematic", None)),
+        ({"workers.enabled": False, "learner.asynchronous": 4}, ("stride", 5.0)),
+    ],
+)
+def test_draws_left_to_the_default_are_the_best_that_the_config_allows(changes, expected):
+    """Red if a config that cannot have a limit is refused for draws that it did not ask for, or gets one that biases."""
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    config_lib.validate(config)
+    assert config_lib.draw_and_limit(config) == expected
+    sampler = wiring.make_sampler(config, 1000)
+    assert (sampler.draw_method, sampler.limit) == expected
 
 
 @pytest.mark.parametrize("field", schema.FIELDS, ids=lambda field: field.name)

@@ -15,6 +15,7 @@ _ONE_DEVICE = {
     "devices.host_platform_count": 0,
     "log.progress": False,
     "log.tensorboard": False,
+    "learner.draw": "systematic",  # unless an arm says otherwise
 }
 
 

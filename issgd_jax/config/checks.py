@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from issgd_jax.config.schema import FIELDS, Field, check_field, flatten, samples_by_importance
+from issgd_jax.config.schema import FIELDS, Field, check_field, draw_and_limit, flatten, samples_by_importance
 from issgd_jax.errors import InputError
 
 MAX_ROUNDS_IN_FLIGHT = 16
@@ -59,10 +59,11 @@ def validate(config: ConfigDict) -> None:
 
 def _check_limit_of_norms(config: ConfigDict) -> None:
     learner = config.learner
-    if learner.draw != "stride" or not samples_by_importance(config):
+    draw, _ = draw_and_limit(config)
+    if draw != "stride" or not samples_by_importance(config):
         raise InputError(
             f"learner.limit is {learner.limit}, which visits by importance make up for, but learner.draw is "
-            f"{learner.draw} and proposal.name {config.proposal.name}: use --config.learner.draw=stride and a proposal "
+            f"{draw} and proposal.name {config.proposal.name}: use --config.learner.draw=stride and a proposal "
             "that is not uniform, or --config.learner.limit=None"
         )
     if not learner.refresh or config.workers.score != "gradient_norm":
@@ -150,7 +151,7 @@ def _check_scoring(config: ConfigDict) -> None:
             f"learner.draw is {config.learner.draw}, which draws uniformly, but proposal.name is "
             f"{config.proposal.name}: use systematic, or --config.proposal.name=uniform"
         )
-    if config.learner.draw == "stride":
+    if draw_and_limit(config)[0] == "stride":
         _check_stride(config.proposal)
     if config.workers.enabled:
         if config.schedule.name == "relaxed":

@@ -15,6 +15,7 @@ from issgd_jax import paths
 from issgd_jax.errors import InputError
 
 _LARGEST = 2**31 - 1
+DEFAULT_LIMIT = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +142,17 @@ FIELDS = (
     ),
     Field("learner.nesterov", True, _ANY, "Use Nesterov momentum where the optimiser has `momentum`; not Adam's kind."),
     Field(
-        "learner.draw", "systematic",
+        "learner.draw", str,
         _one_of("systematic", "independent", "without_replacement", "stride", "shuffled", "random_subset"),
         "How a minibatch is drawn. stride: evenly spaced visits. Only uniformly: shuffled (epochs), random_subset "
-        "(epochs over a random third).",
+        "(epochs over a random third). None: stride with a limit, 5 if learner.limit is None; but systematic "
+        "without refresh, with scores that are no gradient norms, and with proposals that are uniform, auto or have "
+        "max_staleness.",
     ),
     Field(
         "learner.limit", float, Limit(">= 2 and <= 1e6", lambda value: 2 <= value <= 1e6),
         "Largest weighted gradient norm of an example in a minibatch, in units of the mean norm, with draw stride; "
-        "what is left of its importance weight is owed to its next visits. None: no limit.",
+        "what is left of its importance weight is owed to its next visits. None: none, but see learner.draw.",
     ),
     Field("learner.refresh", True, _ANY, "Write the gradient norms of each minibatch back as its examples' scores."),
     Field(
@@ -279,6 +282,27 @@ def samples_by_importance(config: ConfigDict) -> bool:
       True
     """
     return config.proposal.name != "uniform" and config.proposal.when != "off"
+
+
+def draw_and_limit(config: ConfigDict) -> tuple[str, float | None]:
+    """Returns how minibatches are drawn, with what None stands for, and the limit on what one example adds, or None.
+
+    Example:
+      >>> config = default()
+      >>> draw_and_limit(config)
+      ('stride', 5.0)
+      >>> config.workers.score = "loss"
+      >>> draw_and_limit(config)
+      ('systematic', None)
+    """
+    learner, proposal = config.learner, config.proposal
+    if learner.draw is not None or learner.limit is not None:
+        return learner.draw or "stride", learner.limit
+    has_norms = learner.refresh and config.workers.score == "gradient_norm"
+    visits_all = proposal.name != "proportional" or proposal.max_staleness is None
+    if samples_by_importance(config) and proposal.when == "on" and has_norms and visits_all:
+        return "stride", DEFAULT_LIMIT
+    return "systematic", None
 
 
 def with_options(config: ConfigDict, options: str) -> ConfigDict:

@@ -169,7 +169,7 @@ def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
     Raises:
       InputError: a minibatch is larger than what it is drawn from.
     """
-    batch_size, draw = minibatch_size(config), config.learner.draw
+    batch_size, (draw, limit) = minibatch_size(config), config_lib.draw_and_limit(config)
     if num_examples < 2:
         raise InputError("there is 1 training example: the variance of the gradients needs at least 2")
     available = min(num_examples, largest_minibatch(num_examples, draw))
@@ -188,7 +188,7 @@ def make_sampler(config: ConfigDict, num_examples: int) -> Sampler:
         draw,
         rebuild_every=0,
         count_draws=counted,
-        limit=config.learner.limit,
+        limit=limit,
     )
 
 

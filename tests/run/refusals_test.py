@@ -47,7 +47,7 @@ from tests.helpers import smoke
             "learner.batch_size is 1201, but there are 1200 examples to draw from",
         ),
         (
-            {"learner__limit": 5.0},
+            {"learner__limit": 5.0, "learner__draw": "systematic"},
             "learner.limit is 5.0, which visits by importance make up for, but learner.draw is sys",
         ),
         ({"learner__limit": 1.9}, r"learner.limit must be >= 2 and <= 1e6, got 1.9 \(see --config.learner.limit\)"),
