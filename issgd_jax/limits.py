@@ -32,6 +32,14 @@ class LimitedWeights:
         """Returns the importance weights f32[B] given the norms f[B]; where one is not finite, its weight stays."""
         return limit_weights(self.full, norms, self.limit)
 
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(
+            "importance weights with a limit are no array, as their values depend on the norms: pass them to "
+            "value_grad_and_norms, and get their values by importance_weights.lowered(norms)"
+        )
+
+    __array__ = __jax_array__ = __mul__ = __rmul__ = __getitem__ = _refuse
+
 
 def limit_weights(importance_weights: jax.Array, norms: jax.Array, limit: jax.Array) -> jax.Array:
     """Returns min(importance weight, limit / norm), f[B]; `limit` f[] or f[B]. See `LimitedWeights`."""

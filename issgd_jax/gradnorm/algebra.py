@@ -56,15 +56,20 @@ def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply, *,
       operation: jnp.multiply or jnp.divide.
       keeps_left: Whether left factors stay the arrays that leaves may share; if not, the smaller factor changes.
     """
+
+    def apply(array):  # in the wider type, not by promotion, which may be strict
+        wide = max(array.dtype, getattr(factor, "dtype", array.dtype), key=lambda dtype: dtype.itemsize)
+        return operation(array.astype(wide), jnp.asarray(factor, wide))
+
     if not isinstance(x, Factored):
-        return operation(x, factor)
+        return apply(x)
 
     def scaled(term):
         can_choose = not keeps_left and isinstance(term.left, Dense)
         side = "left" if can_choose and term.left.array.size < term.right.array.size else "right"
         dense = getattr(term, side)
         array = dense.array.astype(jnp.promote_types(dense.array.dtype, x.dtype))
-        return dataclasses.replace(term, **{side: Dense(operation(array, factor).astype(array.dtype), dense.labels)})
+        return dataclasses.replace(term, **{side: Dense(apply(array).astype(array.dtype), dense.labels)})
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
 

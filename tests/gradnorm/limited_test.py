@@ -69,22 +69,26 @@ def test_works_inside_jit_and_vmap():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, np.float64])
 def test_weights_norms_and_limit_may_be_of_several_types(dtype):
-    """Red where they meet; in wide types also where nothing is promoted, as weights without a limit pass there."""
+    """Red where they meet, also where nothing is promoted; with the limit and without."""
     if dtype == np.float64 and not jax.config.jax_enable_x64:
         pytest.skip("64-bit types are for `make variants`")
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS), X.astype(dtype)
-    with jax.numpy_dtype_promotion("strict" if jnp.finfo(dtype).bits >= 32 else "standard"):
-        _, gradient, norms = value_grad_and_norms(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))(
-            params, limited(WEIGHTS, 0.5), x
-        )
+    grad_fn = value_grad_and_norms(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])))
+    for weights in (limited(WEIGHTS, 0.5), WEIGHTS):
+        with jax.numpy_dtype_promotion("strict"):
+            _, gradient, norms = grad_fn(params, weights, x)
         assert gradient["w"].dtype == dtype and np.all(np.isfinite(norms.astype(np.float32)))
 
 
 def test_what_is_no_array_is_not_taken_for_one():
     """Red if full weights can be multiplied with losses, or summed, where the gradient has the lowered ones."""
-    for wrong in (lambda w: w * jnp.ones(6), lambda w: jnp.mean(w), lambda w: np.asarray(w, np.float32)):
-        with pytest.raises(TypeError):
-            wrong(limited(WEIGHTS, 1.0))
+    wrong = [
+        lambda w: w * jnp.ones(6), lambda w: jnp.ones(6) * w, lambda w: np.ones(6) * w, lambda w: 2.0 * w,
+        lambda w: jnp.mean(w), lambda w: jnp.asarray(w), lambda w: np.asarray(w, np.float32), lambda w: w[0],
+    ]  # fmt: skip
+    for use in wrong:
+        with pytest.raises(TypeError, match=r"get their values by importance_weights.lowered\(norms\)"):
+            use(limited(WEIGHTS, 1.0))
 
 
 def test_weights_are_lowered_where_they_must_be_and_nowhere_else():
