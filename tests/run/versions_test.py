@@ -29,6 +29,7 @@ def config(steps):
         data__test_split="test[:20]",
         workers__chunk_size=10,
         learner__batch_size=8,
+        learner__draw="systematic",
     )
 
 
