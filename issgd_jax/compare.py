@@ -37,7 +37,8 @@ _UNIFORM_RATE = parsers.define_optional("uniform_rate", float, "Learning rate of
 flags.adopt_module_key_flags(main_lib)  # so that --help lists them
 
 Histories = dict[str, list[list[dict]]]
-# Of the uniform arm: a gain of 1 changes no rate, and no importance weight is lowered.
+# Of the uniform arm: a gain of 1 changes no rate, and no importance weight is lowered. Where the other arm has evenly
+# spaced visits, it has those that plain SGD can have, shuffled epochs.
 _PLAIN = {"proposal.name": "uniform", "learner.rate_by_gain": False, "learner.limit": None}
 _ROWS = (
     ("final training loss", "train/loss", "{:.5f}"),
@@ -82,6 +83,8 @@ def compare(
     uniform = config.copy_and_resolve_references()
     with uniform.ignore_type():
         uniform.update_from_flattened_dict(_PLAIN)
+        if config_lib.draw_and_limit(config)[0] == "stride":
+            uniform.learner.draw = "shuffled"
     if uniform_rate is not None:
         if not 0 < uniform_rate < math.inf:
             raise InputError(f"uniform_rate must be above 0 and finite, got {uniform_rate}")

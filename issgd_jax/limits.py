@@ -38,7 +38,8 @@ class LimitedWeights:
             "value_grad_and_norms, and get their values by importance_weights.lowered(norms)"
         )
 
-    __array__ = __jax_array__ = __mul__ = __rmul__ = __getitem__ = _refuse
+    __array__ = __jax_array__ = __getitem__ = __len__ = __float__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
 
 
 def limit_weights(importance_weights: jax.Array, norms: jax.Array, limit: jax.Array) -> jax.Array:

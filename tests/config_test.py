@@ -61,7 +61,7 @@ def test_the_default_is_valid_and_fresh():
     ],
 )
 def test_draws_left_to_the_default_are_the_best_that_the_config_allows(changes, expected):
-    """Red if a config that cannot have a limit is refused for draws that it did not ask for, or gets one that biases."""
+    """Red if a config that cannot have a limit is refused for draws that it did not ask for."""
     config = config_lib.default()
     config.update_from_flattened_dict(changes)
     config_lib.validate(config)

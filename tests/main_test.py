@@ -359,12 +359,14 @@ def test_nothing_to_compare(field, tmp_path, run):
 
 
 def test_a_rate_that_follows_the_gain_and_a_limit_are_compared_with_a_run_without_them(tmp_path):
-    """Red if the uniform arm is refused, as it has no gain to follow, and nothing to limit."""
-    rated = smoke(learner__rate_by_gain=True, learner__draw="stride", learner__limit=5.0, steps=8, eval_every=4)
+    """Red if the uniform arm is refused, as it has no gain to follow and nothing to limit, or draws are not recorded."""
+    rated = smoke(learner__rate_by_gain=True, steps=8, eval_every=4)
     histories = compare.compare(rated, tmp_path, seeds=1, uniform_rate=None, overwrite=False)
     assert [runs[0][-1]["step"] for runs in histories.values()] == [8, 8]
-    uniform = json.loads((tmp_path / "uniform-0" / "config.json").read_text())["config"]
-    assert not uniform["learner"]["rate_by_gain"] and uniform["learner"]["limit"] is None
+    arms = (tmp_path / "importance-0", tmp_path / "uniform-0")
+    importance, uniform = (json.loads((arm / "config.json").read_text())["config"]["learner"] for arm in arms)
+    assert importance["rate_by_gain"] and (importance["draw"], importance["limit"]) == ("stride", 5.0)
+    assert not uniform["rate_by_gain"] and (uniform["draw"], uniform["limit"]) == ("shuffled", None)
 
 
 def test_a_folder_of_another_experiment_is_an_error_before_the_first_arm_runs(tmp_path, run):

@@ -31,7 +31,12 @@ def measure(config, num_pairs: int) -> dict[str, float]:
     parts = wiring.make_parts(config, problem)
     counting = parts.sampler
     other = Sampler(
-        counting.num_examples, counting.batch_size, counting.proposal, counting.draw_method, rebuild_every=0
+        counting.num_examples,
+        counting.batch_size,
+        counting.proposal,
+        counting.draw_method,
+        rebuild_every=0,
+        limit=counting.limit,
     )
     samplers = {"step": counting, "step, draws not counted": other}
     blocks = {name: _steps(parts, sampler, config.seed) for name, sampler in samplers.items()}

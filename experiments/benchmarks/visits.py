@@ -19,7 +19,7 @@ from experiments.benchmarks.environment import RESULTS, path_argument, save_resu
 from experiments.benchmarks.measuring import median_ratio, paired_seconds
 from issgd_jax import sampling
 from issgd_jax.sampling import visits as visits_lib
-from issgd_jax.sampling.transitions import order_after
+from issgd_jax.sampling.in_place import order_after
 
 DRAWN, BLOCK = 256, 100  # examples in a cycle, cycles timed together
 SIZES = (60_000, 573_000, 10**7, 10**8)

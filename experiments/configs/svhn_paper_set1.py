@@ -34,6 +34,8 @@ def get_config(options: str = ""):
     config.learner.learning_rate = 0.01
     config.learner.momentum = 0.95
     config.learner.nesterov = True
+    config.learner.draw = "independent"
+    config.learner.refresh = False
 
     config.devices.workers = 3
     config.workers.chunk_size = 2048

@@ -142,6 +142,7 @@ def measured(data: str, seed: int, data_dir: str | None) -> dict[str, dict[str, 
     trial = TRIALS[data]
     config = trial.get_config()
     config.seed, config.steps, config.data.dir = seed, trial.steps, data_dir
+    config.learner.draw = "systematic"  # of all scores alike: the default depends on them
     problem = make_problem(config)
     images, labels = problem.train
     flipped = flip(labels, problem.num_classes, seed)

@@ -29,7 +29,7 @@ DATA = {
     "svhn": _on(
         fashion_mnist.get_config, data__name="svhn_cropped", data__train_split="train", data__test_split="test"
     ),
-    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000),  # a multiple of eval_every
+    "svhn_extra": _on(svhn_paper_set1.get_config, steps=48_000, learner__refresh=True),  # a multiple of eval_every
     "digits": _on(digits.get_config, workers__chunk_size=360, eval_every=50),
     "text": _on(
         default,

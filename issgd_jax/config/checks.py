@@ -63,8 +63,8 @@ def _check_limit_of_norms(config: ConfigDict) -> None:
     if draw != "stride" or not samples_by_importance(config):
         raise InputError(
             f"learner.limit is {learner.limit}, which visits by importance make up for, but learner.draw is "
-            f"{draw} and proposal.name {config.proposal.name}: use --config.learner.draw=stride and a proposal "
-            "that is not uniform, or --config.learner.limit=None"
+            f"{draw}, proposal.name {config.proposal.name} and proposal.when {config.proposal.when}: use "
+            "--config.learner.draw=stride and a proposal that is not uniform, or --config.learner.limit=None"
         )
     if not learner.refresh or config.workers.score != "gradient_norm":
         raise InputError(
@@ -172,13 +172,13 @@ def _check_stride(proposal: ConfigDict) -> None:
     if proposal.when == "auto":
         raise InputError(
             "learner.draw is stride and proposal.when auto, which draws uniformly between trials: every visit counts "
-            "until the next one; use --config.proposal.when=on, or --config.learner.draw=systematic"
+            "until the next one; use --config.proposal.when=on, or --config.learner.draw=systematic without a limit"
         )
     if proposal.name == "proportional" and proposal.max_staleness is not None:
         raise InputError(
             f"learner.draw is stride, which visits every example, but proposal.max_staleness is "
             f"{proposal.max_staleness}, which excludes some: use --config.proposal.max_staleness=None, or "
-            "--config.learner.draw=systematic"
+            "--config.learner.draw=systematic without a limit"
         )
 
 

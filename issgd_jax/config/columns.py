@@ -14,7 +14,7 @@ ALWAYS = {
     "test/loss": "Mean loss of the test split, in nats.",
     "test/error": "Share of the test split that is misclassified.",
     "variance/uniform": "√Tr Σ of one example's gradient under uniform draws.",
-    "variance/actual": "√Tr Σ of one example's importance-weighted gradient under the draws of the run.",
+    "variance/actual": "√Tr Σ of one example's importance-weighted gradient under the draws of the run; no limit.",
     "variance/ideal": "√Tr Σ under draws in proportion to the exact gradient norms, the least possible.",
     "variance/window": "As variance/actual, of ten successive minibatches, which shuffled epochs and strides balance.",
     "variance/gain": "Variance under uniform draws over that of the run: above 1, importance sampling lowers it.",

@@ -145,14 +145,14 @@ FIELDS = (
         "learner.draw", str,
         _one_of("systematic", "independent", "without_replacement", "stride", "shuffled", "random_subset"),
         "How a minibatch is drawn. stride: evenly spaced visits. Only uniformly: shuffled (epochs), random_subset "
-        "(epochs over a random third). None: stride with a limit, 5 if learner.limit is None; but systematic "
-        "without refresh, with scores that are no gradient norms, and with proposals that are uniform, auto or have "
-        "max_staleness.",
+        "(epochs over a random third). None: stride with a limit, of 5 unless learner.limit is set. If that "
+        "is None too, systematic where a limit cannot be: proposal.name=uniform, proposal.when=auto, "
+        "proposal.max_staleness, learner.refresh=False, or other scores than gradient norms.",
     ),
     Field(
         "learner.limit", float, Limit(">= 2 and <= 1e6", lambda value: 2 <= value <= 1e6),
         "Largest weighted gradient norm of an example in a minibatch, in units of the mean norm, with draw stride; "
-        "what is left of its importance weight is owed to its next visits. None: none, but see learner.draw.",
+        "what is left of its importance weight is owed to its next visits. None: no limit, if learner.draw is set.",
     ),
     Field("learner.refresh", True, _ANY, "Write the gradient norms of each minibatch back as its examples' scores."),
     Field(
@@ -171,8 +171,8 @@ FIELDS = (
     ),
     Field(
         "workers.precision", "float32", _one_of("float32", "bfloat16"),
-        "Type in which workers compute scores; parameters and the norms of minibatches stay float32. Scores only set "
-        "the draws, so that nothing is biased.",
+        "Type in which workers compute scores; parameters and the norms of minibatches stay float32. Scores set "
+        "the draws and the limit alone, so that nothing is biased.",
     ),
     Field(
         "workers.strict", False, _ANY,
@@ -215,7 +215,8 @@ FIELDS = (
     ),
     Field(
         "proposal.when", "on", _one_of("on", "off", "auto"),
-        "Use of importance sampling; auto: while it lowers the variance by more than it slows down steps.",
+        "Use of importance sampling; auto: while it lowers the variance by more than it slows down steps, with "
+        "systematic draws.",
     ),
     Field("proposal.cost", float, _NON_NEGATIVE, "Time of a step, in uniform steps, for auto; None: measured."),
     Field(
@@ -229,7 +230,7 @@ FIELDS = (
     ),
     Field(
         "proposal.uniform_fraction", float, Limit(">= 0 and <= 0.999", lambda value: 0 <= value <= 0.999),
-        "Uniform share of the draws (mixture, calibrated); None: learned during the run, 0.3 with learner.draw=stride.",
+        "Uniform share of the draws (mixture, calibrated); None: 0.3 with evenly spaced visits, else learned.",
     ),
     Field("proposal.half_life", 1.0, _POSITIVE, "Sweeps after which an observation counts half (calibrated)."),
     Field("monitor.examples", 2048, _between(2), "Training examples on which the variance is measured."),
@@ -285,7 +286,7 @@ def samples_by_importance(config: ConfigDict) -> bool:
 
 
 def draw_and_limit(config: ConfigDict) -> tuple[str, float | None]:
-    """Returns how minibatches are drawn, with what None stands for, and the limit on what one example adds, or None.
+    """Returns how minibatches are drawn, and the limit on what one example adds; None: there is none.
 
     Example:
       >>> config = default()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from issgd_jax.gradnorm.factors import Dense, Factored, Gradient, OneHot, Patches, Term
-from issgd_jax.gradnorm.lengths import accumulator
+from issgd_jax.gradnorm.lengths import accumulator, promoted
 
 
 def zero(shape: tuple[int, ...], dtype) -> Factored:
@@ -57,9 +57,9 @@ def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply, *,
       keeps_left: Whether left factors stay the arrays that leaves may share; if not, the smaller factor changes.
     """
 
-    def apply(array):  # in the wider type, not by promotion, which may be strict
-        wide = max(array.dtype, getattr(factor, "dtype", array.dtype), key=lambda dtype: dtype.itemsize)
-        return operation(array.astype(wide), jnp.asarray(factor, wide))
+    def apply(array):
+        dtype = promoted(array.dtype, getattr(factor, "dtype", array.dtype))
+        return operation(array.astype(dtype), jnp.asarray(factor, dtype))
 
     if not isinstance(x, Factored):
         return apply(x)
@@ -68,7 +68,7 @@ def scale(x: Gradient, factor: jax.Array, operation: Callable = jnp.multiply, *,
         can_choose = not keeps_left and isinstance(term.left, Dense)
         side = "left" if can_choose and term.left.array.size < term.right.array.size else "right"
         dense = getattr(term, side)
-        array = dense.array.astype(jnp.promote_types(dense.array.dtype, x.dtype))
+        array = dense.array.astype(promoted(dense.array.dtype, x.dtype))
         return dataclasses.replace(term, **{side: Dense(apply(array).astype(array.dtype), dense.labels)})
 
     return dataclasses.replace(x, terms=tuple(map(scaled, x.terms)))
@@ -196,7 +196,7 @@ def left_slabs(term: Term, x: Factored) -> tuple[str, list[jax.Array]]:
 
 def contract(equation: str, x: jax.Array, y: jax.Array, precision) -> jax.Array:
     """Returns an einsum of two arrays, summed in float32 or wider."""
-    sums = accumulator(jnp.promote_types(x.dtype, y.dtype))
+    sums = accumulator(promoted(x.dtype, y.dtype))
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=sums)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from issgd_jax.gradnorm import algebra
 from issgd_jax.gradnorm.factors import Dense, Factored, OneHot, Patches, Term
 from issgd_jax.gradnorm.gram_sums import gram_sums, signed_and_absolute
-from issgd_jax.gradnorm.lengths import Squares, accumulator, length, root, squares, underflow
+from issgd_jax.gradnorm.lengths import Squares, accumulator, length, promoted, root, squares, underflow
 from issgd_jax.gradnorm.pairs import sum_over_pairs
 
 # Smallest share of the absolute sum of inner products that may remain after cancellation. Below it, rounding errors of
@@ -147,7 +147,7 @@ def _sums(x: Factored, precision: Any, *pairs: _Rows) -> jax.Array:
     |l|, |r| count as what may have underflowed.
     """
     first = pairs[0]
-    dtype = accumulator(jnp.result_type(*(factor for rows in pairs for factor in (*rows.left, rows.right))))
+    dtype = accumulator(promoted(*(factor.dtype for rows in pairs for factor in (*rows.left, rows.right))))
     least = max(x.size("l"), x.size("r")) * underflow(dtype) / LEAST_SHARE
     if len(pairs) == 1 and len(first.left) == 1:
         return gram_sums(first.left[0], first.right, precision=precision, least=least)

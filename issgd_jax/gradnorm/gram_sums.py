@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from issgd_jax.gradnorm.algebra import contract
+from issgd_jax.gradnorm.lengths import promoted
 from issgd_jax.gradnorm.mapping import varying_like
 from issgd_jax.gradnorm.pairs import sum_over_pairs
 
@@ -75,7 +76,7 @@ def signed_and_absolute(left: jax.Array, right: jax.Array, least: float) -> jax.
 
     Both by one reduction, which XLA fuses with the products; two would write them to memory.
     """
-    dtype = jnp.promote_types(left.dtype, right.dtype)
+    dtype = promoted(left.dtype, right.dtype)
     signs, floors = (jnp.asarray(r, dtype).reshape(2, 1, 1, 1) for r in ([1, -1], [-jnp.inf, least]))
     left, right = (jnp.maximum(jnp.maximum(y, signs * y), floors) for y in (left.astype(dtype), right))
     return jnp.sum(left * right, axis=(2, 3))

@@ -20,6 +20,12 @@ def accumulator(dtype) -> jnp.dtype:
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def promoted(*dtypes) -> jnp.dtype:
+    """Returns the type that numbers of these types become together, also where promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Returns √Σx² over axes of all parts, in float32 or wider.
 
@@ -30,7 +36,7 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
       - It is nan if any number is, otherwise infinite if any number is.
       - The derivative at 0 is 0.
     """
-    dtype = jnp.result_type(*(accumulator(part.dtype) for part in parts))
+    dtype = promoted(*(accumulator(part.dtype) for part in parts))
     parts = [lax.convert_element_type(part, dtype) for part in parts]
     axes = [_axes(part, axis) for part in parts]
     # Operations of lax: those of jnp take several times as long to trace.
@@ -43,7 +49,7 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
 
 
 def of_wholes(norms: Sequence[jax.Array], num_examples: int) -> jax.Array:
-    """Returns the norms f[B] of B gradients, of those of their leaves or groups, each [B]; 0 where there are none."""
+    """Returns the norms f[B] of B gradients, given the norms [B] of each leaf or group; 0 if there are none."""
     return length([jnp.stack(norms or [jnp.zeros(num_examples, jnp.float32)])], axis=0)
 
 
@@ -92,7 +98,7 @@ def side_by_side(parts: Sequence[Squares]) -> Squares:
     """Returns the sums of all parts, along K; in the widest of their types."""
     sums = [part.sums for part in parts]
     if len(sums) > 1:
-        dtype = jnp.result_type(*sums)
+        dtype = promoted(*(x.dtype for x in sums))
         sums = [lax.concatenate([lax.convert_element_type(x, dtype) for x in sums], sums[0].ndim - 1)]
     return Squares(sums[0], *(tuple(itertools.chain(*x)) for x in zip(*((part.counts, part.dtypes) for part in parts))))
 

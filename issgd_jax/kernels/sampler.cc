@@ -495,7 +495,7 @@ static ffi::Error WriteDeadlines(S32, S32 visited_at, S32 indices, S32 strides, 
     if (index < 0 || index >= num_leaves) continue;
     const int32_t visited = visited_at.typed_data()[index];
     const int32_t old = Distance(tree->typed_data()[index], visited);
-    const bool is_flying = old == in_flight;
+    const bool is_flying = static_cast<uint32_t>(old) >= in_flight;
     int32_t stride = strides.typed_data()[i];
     if (stride <= 0 || (is_flying && !arrived)) stride = is_flying && arrived ? num_leaves : old;
     leaves.push_back(index);

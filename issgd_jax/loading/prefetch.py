@@ -34,7 +34,8 @@ class Prefetch:
       - The draw of number k comes from the table of `depth` calls before it. A draw from an older table has the
         importance weights of that table and is as unbiased.
       - The draws are those of `Sampler.draw` as long as the table does not change; with depth 0 always.
-      - With draw "stride", an example that is in flight is not drawn again before its minibatch is returned.
+      - With draw "stride", an example that is in flight is not drawn again before its minibatch is returned. A limit is
+        higher the more draws are ahead, where one norm is far above the mean, see `Sampler`.
       - A run is a function of its states: draws and tables do not depend on how fast anything is.
       - The learner waits for nothing but data, and may donate the state that it gets.
       - One object serves one run. A state that does not continue the last one, by its number or its key, is noticed
@@ -102,8 +103,8 @@ class Prefetch:
             of draw "stride".
 
         Returns:
-          The state with one more draw counted; the draw: indices i32[B], importance_weights f32[B]; and the batch, a
-          pytree of arrays [B, ...] on the device.
+          The state with one more draw counted; the draw, as `Sampler.draw` returns it; and the batch, a pytree of
+          arrays [B, ...] on the device.
 
         Raises:
           RuntimeError: the `Prefetch` is closed, or a state does not continue the one before it.

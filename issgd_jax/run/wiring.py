@@ -54,6 +54,7 @@ def resolve(config: ConfigDict, problem: Problem | None = None) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if config.proposal.when == "off":
         config.proposal.name = "uniform"
+    config.learner.draw, config.learner.limit = config_lib.draw_and_limit(config)
     if problem is None:
         return config
     if config.problem is not None:

@@ -212,7 +212,9 @@ def check(workdir: str | pathlib.Path, config: dict, *, overwrite: bool, is_done
         changed.pop("steps", None)  # more of the same
     if changed:
         fields = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
-        raise InputError(f"{workdir} holds a run of another experiment ({fields}): {remedy}")
+        raise InputError(
+            f"{workdir} holds a run of another experiment ({fields}): give the old values to go on with it, {remedy}"
+        )
     if not is_done and not _ever_saved(workdir) and not _was_before_checkpoints(workdir, _flat(saved)):
         raise InputError(f"{workdir} holds a run already, and no checkpoint to resume from: {remedy}")
     return record

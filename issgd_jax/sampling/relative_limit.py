@@ -15,43 +15,34 @@ from issgd_jax.sampling.table import Draw
 class RelativeLimit(NamedTuple):
     """Limit in units of the mean norm.
 
-    It is `factor` times the mean of the last known norms of all examples; but at least `2 B / N` times the largest for
-    each minibatch from one visit of an example to its next, so that one that is drawn as often as can be is paid twice
-    the time that passes.
+    It is `factor` times the mean of the last known norms of all examples. Where one example has nearly all of the
+    gradient, that would be too little for it ever to be paid: the limit is at least `2 B / N` times the largest norm,
+    for each minibatch from one of its visits to the next. It is then paid twice the time that passes.
 
     Attributes:
       factor: >= 2. With 1, minibatches could not stand for the time that they take; and with exact scores, weighted
         norms are already up to 1 / (1 - uniform share) times the mean.
+      num_examples: N.
       batch_size: B.
 
     Example:
-      >>> limit = RelativeLimit(5.0, batch_size=1)
+      >>> limit = RelativeLimit(5.0, num_examples=4, batch_size=1)
       >>> store, _ = ScoreStore.init(4).write(jnp.arange(2), jnp.array([1.0, 3.0]), jnp.int32(0))
-      >>> float(limit.of(limit.levels(store))), float(limit.of(limit.levels(store), period=8))
+      >>> float(limit.of(norm_levels(store))), float(limit.of(norm_levels(store), period=8))
       (10.0, 12.0)
     """
 
     factor: float
+    num_examples: int
     batch_size: int
-
-    def levels(self, store: ScoreStore) -> jax.Array:
-        """Returns f32[2], the limit by the mean norm, and by the largest for each minibatch; 0 if none is known; O(N).
-
-        Args:
-          store: the scores, which are norms.
-        """
-        scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
-        mean = jnp.sum(scores) / jnp.maximum(jnp.sum(store.scored), 1).astype(jnp.float32)
-        levels = jnp.stack([self.factor * mean, jnp.max(scores) * (2 * self.batch_size / len(store))])
-        return levels.astype(jnp.float32)
 
     def lower(self, drawn: Draw, levels: jax.Array, num_in_flight: jax.Array) -> Draw:
         """Returns the draw with `LimitedWeights`.
 
         Args:
-          levels: f32[2], see there.
-          num_in_flight: i32[], minibatches drawn that are not updated yet, besides this one: none of them, nor of those
-            drawn until its update, has an example of this one.
+          levels: f32[2], see `norm_levels`.
+          num_in_flight: i32[], other minibatches from the draw of this one to its update: its examples are in none of
+            them, if there are enough others.
         """
         limit = self.of(levels, jnp.maximum(num_in_flight, 0) + 1)
         return dataclasses.replace(drawn, importance_weights=LimitedWeights(drawn.importance_weights, limit))
@@ -60,9 +51,17 @@ class RelativeLimit(NamedTuple):
         """Returns the largest weighted norm f32[] of an example; infinity while no norm above 0 is known.
 
         Args:
-          levels: f32[2], see there.
+          levels: f32[2], see `norm_levels`.
           period: i32[], minibatches from one visit of an example to its next, at the least: 1, or more where updates
             come late or draws are made ahead.
         """
-        limit = jnp.maximum(levels[0], levels[1] * jnp.asarray(period, jnp.float32))
+        share = jnp.asarray(period, jnp.float32) * (2 * self.batch_size / self.num_examples)
+        limit = jnp.maximum(self.factor * levels[0], share * levels[1])
         return jnp.where(limit > 0, limit, jnp.inf)
+
+
+def norm_levels(store: ScoreStore) -> jax.Array:
+    """Returns f32[2], the mean and the largest of the scores, which are norms; 0 where none is known; O(N)."""
+    scores = jnp.where(store.scored, jnp.minimum(store.score, LARGEST), 0)
+    mean = jnp.sum(scores) / jnp.maximum(jnp.sum(store.scored), 1).astype(jnp.float32)
+    return jnp.stack([mean, jnp.max(scores)]).astype(jnp.float32)

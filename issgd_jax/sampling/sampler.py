@@ -49,7 +49,9 @@ class Sampler:
       limit: with "stride" alone: the largest weighted gradient norm of an example in a minibatch, in units of the mean
         norm of all examples, >= 2; 5 is a good value. None: no limit. An example whose gradient has grown since its
         last visit would else shake the parameters by all that it has waited for. With a limit, the importance weights
-        of a draw are `LimitedWeights`, which `value_grad_and_norms` lowers; what is left of one is owed.
+        of a draw are `LimitedWeights`, which `value_grad_and_norms` lowers; what is left of one is owed. So that all
+        can be paid, the limit is at least 2 B / N times the largest norm, and k + 1 times that where k other
+        minibatches are drawn before the update of this one, as with `Prefetch`.
 
     Guarantees:
       - The mean of `importance_weights * f` over a draw is an unbiased estimate of the mean of f over all examples,
@@ -166,7 +168,8 @@ class Sampler:
           uniform_draw: whether this draw ignores the scores; not with draw "stride".
 
         Returns:
-          The state with one more draw counted, and the draw: indices i32[B], importance_weights f32[B].
+          The state with one more draw counted, and the draw: indices i32[B], importance_weights f32[B], or with a limit
+          `LimitedWeights`.
 
         Raises:
           TypeError: state is not the state of a sampler.
@@ -383,7 +386,7 @@ class Sampler:
     @property
     def relative_limit(self) -> RelativeLimit | None:
         """The limit, in units of the mean norm; None: there is none."""
-        return None if self.limit is None else RelativeLimit(self.limit, self.batch_size)
+        return None if self.limit is None else RelativeLimit(self.limit, self.num_examples, self.batch_size)
 
     def _draw(self, state: SamplerState, number: int | jax.Array | None, uniform_draw: bool) -> tuple[jax.Array, Draw]:
         """Returns the number after this one (None: that of the state), and the draw of this one."""

@@ -29,8 +29,8 @@ class SamplerState(NamedTuple):
       key: u32[...], random key data of this run's draws.
       num_draws: i32[], draws made; the number of the next one.
       step: i32[], updates done.
-      norm_levels: f32[2], what a limit is relative to, see `RelativeLimit.levels`, as of the last rebuild; 0 before.
-        None: there is no limit.
+      norm_levels: f32[2], mean and largest of the known norms, as of the last rebuild, which a limit is relative to; 0
+        before. None: there is no limit.
     """
 
     score: jax.Array

@@ -13,7 +13,7 @@ from issgd_jax.sampling import visits as visits_lib
 from issgd_jax.sampling.draws import draw_earliest
 from issgd_jax.sampling.in_place import order_after
 from issgd_jax.sampling.proposal import Proposal
-from issgd_jax.sampling.relative_limit import RelativeLimit
+from issgd_jax.sampling.relative_limit import RelativeLimit, norm_levels
 from issgd_jax.sampling.state import SamplerState
 from issgd_jax.sampling.store import Rejected, ScoreStore
 from issgd_jax.sampling.sum_tree import LARGEST
@@ -184,7 +184,7 @@ def _rebuild(proposal: Proposal, limit: RelativeLimit | None, state: SamplerStat
     basis = proposal.basis(state.proposal_state, state.store, state.step)
     state = state._replace(basis=_with_types(basis, state.basis))
     if limit is not None:
-        state = state._replace(norm_levels=limit.levels(state.store))
+        state = state._replace(norm_levels=norm_levels(state.store))
     if state.visits is None:
         return state.with_table(proposal.table(basis, state.store, state.step))
     v = proposal.v(state.basis, state.score, state.scored_at, state.step)

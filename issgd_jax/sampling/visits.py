@@ -44,7 +44,7 @@ class Visits(NamedTuple):
         return self.visited_at.shape[0]
 
     def last_strides(self) -> jax.Array:
-        """Returns i32[N]: visits from the last one of each example to its deadline; `in_flight` where that is open."""
+        """Returns i32[N]: visits from the last one of each example to its deadline; see `in_flight`."""
         return self.deadlines[: self.num_examples] - self.visited_at
 
     def strides(self, indices: jax.Array | None = None) -> jax.Array:
@@ -53,7 +53,7 @@ class Visits(NamedTuple):
         Those outside [0, N), and those in flight, whose next stride is not known, have N.
         """
         strides = self.last_strides()
-        strides = jnp.where(strides == in_flight(self.num_examples), self.num_examples, strides)
+        strides = jnp.where(_is_flying(strides, self.num_examples), self.num_examples, strides)
         if indices is None:
             return strides
         indices = as_indices(indices, self.num_examples)
@@ -87,8 +87,16 @@ def longest(num_examples: int) -> int:
 
 
 def in_flight(num_examples: int) -> int:
-    """Returns the stride of examples between a visit and its update, which no other example has."""
+    """Returns the stride of examples between a visit and its update, which no other example has.
+
+    It is longer, and counted to 2^32, where one is owed time since.
+    """
     return longest(num_examples) + 1
+
+
+def _is_flying(strides: jax.Array, num_examples: int) -> jax.Array:
+    """Returns which strides are those of examples in flight."""
+    return strides.astype(jnp.uint32) >= jnp.uint32(in_flight(num_examples))
 
 
 def stride(v: jax.Array, mean_v: jax.Array, num_examples: int) -> jax.Array:
@@ -142,7 +150,8 @@ def visit(visits: Visits, indices: jax.Array) -> Visits:
 def visit_late(visits: Visits, indices: jax.Array, importance_weights: jax.Array) -> Visits:
     """Returns the visits after a minibatch that was drawn before others were updated; O(B log N).
 
-    An example that was in flight then may be owed time by now, which its importance weight does not have: it still is.
+    An example that was in flight when it was drawn may have been owed time since. Its importance weight is older and
+    does not have that time, which stays owed.
 
     Args:
       indices, importance_weights: i32[B] and f32[B], of the draw.
@@ -192,7 +201,7 @@ def rebuild(visits: Visits, v: jax.Array) -> Visits:
     """
     v, _ = repair(v)
     mean, old = jnp.mean(v), visits.last_strides()
-    strides = jnp.where(old == in_flight(v.size), old, stride(v, mean, v.size))
+    strides = jnp.where(_is_flying(old, v.size), old, stride(v, mean, v.size))
     return visits._replace(deadlines=min_tree.build(visits.visited_at + strides, visits.now), mean_v=mean)
 
 
@@ -231,7 +240,7 @@ def _epochs(elapsed: jax.Array, num_examples: int) -> jax.Array:
 def _rescale(visits: Visits, num_examples: int) -> jax.Array:
     """Returns the strides i32[N], within the limits of another number of examples."""
     strides = visits.last_strides()
-    flying = strides == in_flight(visits.num_examples)
+    flying = _is_flying(strides, visits.num_examples)
     return jnp.where(flying, in_flight(num_examples), jnp.minimum(strides, longest(num_examples)))
 
 
@@ -259,7 +268,7 @@ def plain_write(deadlines, visited_at, indices, strides, now, *, in_flight: int,
     num_leaves = visited_at.size
     place = jnp.where((indices >= 0) & (indices < num_leaves), indices, 0)
     old = deadlines[place] - visited_at[place]
-    flying = old == jnp.int32(in_flight)
+    flying = old.astype(jnp.uint32) >= jnp.uint32(in_flight)
     kept = jnp.where(flying & bool(arrived), num_leaves, old)
     strides = jnp.where((strides > 0) & (bool(arrived) | ~flying), strides, kept)
     return min_tree.write(deadlines, indices, visited_at[place] + strides, now, num_leaves=num_leaves)

@@ -85,6 +85,7 @@ def test_what_is_no_array_is_not_taken_for_one():
     wrong = [
         lambda w: w * jnp.ones(6), lambda w: jnp.ones(6) * w, lambda w: np.ones(6) * w, lambda w: 2.0 * w,
         lambda w: jnp.mean(w), lambda w: jnp.asarray(w), lambda w: np.asarray(w, np.float32), lambda w: w[0],
+        lambda w: w / jnp.ones(6), lambda w: 1 / w, lambda w: w + 1, lambda w: 1 - w, len, float, lambda w: w**2,
     ]  # fmt: skip
     for use in wrong:
         with pytest.raises(TypeError, match=r"get their values by importance_weights.lowered\(norms\)"):

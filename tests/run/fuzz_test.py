@@ -26,8 +26,8 @@ NUMBERS = st.one_of(
 )
 CHOICES = (
     "exact relaxed free_running uniform proportional mixture calibrated on off auto systematic independent shuffled "
-    "random_subset mlp convnet gru transformer sgd adam lion adagrad lbfgs sam cosine linear gradient_norm last_layer "
-    "loss stop skip digits train test train[:7] test[:0] train[:1%] / .. ~ mnist"
+    "stride random_subset mlp convnet gru transformer sgd adam lion adagrad lbfgs sam cosine linear gradient_norm "
+    "last_layer loss stop skip digits train test train[:7] test[:0] train[:1%] / .. ~ mnist"
 )
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from(CHOICES.split()))
 VALUES = st.one_of(
@@ -72,7 +72,8 @@ RUNNABLE = {
     "learner.learning_rate": POSITIVE,
     "learner.momentum": st.floats(0, 1, exclude_max=True),
     "learner.nesterov": st.booleans(),
-    "learner.draw": st.sampled_from(["systematic", "independent", "without_replacement", "stride"]),
+    "learner.draw": st.sampled_from([None, "systematic", "independent", "without_replacement", "stride"]),
+    "learner.limit": st.none() | st.floats(2, 1e6),
     "learner.refresh": st.booleans(),
     "learner.asynchronous": st.integers(1, 5),
     "learner.max_gradient_delay": st.none() | st.integers(0, 9),

@@ -53,7 +53,7 @@ from tests.helpers import smoke
         ({"learner__limit": 1.9}, r"learner.limit must be >= 2 and <= 1e6, got 1.9 \(see --config.learner.limit\)"),
         (
             {"learner__limit": 5.0, "learner__draw": "stride", "proposal__name": "uniform"},
-            "learner.draw is stride and proposal.name uniform: use",
+            "learner.draw is stride, proposal.name uniform and proposal.when on: use",
         ),
         (
             {"learner__limit": 5.0, "learner__draw": "stride", "workers__score": "loss"},

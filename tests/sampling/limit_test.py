@@ -12,7 +12,8 @@ import pytest
 from issgd_jax import value_grad_and_norms
 from issgd_jax.loading.prefetch import Prefetch
 from issgd_jax.sampling import Draw, Mixture, Proportional, Sampler, ScoreStore
-from issgd_jax.sampling.relative_limit import RelativeLimit
+from issgd_jax.sampling import visits as visits_lib
+from issgd_jax.sampling.relative_limit import RelativeLimit, norm_levels
 from tests.helpers import soak
 from tests.sampling.visits_test import NORMS
 
@@ -124,13 +125,13 @@ def test_norms_that_say_nothing_lower_nothing(value):
 
 
 def test_the_limit_is_the_mean_of_the_known_norms_times_the_factor():
-    limit = RelativeLimit(5.0, 8)
+    limit = RelativeLimit(5.0, 1000, 8)
     store, _ = ScoreStore.init(1000).write(jnp.arange(4), jnp.float32([1, 2, 3, 10]), jnp.int32(0))
-    assert float(limit.of(limit.levels(store))) == 20.0
-    assert float(limit.of(limit.levels(store), jnp.int32(200))) == pytest.approx(200 * 10 * 2 * 8 / 1000)
-    assert float(limit.of(limit.levels(ScoreStore.init(3)))) == np.inf
+    assert float(limit.of(norm_levels(store))) == 20.0
+    assert float(limit.of(norm_levels(store), jnp.int32(200))) == pytest.approx(200 * 10 * 2 * 8 / 1000)
+    assert float(limit.of(norm_levels(ScoreStore.init(3)))) == np.inf
     huge, _ = store.write(jnp.arange(1000), jnp.full(1000, 3e38), jnp.int32(0))
-    assert np.isfinite(limit.of(limit.levels(huge)))
+    assert np.isfinite(limit.of(norm_levels(huge)))
 
 
 @pytest.mark.parametrize(("depth", "lag"), [(0, 0), (2, 0), (5, 0), (2, 2), (1, 11), (6, 8)])
@@ -161,6 +162,29 @@ def test_draws_ahead_lose_nothing_of_what_is_owed(depth, lag):
     # To half a visit each time that a weight is lowered; before a run each example was visited once.
     passed = (800 + 40 - first) / 40
     np.testing.assert_array_less(np.abs(given + waited - passed), 0.5 * times_lowered / 40 + 1e-4)
+
+
+@pytest.mark.parametrize("is_owed", [False, True])
+def test_who_is_owed_and_whose_v_is_bad_gets_the_mean_stride(is_owed):
+    """Red if an example is taken for one that is not in flight, because its last visit counts as earlier."""
+    visits = visits_lib.init(jax.random.key(0), 100)
+    indices, _ = visits_lib.draw(visits, jnp.uint32(0), 4)
+    visits = visits_lib.visit(visits, indices)
+    visits = visits_lib.owe(visits, indices, jnp.full(4, 0.5 * is_owed))
+    np.testing.assert_array_equal(visits.strides(indices), 100)
+    visits = visits_lib.write(visits, indices, jnp.ones(4), arrived=False)  # a worker's score, while they are in flight
+    visits = visits_lib.rebuild(visits, jnp.ones(100))
+    visits = visits_lib.write(visits, indices, jnp.full(4, jnp.nan), arrived=True)
+    np.testing.assert_array_equal(visits.last_strides()[indices], 100)
+
+
+def test_a_state_has_the_limit_of_the_sampler_that_draws():
+    """Red if a limit or a minibatch that has changed has no effect until the next rebuild."""
+    state = Sampler(1000, 4, draw="stride", limit=5.0).init(0)
+    state = Sampler(1000, 4, draw="stride", limit=5.0).ingest(state, jnp.arange(1000), jnp.ones(1000).at[0].set(50), 0)
+    for limit, batch_size, expected in ((5.0, 4, 5 * 1.049), (2.0, 4, 2 * 1.049), (2.0, 100, 50 * 0.2)):
+        drawn = Sampler(1000, batch_size, draw="stride", limit=limit).draw(jax.tree.map(jnp.copy, state))[1]
+        assert float(drawn.importance_weights.limit) == pytest.approx(expected)
 
 
 def test_draws_ahead_pay_an_example_with_nearly_the_whole_gradient():
