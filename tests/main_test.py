@@ -359,7 +359,7 @@ def test_nothing_to_compare(field, tmp_path, run):
 
 
 def test_a_rate_that_follows_the_gain_and_a_limit_are_compared_with_a_run_without_them(tmp_path):
-    """Red if the uniform arm is refused, as it has no gain to follow and nothing to limit, or draws are not recorded."""
+    """Red if the uniform arm is refused, with no gain to follow and nothing to limit, or draws are not recorded."""
     rated = smoke(learner__rate_by_gain=True, steps=8, eval_every=4)
     histories = compare.compare(rated, tmp_path, seeds=1, uniform_rate=None, overwrite=False)
     assert [runs[0][-1]["step"] for runs in histories.values()] == [8, 8]
