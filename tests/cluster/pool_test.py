@@ -337,7 +337,7 @@ def test_workers_make_a_problem_by_its_name(cluster, tmp_path):
 
 
 def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path):
-    """Red if the learner waits for the dead, nobody comes back, or an importance weight is not that of the v drawn."""
+    """Red if the learner waits for the dead, nobody comes back, or an importance weight is not the time waited."""
     others, (number, plan) = workers(), soak((1, {40: 1}), (WORKERS, {40: 1, 80: 2, 120: 3}))
     prepared = wiring.prepare(small(steps=10**6, schedule__name="free_running", cluster__workers=number))
     with prepared.pool as pool, metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
@@ -347,10 +347,12 @@ def test_free_running_goes_on_while_workers_die_and_come_back(cluster, tmp_path)
 
         def train_step(state, sampler_state, sampler, examples, *, uniform):
             with jax.transfer_guard("allow"):  # what a test reads between two steps, the loop itself must not
-                v, scored_at = np.asarray(sampler_state.table.v()), np.asarray(sampler_state.store.scored_at)
+                now, visited_at = int(sampler_state.visits.now), np.asarray(sampler_state.visits.visited_at)
+                scored_at = np.asarray(sampler_state.store.scored_at)
                 state, sampler_state, found = killer(state, sampler_state, sampler, examples, uniform=uniform)
-                expected = v.mean(dtype=np.float64) / v[np.asarray(found.minibatch.indices)]
-                np.testing.assert_allclose(np.asarray(found.minibatch.importance_weights), expected, rtol=1e-4)
+                times = now + np.arange(sampler.batch_size)
+                waited = (times - visited_at[np.asarray(found.minibatch.indices)]) / sampler.num_examples
+                np.testing.assert_allclose(np.asarray(found.minibatch.importance_weights), waited, rtol=1e-6)
                 entered.append(int(scored_at.max()))
                 last["params"] = jax.device_get(state.params)
             status = pool.status()
