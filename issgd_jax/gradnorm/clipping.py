@@ -116,7 +116,7 @@ def _clipped_grad(loss_fn, argnums, has_aux, squared, per_leaf, microbatch_size,
             limited = norms if per_leaf else [whole] * len(norms)
             return [jnp.where(adds, _shrinkage(norm, max_norm) / divisor, 0).astype(norm.dtype) for norm in limited]
 
-        outputs, sums = sums_by_norms(loss, find_coefficients, mask, microbatch_size, per_leaf)
+        outputs, sums = sums_by_norms(loss, find_coefficients, mask, microbatch_size, per_leaf, zero_leaves_out=True)
         if noise_multiplier is not None:
             sensitivity = max_norm * math.sqrt(len(sums)) if per_leaf else max_norm
             sums = _with_noise(sums, noise_multiplier * sensitivity / divisor, noise_key)

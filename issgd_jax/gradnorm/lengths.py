@@ -50,7 +50,8 @@ def length(parts: Sequence[jax.Array], axis: int | tuple[int, ...] | None = None
 
 def of_wholes(norms: Sequence[jax.Array], num_examples: int) -> jax.Array:
     """Returns the norms f[B] of B gradients, given the norms [B] of each leaf or group; 0 if there are none."""
-    return length([jnp.stack(norms or [jnp.zeros(num_examples, jnp.float32)])], axis=0)
+    norms = norms or [jnp.zeros(num_examples, jnp.float32)]
+    return length([lax.expand_dims(norm, [1]) for norm in norms], axis=1)  # not stacked: XLA fuses this whole
 
 
 def _axes(x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:

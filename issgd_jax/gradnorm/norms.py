@@ -165,7 +165,7 @@ def _value_grad_and_norms(loss_fn, argnums, has_aux, squared, per_leaf, microbat
         else:
             limits = importance_weights, jnp.broadcast_to(limit, importance_weights.shape)
             find = functools.partial(_limited_coefficients, loss.batch_size)
-            outputs, sums = sums_by_norms(loss, find, limits, microbatch_size, per_leaf)
+            outputs, sums = sums_by_norms(loss, find, limits, microbatch_size, per_leaf, zero_leaves_out=False)
         return assemble(loss, outputs, sums, has_aux, squared, per_leaf)
 
     def value_grad_and_norms(params, importance_weights, *batch, key=None):

@@ -24,6 +24,8 @@ def sums_by_norms(
     of_examples: Any,
     microbatch_size: int | None,
     per_leaf: bool,
+    *,
+    zero_leaves_out: bool,
 ):
     """Sums gradients with coefficients that follow from their norms, in one forward and one backward pass.
 
@@ -32,10 +34,12 @@ def sums_by_norms(
     Args:
       loss: The traced loss, with its batch.
       find_coefficients: `(norms, of_examples) -> coefficients`, lists of f32[B], of each leaf or of each group of
-        leaves that share a factor. An example of coefficient 0 adds nothing, whatever its gradient is.
+        leaves that share a factor.
       of_examples: Pytree of arrays [B], passed on, or None.
       microbatch_size: See `per_example_grad_norms`.
       per_leaf: Whether norms and coefficients are those of each leaf.
+      zero_leaves_out: Whether an example of coefficient 0 adds nothing, whatever its gradient is. Otherwise 0 times nan
+        is nan.
 
     Returns:
       (losses, aux, norms), and the sum of each leaf in float32 or wider.
@@ -48,7 +52,10 @@ def sums_by_norms(
         gradients = [group.gradient for group in groups]
         kept = _keep(gradients, losses.size)
         norms = checked([norms_and_sum(gradient, None, losses.size)[0] for gradient in kept])
-        totals = [_sum_kept(*group) for group in zip(gradients, kept, find_coefficients(norms, of_examples))]
+        coefficients = find_coefficients(norms, of_examples)
+        if zero_leaves_out:
+            kept = [_without(*group) for group in zip(kept, coefficients)]
+        totals = [_sum_kept(*group) for group in zip(gradients, kept, coefficients)]
         return (losses, aux, norms), sums_of_leaves(groups, totals)
 
     return in_microbatches(one_pass, (loss.batch, of_examples), microbatch_size or default_size(loss))
@@ -85,15 +92,15 @@ def _formed(gradient: Factored, size: int) -> jax.Array:
 
 def _sum_kept(gradient: Gradient, kept: Gradient, coefficients: jax.Array) -> jax.Array:
     """Returns the sum of one leaf's gradients with the coefficients, of what is kept of them."""
-    kept = _without(kept, coefficients == 0)
     if not isinstance(kept, Factored):
         return algebra.lay_out(gradient, [weighted_sum(kept, coefficients)])
     size = _formed_size(gradient)
     return in_microbatches(lambda chunk: (chunk[1], weighted_sum(*chunk)), (kept, coefficients), size)[1]
 
 
-def _without(gradient: Gradient, left_out: jax.Array) -> Gradient:
-    """Returns a batch of gradients with zeros for the examples bool[B] that are left out: 0 times nan is nan."""
+def _without(gradient: Gradient, coefficients: jax.Array) -> Gradient:
+    """Returns a batch of gradients with zeros for the examples of coefficient 0."""
+    left_out = coefficients == 0
     return jax.tree.map(
         lambda x: jnp.where(left_out.reshape(-1, *(1 for _ in x.shape[1:])), jnp.zeros((), x.dtype), x), gradient
     )
