@@ -25,6 +25,7 @@ from issgd_jax.config import parsers
 from issgd_jax.errors import InputError
 from issgd_jax.history import seconds_per_step, steps_of_seeds
 from issgd_jax.paths import local_path
+from issgd_jax.run import wiring
 from issgd_jax.run import workdir as workdir_lib
 from issgd_jax.run.training import train
 from issgd_jax.task.problem import import_problem
@@ -101,7 +102,7 @@ def compare(
             arm_config.seed = seed
             runs.append((arm, workdir / f"{folder}-{seed}", arm_config))
     for _, folder, arm_config in runs:  # before the first has spent its time
-        workdir_lib.check(folder, arm_config.to_dict(), overwrite=overwrite)
+        workdir_lib.check(folder, wiring.resolve(arm_config).to_dict(), overwrite=overwrite)
     histories: Histories = {IMPORTANCE: [], UNIFORM: []}
     with _shared_compilation():
         for arm, folder, arm_config in runs:

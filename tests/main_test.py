@@ -367,6 +367,7 @@ def test_a_rate_that_follows_the_gain_and_a_limit_are_compared_with_a_run_withou
     importance, uniform = (json.loads((arm / "config.json").read_text())["config"]["learner"] for arm in arms)
     assert importance["rate_by_gain"] and (importance["draw"], importance["limit"]) == ("stride", 5.0)
     assert not uniform["rate_by_gain"] and (uniform["draw"], uniform["limit"]) == ("shuffled", None)
+    assert compare.compare(rated, tmp_path, seeds=1, uniform_rate=None, overwrite=False) == histories  # both are done
 
 
 def test_a_folder_of_another_experiment_is_an_error_before_the_first_arm_runs(tmp_path, run):

@@ -15,7 +15,7 @@ import pytest
 import issgd_jax
 from issgd_jax import InputError
 from issgd_jax.errors import FolderLostError
-from issgd_jax.run import checkpoint, status, workdir
+from issgd_jax.run import checkpoint, status, wiring, workdir
 from issgd_jax.run.checkpoints import Checkpoints
 from issgd_jax.run.metrics import MetricsWriter
 from issgd_jax.run.supervision import Supervision
@@ -119,7 +119,7 @@ def test_rows_whose_checkpoints_were_removed_are_kept(run):
     shutil.rmtree(run / "checkpoints")
     before = contents(run)
     with pytest.raises(InputError, match="holds a run already, and no checkpoint to resume from.*--overwrite"):
-        workdir.check(run, small(steps=20).to_dict(), overwrite=False)
+        workdir.check(run, wiring.resolve(small(steps=20)).to_dict(), overwrite=False)
     assert contents(run) == before
 
 

@@ -180,7 +180,7 @@ def test_with_fewer_workers_it_goes_on_and_says_that_it_is_not_bit_equal(tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"learner__learning_rate": 0.1}, r"learner.learning_rate was 0.05, now 0.1\): choose another --workdir"),
+        ({"learner__learning_rate": 0.1}, r"learner.learning_rate was 0.05, now 0.1\): give the old values to go on"),
         ({"seed": 1, "learner__batch_size": 8}, "learner.batch_size was 32, now 8, seed was 0, now 1"),
         ({"eval_every": 5}, "eval_every was 10, now 5"),
         ({"proposal__when": "off"}, "proposal.name was 'calibrated', now 'uniform'"),
