@@ -52,7 +52,7 @@ def test_every_command_expands_the_home_folder(home, run_command):
     assert run_command("plot", "~/run", "--output=~/plot.png") == (0, f"{home}/plot.png\n")
     assert (home / "plot.png").is_file()
     (home / "importance-0").symlink_to("run")
-    other = fields("proposal.name=mixture")
+    other = fields("proposal.name=mixture", "schedule.score_delay=0")
     code, text = run_command("compare", "--workdir", "~", "--config", "~/mine.py:smoke", *other)
     assert code == 1 and text.startswith(f"error: {home}/importance-0 holds a run of another experiment"), text
 
