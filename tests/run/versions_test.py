@@ -29,7 +29,7 @@ def config(steps):
         data__test_split="test[:20]",
         workers__chunk_size=10,
         learner__batch_size=8,
-        learner__draw="systematic",
+        learner__draw="systematic",  # as the folders were written, when it was the default
     )
 
 
